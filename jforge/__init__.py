@@ -1,0 +1,26 @@
+"""jforge: LLM attention mechanisms as pure functions, with exact bytes, laws and kernels.
+
+att = jforge.get("gqa")
+cfg = att.Config(hidden_size=4096, num_attention_heads=32, num_key_value_heads=8)
+y, cache = att.decode(params, cfg, x, cache)
+"""
+
+from jforge import ops
+from jforge.attention import REGISTRY
+from jforge.core.attention import Attention
+from jforge.cost import Cost
+from jforge.laws import check
+
+__all__ = ["Attention", "Cost", "check", "get", "names", "ops"]
+
+
+def names() -> tuple[str, ...]:
+    """The registered mechanisms."""
+    return tuple(REGISTRY)
+
+
+def get(name: str) -> Attention:
+    """The mechanism of that name. Raises ValueError listing those that exist."""
+    if name not in REGISTRY:
+        raise ValueError(f"no mechanism is called {name!r}; there are {', '.join(REGISTRY)}")
+    return REGISTRY[name]

@@ -1,0 +1,10 @@
+"""The mechanisms. A new one is a file here, its twin in torch_ref, and a line in REGISTRY."""
+
+from jforge.attention import dense
+
+REGISTRY = {
+    "single_head": dense.single_head,
+    "mha": dense.mha,
+    "mqa": dense.mqa,
+    "gqa": dense.gqa,
+}

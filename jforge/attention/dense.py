@@ -1,0 +1,305 @@
+"""Dense attention: single head, MHA, MQA and GQA are one code path with G = N / K.
+
+    q = x Wq (+bq)   k = x Wk (+bk)   v = x Wv (+bv)          N query heads, K key/value heads
+    q, k <- RMSNorm (per head, or over all heads), then RoPE
+    out_t = sum_{s <= t} softmax_s(cap(scale * q_t . k_s)) v_s       query head n reads KV head n // G
+    y = (out * sigmoid(x Wg)) Wo (+bo)                        the gate only where the model has one
+
+Cache: k and v after norm and RoPE, 2 K H elements a token. A decode step appends one slot and reads them all.
+Sources: Vaswani et al. 2017 (MHA), Shazeer 2019 (MQA), Ainslie et al. 2023 (GQA); options as in the Hugging Face
+modules of llama, qwen2, qwen3, qwen3_next, gemma2, gemma3, olmo2, falcon and minimax_m2.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from jforge import ops as jax_ops
+from jforge.core import masks, rope
+from jforge.core.attend import attend, einsum
+from jforge.core.attention import Attention, init_cache_from, no_selection, no_tokens
+from jforge.core.config import one_of, positive, positive_int, reject
+from jforge.core.norm import rms_norm
+from jforge.core.spec import Buffer, CacheSpec, cache_class
+from jforge.core.step import append, begin, check_input, end, one_token
+from jforge.cost import Cost, step_cost
+
+Params = dict[str, Array]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """GQA. Field names follow Hugging Face; None picks the value that the comment gives."""
+
+    hidden_size: int
+    num_attention_heads: int
+    num_key_value_heads: int = None  # num_attention_heads
+    head_dim: int = None  # hidden_size // num_attention_heads
+    v_head_dim: int = None  # head_dim
+    attention_bias: bool = False  # on q, k and v (Qwen2)
+    attention_output_bias: bool = False  # on o (gpt-oss)
+    qk_norm: str | None = None  # "head": one weight for all (Qwen3); "flat": over N*H and K*H (OLMo-2)
+    norm_offset: float = 0.0  # 1.0 for Gemma's (1 + w)
+    rms_norm_eps: float = 1e-6
+    rope_parameters: Mapping[str, Any] | None = None  # None: no positions at all (NoPE)
+    rope_layout: str = "half"
+    scaling: float = None  # softmax scale, head_dim ** -0.5
+    attn_logit_softcapping: float | None = None  # Gemma 2
+    attn_output_gate: bool = False  # Qwen3-Next
+
+    def __post_init__(self):
+        positive_int("hidden_size", self.hidden_size)
+        positive_int("num_attention_heads", self.num_attention_heads)
+        heads = self.num_attention_heads
+        if self.head_dim is None and self.hidden_size % heads:
+            reject(
+                "head_dim", None, f"given: hidden_size={self.hidden_size} is no multiple of num_attention_heads={heads}"
+            )
+        self._default("num_key_value_heads", heads)
+        self._default("head_dim", self.hidden_size // heads)
+        self._default("v_head_dim", self.head_dim)
+        for name in ("num_key_value_heads", "head_dim", "v_head_dim"):
+            positive_int(name, getattr(self, name))
+        self._default("scaling", self.head_dim**-0.5)
+        if heads % self.num_key_value_heads:
+            reject("num_attention_heads", heads, f"a multiple of num_key_value_heads={self.num_key_value_heads}")
+        one_of("qk_norm", self.qk_norm, (None, "head", "flat"))
+        one_of("rope_layout", self.rope_layout, rope.LAYOUTS)
+        positive("scaling", self.scaling)
+        positive("rms_norm_eps", self.rms_norm_eps)
+        if self.attn_logit_softcapping is not None:
+            positive("attn_logit_softcapping", self.attn_logit_softcapping)
+        object.__setattr__(self, "rope_parameters", rope.freeze(self.rope_parameters))
+        if self.rope_parameters is not None:
+            rope.rotary_dim(self.rope_parameters, self.head_dim)
+
+    def _default(self, name: str, value) -> None:
+        if getattr(self, name) is None:
+            object.__setattr__(self, name, value)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MHAConfig(Config):
+    """As many key/value heads as query heads."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.num_key_value_heads != self.num_attention_heads:
+            allowed = f"num_attention_heads={self.num_attention_heads} in mha"
+            reject("num_key_value_heads", self.num_key_value_heads, allowed)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MQAConfig(Config):
+    """One key/value head for all query heads."""
+
+    num_key_value_heads: int = 1
+
+    def __post_init__(self):
+        super().__post_init__()
+        one_of("num_key_value_heads", self.num_key_value_heads, (1,))
+
+
+@dataclass(frozen=True, kw_only=True)
+class SingleHeadConfig(MHAConfig):
+    """One query head, one key/value head."""
+
+    num_attention_heads: int = 1
+
+    def __post_init__(self):
+        super().__post_init__()
+        one_of("num_attention_heads", self.num_attention_heads, (1,))
+
+
+@cache_class
+class KVCache:
+    """Keys after norm and RoPE, values as projected; slot s holds token s."""
+
+    k: jax.Array  # B S K H
+    v: jax.Array  # B S K V
+    length: jax.Array  # int32[B]
+
+
+def shapes(cfg: Config) -> dict[str, tuple[int, ...]]:
+    """{parameter: shape} of a Config."""
+    D, N, K, H, V = cfg.hidden_size, cfg.num_attention_heads, cfg.num_key_value_heads, cfg.head_dim, cfg.v_head_dim
+    out = {"wq": (D, N, H), "wk": (D, K, H), "wv": (D, K, V), "wo": (N, V, D)}
+    if cfg.attention_bias:
+        out |= {"bq": (N, H), "bk": (K, H), "bv": (K, V)}
+    if cfg.attention_output_bias:
+        out |= {"bo": (D,)}
+    if cfg.qk_norm == "head":
+        out |= {"q_norm": (H,), "k_norm": (H,)}
+    if cfg.qk_norm == "flat":
+        out |= {"q_norm": (N, H), "k_norm": (K, H)}
+    if cfg.attn_output_gate:
+        out |= {"wg": (D, N, V)}
+    return out
+
+
+def init_params(key: Array, cfg: Config, dtype=jnp.float32) -> Params:
+    """Random parameters: weights of variance 1/fan_in, and non-neutral biases and norms, so that tests see them."""
+    params = {}
+    for (name, shape), k in zip(shapes(cfg).items(), jax.random.split(key, len(shapes(cfg))), strict=True):
+        value = jax.random.normal(k, shape, dtype)
+        if name.startswith("w"):
+            fan_in = math.prod(shape[:-1]) if name == "wo" else shape[0]
+            params[name] = value * fan_in**-0.5
+        else:
+            center = 1 - cfg.norm_offset if name.endswith("norm") else 0
+            params[name] = (center + 0.1 * value).astype(dtype)
+    return params
+
+
+def project(params: Params, cfg: Config, x: Float[Array, "B T D"], positions) -> tuple[Array, Array, Array]:
+    """q: B T N H, k: B T K H, v: B T K V of the new tokens, normed and rotated."""
+    q, k, v = (einsum("btd,dnh->btnh", x, params[w]) for w in ("wq", "wk", "wv"))
+    if cfg.attention_bias:
+        q, k, v = q + params["bq"], k + params["bk"], v + params["bv"]
+    if cfg.qk_norm:
+        q = rms_norm(q, params["q_norm"], eps=cfg.rms_norm_eps, offset=cfg.norm_offset)
+        k = rms_norm(k, params["k_norm"], eps=cfg.rms_norm_eps, offset=cfg.norm_offset)
+    q = rope.apply_rope(q, positions, cfg.rope_parameters, cfg.rope_layout)
+    k = rope.apply_rope(k, positions, cfg.rope_parameters, cfg.rope_layout)
+    return q, k, v
+
+
+def project_out(params: Params, cfg: Config, x: Float[Array, "B T D"], out: Float[Array, "B T N V"]) -> Array:
+    """Gate, output projection, bias: B T D."""
+    if cfg.attn_output_gate:
+        out = out * jax.nn.sigmoid(einsum("btd,dnv->btnv", x, params["wg"]))
+    y = einsum("btnv,nvd->btd", out, params["wo"])
+    return y + params["bo"] if cfg.attention_output_bias else y
+
+
+def visible(cfg: Config, q_pos: Array, k_pos: Array) -> Array:
+    """Every token up to the query's own."""
+    return masks.causal(q_pos, k_pos)
+
+
+def forward(params: Params, cfg: Config, x: Float[Array, "B T D"], positions=None) -> Float[Array, "B T D"]:
+    """The definition: causal attention of x over itself. `positions` (int B T, default 0..T-1) feed RoPE only."""
+    check_input(x, cfg.hidden_size)
+    B, T, _ = x.shape
+    order = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (B, T))
+    q, k, v = project(params, cfg, x, order if positions is None else positions)
+    mask = visible(cfg, order[..., None], order[:, None])
+    out, _ = attend(q, k, v, mask, scale=cfg.scaling, cap=cfg.attn_logit_softcapping)
+    return project_out(params, cfg, x, out).astype(x.dtype)
+
+
+def prefill(
+    params: Params, cfg: Config, x: Float[Array, "B T D"], cache: KVCache, lengths=None
+) -> tuple[Array, KVCache]:
+    """Append T tokens (row b its first lengths[b]) and attend over what is stored then, so after its rounding."""
+    cache_spec(cfg).check(cache)
+    S = cache.k.shape[1]
+    step = begin(x, cache.length, lengths, cfg.hidden_size, S)
+    q, k, v = project(params, cfg, step.x, step.positions)
+    cache = KVCache(append(cache.k, k, step), append(cache.v, v, step), step.length)
+    mask = visible(cfg, step.positions[..., None], jnp.arange(S)) & step.keep[..., None]
+    out, _ = attend(q.astype(cache.k.dtype), cache.k, cache.v, mask, scale=cfg.scaling, cap=cfg.attn_logit_softcapping)
+    return end(step, project_out(params, cfg, step.x, out.astype(cache.k.dtype)), x.dtype), cache
+
+
+def decode(
+    params: Params, cfg: Config, x: Float[Array, "B 1 D"], cache: KVCache, ops=jax_ops
+) -> tuple[Float[Array, "B 1 D"], KVCache]:
+    """Append one token a row and attend through `ops.decode_attention`; the same numbers as prefill with T = 1."""
+    cache_spec(cfg).check(cache)
+    step = begin(one_token(x), cache.length, None, cfg.hidden_size, cache.k.shape[1])
+    q, k, v = project(params, cfg, step.x, step.positions)
+    cache = KVCache(append(cache.k, k, step), append(cache.v, v, step), step.length)
+    out, _ = ops.decode_attention(
+        q.astype(cache.k.dtype), cache.k, cache.v, cache.length, scale=cfg.scaling, softcap=cfg.attn_logit_softcapping
+    )
+    return end(step, project_out(params, cfg, step.x, out), x.dtype), cache
+
+
+def cache_spec(cfg: Config) -> CacheSpec:
+    K = cfg.num_key_value_heads
+    return CacheSpec(
+        KVCache,
+        {"k": Buffer(("B", "S", "K", "H"), (K, cfg.head_dim)), "v": Buffer(("B", "S", "K", "V"), (K, cfg.v_head_dim))},
+    )
+
+
+def cost(
+    cfg: Config, *, context: int, batch: int = 1, capacity: int | None = None, dtype=jnp.bfloat16, closing: bool = False
+) -> Cost:
+    """One step writes a slot of k and v, reads all `context` of them, and spends 2 N (H + V) flops on each."""
+    return step_cost(
+        cache_spec(cfg),
+        context=context,
+        batch=batch,
+        capacity=capacity,
+        dtype=dtype,
+        read={"k": context, "v": context},
+        written={"k": 1, "v": 1},
+        flops=2 * cfg.num_attention_heads * (cfg.head_dim + cfg.v_head_dim) * context,
+        entries_read=context,
+    )
+
+
+_LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 5e5,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+_YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 64}
+_PLAIN = {"rope_type": "default", "rope_theta": 1e4}
+_LINEAR = {**_PLAIN, "rope_type": "linear", "factor": 2.0}
+_HALF = {**_PLAIN, "partial_rotary_factor": 0.5}
+
+gqa = Attention(
+    summary="grouped queries: G query heads share a key/value head (Llama 3, Qwen3, MiniMax-M2)",
+    Config=Config,
+    init_params=init_params,
+    init_cache=init_cache_from(cache_spec),
+    forward=forward,
+    prefill=prefill,
+    decode=decode,
+    visible=visible,
+    select=no_selection,
+    tokens_of=no_tokens,
+    cache_spec=cache_spec,
+    cost=cost,
+    examples=(
+        Config(hidden_size=24, num_attention_heads=6, num_key_value_heads=2, head_dim=10, rope_parameters=_LLAMA3),
+        Config(hidden_size=20, num_attention_heads=4, num_key_value_heads=2, qk_norm="head", head_dim=6,
+               v_head_dim=5, norm_offset=1.0, rope_parameters=_YARN, scaling=0.3, attn_output_gate=True),
+        Config(hidden_size=18, num_attention_heads=6, num_key_value_heads=3, qk_norm="flat", head_dim=8,
+               rope_parameters=_HALF, rope_layout="interleaved", attention_bias=True, attention_output_bias=True,
+               attn_logit_softcapping=5.0),
+    ),
+)  # fmt: skip
+mha = gqa._replace(
+    summary="multi-head: every query head has its own keys and values (Vaswani et al. 2017, OLMo-2)",
+    Config=MHAConfig,
+    examples=(
+        MHAConfig(
+            hidden_size=21,
+            num_attention_heads=3,
+            head_dim=6,
+            rope_parameters={**_PLAIN, "rope_type": "linear", "factor": 2.0},
+        ),
+    ),  # fmt: skip
+)
+mqa = gqa._replace(
+    summary="multi-query: all query heads share one key/value head (Shazeer 2019, Falcon-7B)",
+    Config=MQAConfig,
+    examples=(MQAConfig(hidden_size=30, num_attention_heads=5, rope_parameters=_PLAIN),),
+)
+single_head = gqa._replace(
+    summary="one head: softmax(q k) v and nothing else; here without positions (NoPE)",
+    Config=SingleHeadConfig,
+    examples=(SingleHeadConfig(hidden_size=11, head_dim=7),),
+)

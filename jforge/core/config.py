@@ -1,0 +1,52 @@
+"""What Config dataclasses share: a hashable dict and checks whose message names the field, its value and the rule."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any, NoReturn
+
+
+def reject(name: str, value: Any, allowed: str) -> NoReturn:
+    """Raise the ValueError that every bad Config field gets."""
+    raise ValueError(f"{name} is {value!r}; it must be {allowed}")
+
+
+def positive(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
+        reject(name, value, "a positive number")
+
+
+def positive_int(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        reject(name, value, "a positive integer")
+
+
+def one_of(name: str, value: Any, allowed: tuple) -> None:
+    if value not in allowed:
+        reject(name, value, f"one of {', '.join(map(repr, allowed))}")
+
+
+class FrozenDict(Mapping):
+    """An immutable, hashable mapping of plain values: lists become tuples, dicts FrozenDicts."""
+
+    def __init__(self, items: Mapping = {}):  # noqa: B006 (never mutated)
+        self._items = {k: _freeze(v) for k, v in items.items()}
+
+    def __getitem__(self, key: str) -> Any:
+        return self._items[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._items)
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def __hash__(self) -> int:
+        return hash(frozenset(self._items.items()))
+
+    def __repr__(self) -> str:
+        return repr(self._items)
+
+
+def _freeze(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return FrozenDict(value)
+    return tuple(map(_freeze, value)) if isinstance(value, list) else value

@@ -1,0 +1,39 @@
+"""Masked softmax with its log-sum-exp, and the merge of partial results.
+
+Empty rows are legal everywhere: a row that sees nothing gives zeros and lse = -inf, never NaN. Masked scores and the
+values behind them may be NaN or Inf; both are blanked before any arithmetic, in the gradient too.
+"""
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+
+def accumulation_dtype(*arrays):
+    """float32 or wider: the dtype for softmax, norms, RoPE angles, states and sums over `arrays`."""
+    return jnp.result_type(jnp.float32, *(a.dtype for a in arrays))
+
+
+def softcap(scores: Array, cap: float | None) -> Array:
+    """cap * tanh(scores / cap), on scaled scores and before the mask (Gemma 2). None leaves them alone."""
+    return scores if cap is None else cap * jnp.tanh(scores / cap)
+
+
+def masked_softmax(
+    scores: Float[Array, "*b S"], mask: Bool[Array, "*#b S"], sinks: Float[Array, "*#b"] | None = None
+) -> tuple[Float[Array, "*b S"], Float[Array, "*b"]]:
+    """p_s = exp(l_s) / (exp(sink) + sum_u exp(l_u)) over the visible s; returns (p, lse), natural log, sink included.
+
+    A sink is one more logit with no value behind it (gpt-oss): it only enlarges the denominator.
+    """
+    scores = jnp.where(mask, scores, -jnp.inf)
+    top = jnp.max(scores, axis=-1, initial=-jnp.inf)
+    if sinks is not None:
+        top = jnp.maximum(top, sinks)
+    shift = jnp.where(jnp.isneginf(top), 0.0, top)  # exp(-inf - -inf) would be NaN
+    weights = jnp.exp(scores - shift[..., None])
+    total = jnp.sum(weights, axis=-1)
+    if sinks is not None:
+        total = total + jnp.exp(sinks - shift)
+    empty = total == 0
+    safe = jnp.where(empty, 1.0, total)  # keeps 0/0 and log(0) out of the gradient as well
+    return weights / safe[..., None], jnp.where(empty, -jnp.inf, jnp.log(safe) + shift)

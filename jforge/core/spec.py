@@ -1,0 +1,145 @@
+"""Cache specs: the one description from which zeros, bytes, checks, poison and tables are derived."""
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Int
+
+CACHE_DTYPES = ("float16", "bfloat16", "float32", "float64")
+
+
+@dataclass(frozen=True)
+class Buffer:
+    """One leaf of a cache: batch, then slots, then `shape`.
+
+    dims:  the axis letters, e.g. ("B", "S", "K", "H"); a buffer without a slot axis has no second letter "S" or "W".
+    shape: sizes of the axes after the slots (after the batch when there are none).
+    every: tokens per slot, 1 for one slot a token, m for one entry a block of m; None for a size that never grows.
+    limit: most slots a row can use (a ring's window); None for no limit. every=None and limit=None: no slot axis.
+    dtype: None follows the cache's dtype; "float32" means float32 or wider (states and running sums).
+    filled: how many leading slots hold data, from (cfg, length); None derives min(length // every, limit).
+    """
+
+    dims: tuple[str, ...]
+    shape: tuple[int, ...]
+    every: int | None = 1
+    limit: int | None = None
+    dtype: str | None = None
+    filled: Callable[[Any, Array], Array] | None = None
+
+    @property
+    def has_slots(self) -> bool:
+        return self.every is not None or self.limit is not None
+
+    def slots(self, capacity: int) -> int:
+        """Slots of a row in a cache for `capacity` tokens."""
+        if not self.has_slots:
+            return 1
+        grown = self.limit if self.every is None else capacity // self.every
+        return grown if self.limit is None else min(grown, self.limit)
+
+    def valid(self, cfg, length: Int[Array, "B"]) -> Int[Array, "B"]:
+        """How many leading slots of each row hold data after `length` tokens (before any cap by the capacity)."""
+        if self.filled is not None:
+            return self.filled(cfg, length)
+        if self.every is None:
+            return jnp.full_like(length, self.limit or 1)
+        count = length // self.every
+        return count if self.limit is None else jnp.minimum(count, self.limit)
+
+    def dtype_in(self, dtype) -> jnp.dtype:
+        """The dtype of this buffer in a cache of `dtype`."""
+        return jnp.dtype(dtype) if self.dtype is None else jnp.promote_types(self.dtype, dtype)
+
+    def slot_bytes(self, dtype) -> int:
+        return math.prod(self.shape) * self.dtype_in(dtype).itemsize
+
+    def full_shape(self, batch: int, capacity: int) -> tuple[int, ...]:
+        return (batch, self.slots(capacity), *self.shape) if self.has_slots else (batch, *self.shape)
+
+
+@dataclass(frozen=True)
+class CacheSpec(Mapping):
+    """{name: Buffer} plus the cache class that they are the leaves of; every cache also has `length: int32[B]`."""
+
+    cls: type
+    buffers: Mapping[str, Buffer]
+
+    def __getitem__(self, name: str) -> Buffer:
+        return self.buffers[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.buffers)
+
+    def __len__(self) -> int:
+        return len(self.buffers)
+
+    def init(self, batch: int, capacity: int, dtype=jnp.bfloat16):
+        """An empty cache of zeros. Raises ValueError for sizes below 1, TypeError for a dtype no cache has."""
+        for name, size in (("batch", batch), ("capacity", capacity)):
+            if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+                raise ValueError(f"{name} is {size!r}; it must be a positive integer")
+        if str(jnp.dtype(dtype)) not in CACHE_DTYPES:
+            raise TypeError(f"dtype is {jnp.dtype(dtype)}; a cache may have {', '.join(CACHE_DTYPES)}")
+        leaves = {n: jnp.zeros(b.full_shape(batch, capacity), b.dtype_in(dtype)) for n, b in self.items()}
+        return self.cls(**leaves, length=jnp.zeros(batch, jnp.int32))
+
+    def check(self, cache) -> None:
+        """Raise ValueError or TypeError unless `cache` has this spec's leaves, in some batch, capacity and dtype."""
+        if not isinstance(cache, self.cls):
+            raise TypeError(f"cache is a {type(cache).__name__}; it must be a {self.cls.__name__}")
+        if cache.length.ndim != 1 or cache.length.dtype != jnp.int32:
+            raise TypeError(f"cache.length is {cache.length.dtype}{list(cache.length.shape)}; it must be int32[B]")
+        capacity = None
+        for name, buffer in self.items():
+            leaf = getattr(cache, name)
+            shape = leaf.shape
+            if buffer.has_slots and buffer.every == 1 and buffer.limit is None and len(shape) > 1:
+                capacity = shape[1] if capacity is None else capacity
+            rest = shape[2:] if buffer.has_slots else shape[1:]
+            good = len(shape) == len(buffer.dims) and shape[0] == cache.length.shape[0] and rest == buffer.shape
+            if good and buffer.has_slots and capacity is not None:
+                good = shape[1] == buffer.slots(capacity)
+            if not good:
+                want = f"{' '.join(buffer.dims)} with {buffer.shape} after the slots and capacity {capacity}"
+                raise ValueError(f"cache.{name} has shape {shape}; it must be {want}")
+
+    def stored(self, batch: int, capacity: int, dtype) -> dict[str, int]:
+        """Bytes of every buffer, by name."""
+        return {n: batch * b.slots(capacity) * b.slot_bytes(dtype) for n, b in self.items()}
+
+    def per_token(self, batch: int, capacity: int, dtype) -> Fraction:
+        """Bytes that one more token of capacity adds, over all buffers that still grow at `capacity`."""
+        total = Fraction(0)
+        for buffer in self.values():
+            if buffer.every is not None and (buffer.limit is None or capacity // buffer.every <= buffer.limit):
+                total += Fraction(batch * buffer.slot_bytes(dtype), buffer.every)
+        return total
+
+    def used(self, cfg, cache) -> dict[str, Bool[Array, "B ..."]]:
+        """Which elements of each leaf hold data, as masks that broadcast against the leaf."""
+        masks = {}
+        for name, buffer in self.items():
+            leaf = getattr(cache, name)
+            if buffer.has_slots:
+                mask = jnp.arange(leaf.shape[1]) < buffer.valid(cfg, cache.length)[:, None]
+            else:
+                mask = jnp.ones(leaf.shape[0], bool)
+            masks[name] = mask.reshape(mask.shape + (1,) * (leaf.ndim - mask.ndim))
+        return masks
+
+    def poison(self, cfg, cache, value: float = jnp.nan):
+        """The cache with `value` in every slot that holds no data: no output may ever show it."""
+        used = self.used(cfg, cache)
+        filled = {n: jnp.where(used[n], getattr(cache, n), value).astype(getattr(cache, n).dtype) for n in self}
+        return self.cls(**filled, length=cache.length)
+
+
+def cache_class(cls: type) -> type:
+    """Make a frozen dataclass of arrays a pytree; its leaves are annotated `jax.Array` and checked by CacheSpec."""
+    return jax.tree_util.register_dataclass(dataclass(frozen=True)(cls))

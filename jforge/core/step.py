@@ -1,0 +1,92 @@
+"""What every prefill and decode does before and after the attention: positions, pads, capacity, and the append."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+X_DTYPES = ("float16", "bfloat16", "float32", "float64")
+
+
+class Step(NamedTuple):
+    """The new tokens of one call. T is x.shape[1]; row b brings its first lengths[b] tokens."""
+
+    x: Float[Array, "B T D"]  # zero at pads: a pad may be NaN and must reach neither the cache nor a gradient
+    positions: Int[Array, "B T"]
+    keep: Bool[Array, "B T"]  # real tokens of rows that fit
+    fits: Bool[Array, "B"]
+    length: Int[Array, "B"]  # after the call; unchanged in a row that does not fit
+
+
+def check_input(x, hidden_size: int) -> None:
+    if x.ndim != 3:
+        raise ValueError(f"x has shape {tuple(x.shape)}; it needs 3 axes: B T D")
+    if x.shape[-1] != hidden_size:
+        raise ValueError(f"x has shape {tuple(x.shape)}; its last axis must be hidden_size={hidden_size}")
+    if str(x.dtype) not in X_DTYPES:
+        raise TypeError(f"x has dtype {x.dtype}; allowed: {', '.join(X_DTYPES)}")
+
+
+def one_token(x: Array) -> Array:
+    """x itself, if it holds one token a row."""
+    if x.ndim == 3 and x.shape[1] != 1:
+        raise ValueError(f"x has shape {tuple(x.shape)}; decode takes one token a row: B 1 D")
+    return x
+
+
+def begin(x, length: Int[Array, "B"], lengths, hidden_size: int, capacity: int | None) -> Step:
+    """Place the tokens of x after the `length` tokens already seen; capacity None never overflows.
+
+    A row overflows as a whole: it writes nothing, keeps its length and gets NaN outputs. So does a row whose
+    lengths[b] is not in 0..T. Where the lengths are concrete, both raise ValueError naming the row instead.
+    """
+    check_input(x, hidden_size)
+    B, T, _ = x.shape
+    if length.shape[0] != B:
+        raise ValueError(f"x has {B} rows and the cache {length.shape[0]}; they must match")
+    if lengths is None:
+        lengths = jnp.full((B,), T, jnp.int32)
+    else:
+        lengths = _checked_lengths(lengths, B)
+    _raise_if_concrete(length, lengths, T, capacity)
+    fits = (lengths >= 0) & (lengths <= T)
+    if capacity is not None:
+        fits &= length + lengths <= capacity
+    keep = (jnp.arange(T) < lengths[:, None]) & fits[:, None]
+    positions = length[:, None] + jnp.arange(T, dtype=jnp.int32)
+    return Step(jnp.where(keep[..., None], x, 0), positions, keep, fits, length + jnp.where(fits, lengths, 0))
+
+
+def end(step: Step, y: Float[Array, "B T D"], dtype) -> Float[Array, "B T D"]:
+    """0 at pads, NaN in rows that did not fit, in x's dtype."""
+    y = jnp.where(step.keep[..., None], y, 0)
+    return jnp.where(step.fits[:, None, None], y, jnp.nan).astype(dtype)
+
+
+def append(buffer: Array, new: Array, step: Step) -> Array:
+    """Write the kept tokens at their positions, cast to the buffer's dtype; pads fall outside and are dropped."""
+    slots = jnp.where(step.keep, step.positions, buffer.shape[1])
+    rows = jnp.arange(buffer.shape[0])[:, None]
+    return buffer.at[rows, slots].set(new.astype(buffer.dtype), mode="drop")
+
+
+def _checked_lengths(lengths, batch: int):
+    lengths = jnp.asarray(lengths)
+    if lengths.shape != (batch,):
+        raise ValueError(f"lengths has shape {lengths.shape}; it must be ({batch},), one for each row of x")
+    if not jnp.issubdtype(lengths.dtype, jnp.integer):
+        raise TypeError(f"lengths has dtype {lengths.dtype}; it must be an integer dtype")
+    return lengths.astype(jnp.int32)
+
+
+def _raise_if_concrete(length, lengths, T: int, capacity: int | None) -> None:
+    if not isinstance(lengths, jax.core.Tracer):
+        new = np.asarray(lengths)
+        for row in np.flatnonzero((new < 0) | (new > T)):
+            raise ValueError(f"lengths[{row}] is {new[row]}; it must lie in 0..{T}, the tokens in x")
+        if capacity is not None and not isinstance(length, jax.core.Tracer):
+            total = np.asarray(length) + new
+            for row in np.flatnonzero(total > capacity):
+                raise ValueError(f"row {row} would hold {total[row]} tokens; the cache has capacity {capacity}")

@@ -1,0 +1,30 @@
+"""The ops in pure JAX: the definition that `triton_kernels` and `pallas_kernels` are held to.
+
+Every backend exports exactly these names with these signatures. `mix` combines two of them.
+"""
+
+from jforge.ops.decode_attention import decode_attention
+from jforge.ops.merge_states import merge_states
+from jforge.ops.mix import mix
+from jforge.ops.topk_indices import topk_indices
+from jforge.ops.unwritten import (
+    block_index_scores,
+    decode_block_sparse,
+    decode_linear,
+    decode_mla,
+    decode_sparse_mla,
+    index_scores,
+)
+
+__all__ = [
+    "decode_attention",
+    "decode_mla",
+    "decode_block_sparse",
+    "decode_sparse_mla",
+    "index_scores",
+    "block_index_scores",
+    "topk_indices",
+    "decode_linear",
+    "merge_states",
+    "mix",
+]

@@ -1,0 +1,109 @@
+"""Argument checks of the ops. Every message names the argument, its value and what is allowed.
+
+The checks look at shapes and dtypes only, so they cost nothing under jit; `length_values` also looks at values where
+they are concrete.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+FLOATS = ("float16", "bfloat16", "float32", "float64")
+QUANTISED = ("int8", "float8_e4m3fn", "float8_e5m2")
+
+
+def shape(name: str, array, letters: str, sizes: dict[str, int]) -> None:
+    """`array` has the axes `letters`; a letter seen before must have the same size (and is added otherwise)."""
+    axes = letters.split()
+    if array.ndim != len(axes):
+        raise ValueError(f"{name} has shape {tuple(array.shape)}; it needs {len(axes)} axes: {letters}")
+    for axis, size in zip(axes, array.shape, strict=True):
+        if sizes.setdefault(axis, size) != size:
+            raise ValueError(f"{name} has shape {tuple(array.shape)} for {letters}; {axis} must be {sizes[axis]}")
+
+
+def dtype(name: str, array, allowed: tuple[str, ...]) -> None:
+    if str(array.dtype) not in allowed:
+        raise TypeError(f"{name} has dtype {array.dtype}; allowed: {', '.join(allowed)}")
+
+
+def same_float(**arrays) -> None:
+    """The named arrays share one floating dtype."""
+    (first, lead), *rest = arrays.items()
+    dtype(first, lead, FLOATS)
+    for name, array in rest:
+        if array.dtype != lead.dtype:
+            raise TypeError(f"{name} has dtype {array.dtype}; it must be {first}'s, {lead.dtype}")
+
+
+def positive(name: str, value, integer: bool = False) -> None:
+    kinds = (int, np.integer) if integer else (int, float, np.number)
+    if not isinstance(value, kinds) or isinstance(value, bool) or not value > 0:
+        raise ValueError(f"{name} is {value!r}; it must be a positive {'integer' if integer else 'number'}")
+
+
+def length_values(lengths, slots: int) -> None:
+    """0 <= lengths <= slots, checked when `lengths` is concrete: a traced value has no value to check."""
+    if isinstance(lengths, jax.core.Tracer):
+        return
+    values = np.asarray(lengths)
+    for row in np.flatnonzero((values < 0) | (values > slots)):
+        raise ValueError(f"lengths[{row}] is {values[row]}; it must lie in 0..{slots}")
+
+
+def decode_attention(
+    q, k, v, lengths, *, scale, window=None, sinks=None, softcap=None, page_table=None, k_scale=None, v_scale=None,
+    chunk=None, out_dtype=None,
+) -> dict[str, int]:  # fmt: skip
+    """Raise ValueError or TypeError unless the arguments fit `decode_attention`; return the sizes by letter."""
+    sizes: dict[str, int] = {}
+    shape("q", q, "B T N H", sizes)
+    pool = "pages page" if page_table is not None else "B S"
+    shape("k", k, f"{pool} K H", sizes)
+    shape("v", v, f"{pool} K V", sizes)
+    shape("lengths", lengths, "B", sizes)
+    dtype("lengths", lengths, ("int32",))
+    if sizes["K"] == 0 or sizes["N"] % sizes["K"]:
+        raise ValueError(f"q has N={sizes['N']} heads; N must be a multiple of k's K={sizes['K']}")
+    if page_table is not None:
+        shape("page_table", page_table, "B P", sizes)
+        dtype("page_table", page_table, ("int32",))
+    _values_and_scales(q, k, v, k_scale, v_scale, pool, sizes)
+    if sinks is not None:
+        shape("sinks", sinks, "N", sizes)
+        dtype("sinks", sinks, FLOATS)
+    if isinstance(scale, bool) or not isinstance(scale, (int, float, np.number)):
+        raise TypeError(f"scale is {scale!r}; it must be a number")
+    for name, value, integer in (("window", window, True), ("chunk", chunk, True), ("softcap", softcap, False)):
+        if value is not None:
+            positive(name, value, integer)
+    if out_dtype is not None and str(jnp.dtype(out_dtype)) not in FLOATS:
+        raise TypeError(f"out_dtype is {jnp.dtype(out_dtype)}; allowed: {', '.join(FLOATS)}")
+    return sizes
+
+
+def _values_and_scales(q, k, v, k_scale, v_scale, pool: str, sizes: dict[str, int]) -> None:
+    """q, k and v share a float dtype, or k and v are quantised and both have scales."""
+    if (k_scale is None) != (v_scale is None):
+        missing = "k_scale" if k_scale is None else "v_scale"
+        raise ValueError(f"{missing} is None; k_scale and v_scale come together")
+    if k_scale is None:
+        same_float(q=q, k=k, v=v)
+        return
+    dtype("q", q, FLOATS)
+    for name, array in (("k", k), ("v", v)):
+        dtype(name, array, QUANTISED)
+    for name, array in (("k_scale", k_scale), ("v_scale", v_scale)):
+        shape(name, array, f"{pool} K", sizes)
+        dtype(name, array, ("float32",))
+
+
+def merge_states(outs, lses) -> None:
+    """Raise ValueError or TypeError unless outs is P B T N V and lses its P B T N."""
+    sizes: dict[str, int] = {}
+    shape("outs", outs, "P B T N V", sizes)
+    shape("lses", lses, "P B T N", sizes)
+    dtype("outs", outs, FLOATS)
+    dtype("lses", lses, ("float32", "float64"))
+    if sizes["P"] == 0:
+        raise ValueError("outs has no parts (P=0); at least one is needed")

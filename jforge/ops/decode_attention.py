@@ -1,0 +1,66 @@
+"""Attention of T new queries a row over a cache of keys and values: what the fast kernels must compute."""
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from jforge.core import masks
+from jforge.core.attend import attend
+from jforge.core.softmax import accumulation_dtype
+from jforge.ops import check
+
+
+def decode_attention(
+    q: Float[Array, "B T N H"],
+    k: Array,
+    v: Array,
+    lengths: Int[Array, "B"],
+    *,
+    scale: float,
+    window: int | None = None,
+    sinks: Float[Array, "N"] | None = None,
+    softcap: float | None = None,
+    page_table: Int[Array, "B P"] | None = None,
+    k_scale: Array | None = None,
+    v_scale: Array | None = None,
+    chunk: int | None = None,
+    out_dtype=None,
+) -> tuple[Float[Array, "B T N V"], Float[Array, "B T N"]]:
+    """out_t = sum_s softmax_s(cap(scale * q_t . k_s)) v_s over s < lengths[b]-T+t+1, the last `window` of them.
+
+    k: B S K H and v: B S K V in q's dtype; query head n reads KV head n // (N/K). With `page_table` they are pools
+    `pages page K H` and slot s of row b lies in page page_table[b, s // page]; entries past ceil(length/page) are
+    never followed. With k_scale and v_scale (float32, B S K or pages page K) they are int8 or fp8 and mean
+    stored * scale. `sinks` are logits in natural-log units, not scaled. `chunk` fixes how the kernels split the keys;
+    the result here does not depend on it.
+
+    Returns out in `out_dtype` (default q's) and lse, the natural log of the summed exponentials, sink included, in
+    float32 or wider. A query that sees nothing gives 0 and -inf (or the sink). Slots that no query may read may hold
+    NaN. Raises ValueError and TypeError from jforge.ops.check.
+    """
+    check.decode_attention(
+        q, k, v, lengths, scale=scale, window=window, sinks=sinks, softcap=softcap, page_table=page_table,
+        k_scale=k_scale, v_scale=v_scale, chunk=chunk, out_dtype=out_dtype,
+    )  # fmt: skip
+    if page_table is not None:
+        k, v, k_scale, v_scale = (x if x is None else _pages(x, page_table) for x in (k, v, k_scale, v_scale))
+    T, S = q.shape[1], k.shape[1]
+    check.length_values(lengths, S)
+    if k_scale is not None:
+        wide = accumulation_dtype(q)
+        k = k.astype(wide) * k_scale[..., None]
+        v = v.astype(wide) * v_scale[..., None]
+
+    q_pos = lengths[:, None] - T + jnp.arange(T)
+    k_pos = jnp.arange(S)
+    visible = masks.causal(q_pos[..., None], k_pos)
+    if window is not None:
+        visible &= masks.window(q_pos[..., None], k_pos, window)
+    out, lse = attend(q, k, v, visible, scale=scale, cap=softcap, sinks=sinks)
+    return out.astype(out_dtype or q.dtype), lse
+
+
+def _pages(pool: Array, page_table: Int[Array, "B P"]) -> Array:
+    """Lay the pages of each row end to end. Entries that no length reaches may be anything, so they are clipped."""
+    B, P = page_table.shape
+    rows = jnp.take(pool, jnp.clip(page_table, 0, pool.shape[0] - 1), axis=0)
+    return rows.reshape(B, P * pool.shape[1], *pool.shape[2:])
