@@ -1,1 +1,302 @@
-def check(*a): ...
+"""The laws that any attention must keep, public as `jforge.check`.
+
+A law needs no second implementation: it compares a mechanism with itself (decode with forward, chunks with one shot),
+with its own bookkeeping (visible, cost) or with what is true of every causal model. They run in float64 at 1e-10, so
+a pass is not a matter of luck; an error that forward and decode share is left to torch_ref and transformers.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property, partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jforge.core.attention import Attention
+from jforge.harness import compare
+from jforge.traffic import decode_traffic
+
+TITLES = {
+    "L1": "prefill = forward",
+    "L2": "folded decode = forward, float64 and float32",
+    "L3": "chunks = one shot",
+    "L4": "caches agree, slot by slot",
+    "L5": "unused slots may be NaN",
+    "L6": "ragged rows = rows alone",
+    "L7": "support of dy/dx = visible",
+    "L8": "bytes = buffers = traffic",
+    "L9": "no retrace, cache is a fixed point",
+    "L10": "batch order and position shift",
+    "L11": "gradients are finite",
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One law: the error against its tolerance, and what went wrong if anything did."""
+
+    law: str
+    error: float
+    tolerance: float
+    note: str = ""
+
+    @property
+    def ok(self) -> bool:
+        return self.error <= self.tolerance
+
+
+@dataclass(frozen=True)
+class Report:
+    """The outcome of `check`. `ok` is True when every law holds; prints as a table."""
+
+    rows: tuple[Row, ...]
+
+    @property
+    def ok(self) -> bool:
+        return all(row.ok for row in self.rows)
+
+    def __iter__(self) -> Iterator[Row]:
+        return iter(self.rows)
+
+    def __str__(self) -> str:
+        lines = [f"{'law':4} {'':38} {'error':>9} {'allowed':>9}"]
+        for row in self.rows:
+            verdict = "ok" if row.ok else f"FAILS {row.note}".rstrip()
+            lines.append(f"{row.law:4} {TITLES[row.law]:38} {row.error:9.1e} {row.tolerance:9.1e}  {verdict}")
+        return "\n".join(lines)
+
+
+def check(att: Attention, cfg=None, *, seed: int = 0) -> Report:
+    """Run every law on `att` with `cfg` (default: its first example). Works on anybody's Attention.
+
+    An exception inside a law fails that row and is its note; nothing is raised for a broken mechanism.
+    """
+    if not isinstance(att, Attention):
+        raise TypeError(f"att is a {type(att).__name__}; it must be a jforge.Attention")
+    cfg = att.examples[0] if cfg is None else cfg
+    rows = []
+    with jax.enable_x64(True):
+        bench = Bench(att, cfg, seed)
+        for law in TITLES:
+            tolerance = 0.0 if law in ("L7", "L8", "L9") else compare.OUT["float64"]
+            try:
+                error, note = LAWS[law](bench)
+            except Exception as problem:  # a broken mechanism may raise anything; the report must still come
+                error, note = (
+                    math.inf,
+                    f"{type(problem).__name__}: {str(problem).splitlines()[0] if str(problem) else ''}",
+                )
+            rows.append(Row(law, error, tolerance, note))
+    return Report(tuple(rows))
+
+
+class Bench:
+    """The inputs that the laws share, and jitted functions, so that each shape is compiled once."""
+
+    def __init__(self, att: Attention, cfg, seed: int):
+        self.att, self.cfg, self.seed = att, cfg, seed
+        self.spec = att.cache_spec(cfg)
+        sizes = [s for b in self.spec.values() for s in (b.every, b.limit) if s]
+        self.span = max(sizes, default=1)  # the longest window or block: every law crosses it
+        self.block = math.lcm(*(b.every for b in self.spec.values() if b.every))
+        self.T = max(9, 2 * self.span + 3)
+        self.capacity = self.T + 2
+        self.forward = jax.jit(lambda params, x: att.forward(params, cfg, x))
+        self.prefill = jax.jit(lambda params, x, cache: att.prefill(params, cfg, x, cache))
+        self.ragged = jax.jit(lambda params, x, cache, lengths: att.prefill(params, cfg, x, cache, lengths=lengths))
+        self.decode = jax.jit(lambda params, x, cache: att.decode(params, cfg, x, cache))
+
+    def params(self, dtype=jnp.float64):
+        return self.att.init_params(jax.random.key(self.seed), self.cfg, dtype)
+
+    def x(self, batch: int = 2, dtype=jnp.float64):
+        return jax.random.normal(jax.random.key(self.seed + 1), (batch, self.T, self.cfg.hidden_size), dtype)
+
+    def empty(self, batch: int = 2, dtype=jnp.float64, poison: bool = False):
+        cache = self.att.init_cache(self.cfg, batch, self.capacity, dtype)
+        return self.spec.poison(self.cfg, cache) if poison else cache
+
+    @cached_property
+    def truth(self):
+        """forward of x in float64."""
+        return self.forward(self.params(), self.x())
+
+    @cached_property
+    def one_shot(self):
+        """(y, cache) of one prefill of x."""
+        return self.prefill(self.params(), self.x(), self.empty())
+
+    @cached_property
+    def folded(self):
+        """(y, cache) of decoding x token by token."""
+        return self.fold(self.x(), self.empty())
+
+    def fold(self, x, cache, poison: bool = False):
+        params, ys = self.params(x.dtype), []
+        for t in range(x.shape[1]):
+            y, cache = self.decode(params, x[:, t : t + 1], cache)
+            cache = self.spec.poison(self.cfg, cache) if poison else cache
+            ys.append(y)
+        return jnp.concatenate(ys, axis=1), cache
+
+    def chunks(self, sizes: tuple[int, ...], poison: bool = False):
+        cache, ys, x = self.empty(poison=poison), [], self.x()
+        for start, size in zip(np.cumsum((0, *sizes)), sizes, strict=False):
+            y, cache = self.prefill(self.params(), x[:, start : start + size], cache)
+            cache = self.spec.poison(self.cfg, cache) if poison else cache
+            ys.append(y)
+        return jnp.concatenate(ys, axis=1), cache
+
+    @cached_property
+    def splits(self) -> tuple[tuple[int, ...], ...]:
+        """Two ways to cut T: small uneven chunks, and a cut just past the longest window or block."""
+        return (2, 3, 1, self.T - 6), (self.span + 1, self.T - self.span - 1)
+
+
+def _l1(b: Bench):
+    return compare.relative(b.one_shot[0], b.truth), ""
+
+
+def _l2(b: Bench):
+    wide = compare.relative(b.folded[0], b.truth)
+    x = b.x(dtype=jnp.float32)
+    got, _ = b.fold(x, b.empty(dtype=jnp.float32))
+    narrow = compare.relative(got, b.forward(b.params(jnp.float32), x))
+    if got.dtype != jnp.float32 or narrow > compare.OUT["float32"]:
+        return math.inf, f"float32: error {narrow:.1e}, dtype {got.dtype}"
+    return wide, ""
+
+
+def _l3(b: Bench):
+    errors = {sizes: compare.relative(b.chunks(sizes)[0], b.truth) for sizes in b.splits}
+    worst = max(errors, key=errors.get)
+    return errors[worst], f"chunks of {worst}"
+
+
+def _l4(b: Bench):
+    others = {"decode": b.folded[1]} | {f"chunks of {s}": b.chunks(s)[1] for s in b.splits}
+    b.spec.check(b.one_shot[1])
+    errors = {name: compare.caches(b.spec, b.cfg, cache, b.one_shot[1]) for name, cache in others.items()}
+    worst = max(errors, key=errors.get)
+    return errors[worst], f"after {worst}"
+
+
+def _l5(b: Bench):
+    decoded, cache = b.fold(b.x(), b.empty(poison=True), poison=True)
+    chunked, _ = b.chunks(b.splits[0], poison=True)
+    errors = compare.relative(decoded, b.truth), compare.relative(chunked, b.truth)
+    return max(*errors, compare.caches(b.spec, b.cfg, cache, b.one_shot[1])), ""
+
+
+def _l6(b: Bench):
+    """Rows of many lengths, NaN at the pads, then one more token: as if each row had been alone."""
+    lengths = sorted({n for n in (0, 1, b.span - 1, b.span, b.span + 1, 2 * b.span, b.T - 1) if 0 <= n < b.T})
+    n, x = jnp.array(lengths, jnp.int32), b.x(len(lengths))
+    truth = b.forward(b.params(), x)
+    real = (jnp.arange(b.T) < n[:, None])[..., None]
+    y, cache = b.ragged(b.params(), jnp.where(real, x, jnp.nan), b.empty(len(lengths), poison=True), n)
+    next_x = jnp.take_along_axis(x, n[:, None, None], axis=1)
+    next_y, after = b.decode(b.params(), next_x, cache)
+    row = len(lengths) - 1
+    _, alone = b.prefill(b.params(), x[row:, : lengths[row]], b.empty(1))
+    errors = {
+        "prefill": compare.relative(y, jnp.where(real, truth, 0)),
+        "the next token": compare.relative(next_y, jnp.take_along_axis(truth, n[:, None, None], axis=1)),
+        "the cache": compare.caches(b.spec, b.cfg, jax.tree.map(lambda a: a[row:], cache), alone),
+        "length": float(jnp.abs(after.length - n - 1).max()),
+    }
+    worst = max(errors, key=errors.get)
+    return errors[worst], worst
+
+
+def _l7(b: Bench):
+    """Count the (t, s) where dy_t/dx_s is non-zero and visible says no, or the reverse."""
+    params, x = b.params(), b.x(1)
+    probe = jax.random.normal(jax.random.key(7), x.shape[2:], x.dtype)
+    jacobian = jax.jit(jax.jacrev(lambda x: b.att.forward(params, b.cfg, x)[0] @ probe))(x)
+    support = (jacobian[:, 0] != 0).any(axis=-1)
+    order = jnp.arange(b.T)
+    seen = jnp.broadcast_to(b.att.visible(b.cfg, order[:, None], order), support.shape)
+    picks = [_picks(b, params, x, t) for t in range(b.T)]
+    if picks[0] is None:
+        return float((support != seen).sum()), "pairs differ"
+    hidden, missed = support & ~seen, jnp.stack(picks) & ~support
+    return float(hidden.sum() + missed.sum()), f"{hidden.sum()} pairs not visible, {missed.sum()} picks unused"
+
+
+def _picks(b: Bench, params, x, t: int):
+    """bool[T]: the tokens that decode would pick for token t; None where nothing is chosen."""
+    cache = b.empty(1)
+    if t:
+        _, cache = b.ragged(params, x, cache, jnp.array([t], jnp.int32))
+    selection = b.att.select(params, b.cfg, x[:, t : t + 1], cache)
+    return None if selection is None else b.att.tokens_of(b.cfg, selection, b.T)[0, 0]
+
+
+def _l8(b: Bench):
+    """Bytes at three contexts, two dtypes, and with and without a block that closes."""
+    for dtype in (jnp.float32, jnp.bfloat16):
+        for context in (b.block * n for n in (3, 8, 17)):
+            cache = b.att.init_cache(b.cfg, 1, context, dtype)
+            stored = {name: getattr(cache, name).nbytes for name in b.spec}
+            for closing in (False, True):
+                cost = b.att.cost(b.cfg, context=context, dtype=dtype, closing=closing)
+                moved = decode_traffic(b.att, b.cfg, context, dtype, closing=closing)
+                pairs = {"stored": (cost.stored, stored), "read": (cost.read, moved.read)}
+                pairs["written"] = (cost.written, moved.written)
+                pairs["fixed + per_token"] = ({"": cost.fixed + cost.per_token * context}, {"": sum(stored.values())})
+                for what, (claimed, counted) in pairs.items():
+                    if dict(claimed) != counted:
+                        note = (
+                            f"{what} at context {context}, {jnp.dtype(dtype)}: cost {dict(claimed)}, counted {counted}"
+                        )
+                        return math.inf, note
+    return 0.0, ""
+
+
+def _l9(b: Bench):
+    traces = 0
+
+    @partial(jax.jit, static_argnames="cfg", donate_argnames="cache")
+    def step(params, x, cache, cfg):
+        nonlocal traces
+        traces += 1
+        return b.att.decode(params, cfg, x, cache)
+
+    cache = b.empty()
+    kind = lambda c: (jax.tree.structure(c), [(a.shape, a.dtype) for a in jax.tree.leaves(c)])  # noqa: E731
+    before = kind(cache)
+    for t in range(3):
+        _, cache = step(b.params(), b.x()[:, t : t + 1], cache, b.cfg)
+        if kind(cache) != before:
+            return math.inf, f"the cache changes from {before} to {kind(cache)}"
+    return float(traces - 1), f"{traces} traces"
+
+
+def _l10(b: Bench):
+    swapped = compare.relative(b.forward(b.params(), b.x()[::-1])[::-1], b.truth)
+    order = jnp.broadcast_to(jnp.arange(b.T), b.x().shape[:2])
+    shifted = compare.relative(b.att.forward(b.params(), b.cfg, b.x(), positions=order + 37), b.truth)
+    return max(swapped, shifted), "batch order" if swapped > shifted else "positions + 37"
+
+
+def _l11(b: Bench):
+    """Gradients of forward and of a ragged prefill whose pads and unused slots are NaN; those of the pads are 0."""
+    n = jnp.array([b.T, b.T - 4], jnp.int32)
+    pads = (jnp.arange(b.T) >= n[:, None])[..., None]
+    x = jnp.where(pads, jnp.nan, b.x())
+    plain = jax.jit(jax.grad(lambda p, x: (b.att.forward(p, b.cfg, x) ** 2).sum(), argnums=(0, 1)))
+    ragged = jax.jit(jax.grad(lambda p, x, c: (b.att.prefill(p, b.cfg, x, c, lengths=n)[0] ** 2).sum(), argnums=(0, 1)))
+    of_forward = plain(b.params(), b.x())
+    of_prefill = ragged(b.params(), x, b.empty(poison=True))
+    if not compare.finite(of_forward) or not compare.finite(of_prefill):
+        return math.inf, "NaN or Inf in a gradient"
+    return float(jnp.abs(jnp.where(pads, of_prefill[1], 0)).max()), "gradient to pads"
+
+
+LAWS: dict[str, Callable[[Bench], tuple[float, str]]] = {
+    "L1": _l1, "L2": _l2, "L3": _l3, "L4": _l4, "L5": _l5, "L6": _l6,
+    "L7": _l7, "L8": _l8, "L9": _l9, "L10": _l10, "L11": _l11,
+}  # fmt: skip

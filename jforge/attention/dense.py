@@ -204,7 +204,7 @@ def prefill(
     cache = KVCache(append(cache.k, k, step), append(cache.v, v, step), step.length)
     mask = visible(cfg, step.positions[..., None], jnp.arange(S)) & step.keep[..., None]
     out, _ = attend(q.astype(cache.k.dtype), cache.k, cache.v, mask, scale=cfg.scaling, cap=cfg.attn_logit_softcapping)
-    return end(step, project_out(params, cfg, step.x, out.astype(cache.k.dtype)), x.dtype), cache
+    return end(step, project_out(params, cfg, step.x, out), x.dtype), cache
 
 
 def decode(
@@ -216,7 +216,13 @@ def decode(
     q, k, v = project(params, cfg, step.x, step.positions)
     cache = KVCache(append(cache.k, k, step), append(cache.v, v, step), step.length)
     out, _ = ops.decode_attention(
-        q.astype(cache.k.dtype), cache.k, cache.v, cache.length, scale=cfg.scaling, softcap=cfg.attn_logit_softcapping
+        q.astype(cache.k.dtype),
+        cache.k,
+        cache.v,
+        cache.length,
+        scale=cfg.scaling,
+        softcap=cfg.attn_logit_softcapping,
+        out_dtype=x.dtype,
     )
     return end(step, project_out(params, cfg, step.x, out), x.dtype), cache
 
@@ -272,6 +278,10 @@ gqa = Attention(
     tokens_of=no_tokens,
     cache_spec=cache_spec,
     cost=cost,
+    models={
+        "Llama-3.1-8B": Config(hidden_size=4096, num_attention_heads=32, num_key_value_heads=8),
+        "Qwen3-235B-A22B": Config(hidden_size=4096, num_attention_heads=64, num_key_value_heads=4, head_dim=128),
+    },
     examples=(
         Config(hidden_size=24, num_attention_heads=6, num_key_value_heads=2, head_dim=10, rope_parameters=_LLAMA3),
         Config(hidden_size=20, num_attention_heads=4, num_key_value_heads=2, qk_norm="head", head_dim=6,
@@ -296,10 +306,12 @@ mha = gqa._replace(
 mqa = gqa._replace(
     summary="multi-query: all query heads share one key/value head (Shazeer 2019, Falcon-7B)",
     Config=MQAConfig,
+    models={"Falcon-7B": MQAConfig(hidden_size=4544, num_attention_heads=71)},
     examples=(MQAConfig(hidden_size=30, num_attention_heads=5, rope_parameters=_PLAIN),),
 )
 single_head = gqa._replace(
     summary="one head: softmax(q k) v and nothing else; here without positions (NoPE)",
     Config=SingleHeadConfig,
+    models={},
     examples=(SingleHeadConfig(hidden_size=11, head_dim=7),),
 )

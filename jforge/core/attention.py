@@ -1,6 +1,6 @@
 """The Attention tuple: one mechanism as a set of pure functions."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -38,6 +38,8 @@ class Attention(NamedTuple):
     """(cfg) -> CacheSpec."""
     cost: Callable
     """(cfg, *, context, batch=1, capacity=None, dtype=bfloat16, closing=False) -> Cost of one decode step."""
+    models: Mapping[str, Any]
+    """{model: Config} of shipped models, one layer each: what tables show. No array is ever made for them."""
     examples: tuple
     """Small Configs for tests, odd sizes included."""
 

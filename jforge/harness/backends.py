@@ -1,0 +1,86 @@
+"""The four implementations of the ops behind one call: NumPy in, NumPy out.
+
+On a machine without a GPU the kernels run in their interpreters, and each backend lists the dtypes that it gets right
+there: Triton's interpreter miscomputes bfloat16 dots, and Mosaic's wgmma has no float32.
+"""
+
+import functools
+import importlib
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import ModuleType
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jforge.harness.cases import DTYPES, Case, Inputs, build
+
+
+@dataclass(frozen=True)
+class Backend:
+    """`dtypes` are judged here on the CPU, `gpu_dtypes` on a GPU; `call(op, inputs)` returns float64 NumPy arrays."""
+
+    name: str
+    package: str
+    framework: str
+    dtypes: tuple[str, ...]
+    gpu_dtypes: tuple[str, ...]
+
+    @functools.cached_property
+    def ops(self) -> ModuleType:
+        """The package. Without a GPU, asks Triton for its interpreter before the first import."""
+        if self.package == "triton_kernels" and not gpu():
+            os.environ.setdefault("TRITON_INTERPRET", "1")
+        return importlib.import_module(self.package)
+
+    def call(self, op: str, inputs: Inputs) -> tuple[np.ndarray, ...]:
+        run = _torch_call if self.framework == "torch" else _jax_call
+        return run(getattr(self.ops, op), inputs)
+
+    def run(self, case: Case, dtype: str, seed: int = 0) -> tuple[np.ndarray, ...]:
+        return self.call(case.op, build(case, dtype, seed))
+
+
+BACKENDS = {
+    b.name: b
+    for b in (
+        Backend("jforge", "jforge.ops", "jax", ("float32", "bfloat16", "float16"), ("float32", "bfloat16", "float16")),
+        Backend("torch_ref", "torch_ref.ops", "torch", ("float32", "bfloat16", "float16"), ("float32", "bfloat16", "float16")),
+        Backend("triton", "triton_kernels", "torch", ("float32", "float16"), ("float32", "bfloat16", "float16")),
+        Backend("pallas", "pallas_kernels", "jax", ("bfloat16", "float16"), ("bfloat16", "float16")),
+    )
+}  # fmt: skip
+
+
+@functools.cache
+def gpu() -> bool:
+    """Does JAX see a GPU? torch is asked only where its tensors are made."""
+    return jax.default_backend() == "gpu"
+
+
+def _jax_call(op: Callable, inputs: Inputs) -> tuple[np.ndarray, ...]:
+    options = {k: jnp.asarray(v) if isinstance(v, np.ndarray) else v for k, v in inputs.options.items()}
+    results = op(*(jnp.asarray(a) for a in inputs.arrays.values()), **options)
+    return tuple(np.asarray(r, np.float64) for r in results)
+
+
+def _torch_call(op: Callable, inputs: Inputs) -> tuple[np.ndarray, ...]:
+    import torch
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    options = {k: to_torch(v).to(device) if isinstance(v, np.ndarray) else v for k, v in inputs.options.items()}
+    if isinstance(options.get("out_dtype"), str):
+        options["out_dtype"] = getattr(torch, options["out_dtype"])
+    results = op(*(to_torch(a).to(device) for a in inputs.arrays.values()), **options)
+    return tuple(r.double().cpu().numpy() for r in results)
+
+
+def to_torch(array: np.ndarray):
+    """A torch tensor of the same values; NumPy's bfloat16 is a type that torch does not know."""
+    import torch
+
+    if array.dtype == DTYPES["bfloat16"]:
+        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(array)

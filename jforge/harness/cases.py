@@ -1,0 +1,112 @@
+"""The named op cases: one list that tests, `jforge equiv`, benchmarks and GPU runs read.
+
+A case is sizes, row lengths and options; `build` draws its inputs, and puts NaN into every slot that no query may
+read, so that each case is also a poison test.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+DTYPES = {n: np.dtype(n) for n in ("float16", "float32", "float64")} | {"bfloat16": np.dtype(ml_dtypes.bfloat16)}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call of an op. `sizes` by letter (DESIGN names); `lengths` one a row; `options` are keyword arguments."""
+
+    name: str
+    op: str
+    sizes: Mapping[str, int]
+    lengths: tuple[int, ...] = ()
+    options: Mapping[str, Any] = field(default_factory=dict)
+    tags: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Arguments of one call: arrays in the order of the op's signature, then keyword arguments (arrays included)."""
+
+    arrays: Mapping[str, np.ndarray]
+    options: Mapping[str, Any]
+
+
+def build(case: Case, dtype: str, seed: int = 0) -> Inputs:
+    """Draw the inputs of `case`, rounded to `dtype` ("float16", "bfloat16", "float32", "float64")."""
+    return _BUILD[case.op](case, DTYPES[dtype], np.random.default_rng([seed, *case.name.encode()]))
+
+
+def _decode_attention(case: Case, dtype: np.dtype, rng: np.random.Generator) -> Inputs:
+    B, T, N, K, S, H, V = (case.sizes[axis] for axis in "BTNKSHV")
+    arrays = {"q": (B, T, N, H), "k": (B, S, K, H), "v": (B, S, K, V)}
+    arrays = {name: rng.standard_normal(shape).astype(dtype) for name, shape in arrays.items()}
+    window = case.options.get("window") or S
+    for row, length in enumerate(case.lengths):
+        unread = np.ones(S, bool)
+        unread[max(0, length - T + 1 - window) : length] = False
+        arrays["k"][row, unread] = np.nan
+        arrays["v"][row, unread] = np.nan
+    options = {"scale": H**-0.5, **case.options}
+    if options.pop("sinks", False):
+        options["sinks"] = rng.standard_normal(N).astype(np.float32)
+    return Inputs({**arrays, "lengths": np.array(case.lengths, np.int32)}, options)
+
+
+def _merge_states(case: Case, dtype: np.dtype, rng: np.random.Generator) -> Inputs:
+    """Part p of row b is empty where p >= lengths[b]: NaN with lse = -inf."""
+    P, B, T, N, V = (case.sizes[axis] for axis in "PBTNV")
+    outs = rng.standard_normal((P, B, T, N, V)).astype(dtype)
+    lses = (3 * rng.standard_normal((P, B, T, N))).astype(np.float64 if dtype.itemsize == 8 else np.float32)
+    for row, parts in enumerate(case.lengths):
+        outs[parts:, row], lses[parts:, row] = np.nan, -np.inf
+    return Inputs({"outs": outs, "lses": lses}, {})
+
+
+_BUILD = {"decode_attention": _decode_attention, "merge_states": _merge_states}
+
+
+def _attention(name, B, N, K, H, S, lengths, *tags, T=1, V=None, **options) -> Case:
+    sizes = {"B": B, "T": T, "N": N, "K": K, "S": S, "H": H, "V": V or H}
+    return Case(name, "decode_attention", sizes, lengths, options, frozenset(tags))
+
+
+def _merge(name, P, B, T, N, V, lengths, *tags) -> Case:
+    sizes = {"P": P, "B": B, "T": T, "N": N, "V": V}
+    return Case(name, "merge_states", sizes, lengths, {}, frozenset(tags))
+
+
+CASES: tuple[Case, ...] = (
+    _attention("llama", 2, 8, 2, 128, 192, (192, 77), "basic"),
+    _attention("mha", 2, 3, 3, 64, 128, (128, 5), "basic"),
+    _attention("mqa", 2, 8, 1, 64, 128, (127, 128), "basic"),
+    _attention("group_3", 1, 6, 2, 128, 128, (100,), "basic"),
+    _attention("empty_rows", 4, 8, 2, 64, 128, (0, 1, 0, 2), "basic"),
+    _attention("block_edges", 4, 4, 1, 64, 192, (63, 64, 65, 129), "basic"),
+    _attention("long", 1, 4, 1, 128, 1024, (1000,), "basic"),
+    _attention("ragged", 3, 4, 2, 128, 512, (512, 0, 300), "basic"),
+    _attention("large_logits", 2, 4, 2, 64, 128, (128, 40), scale=40.0),
+    _attention("chunked", 3, 4, 2, 64, 512, (512, 129, 0), chunk=128),
+    _attention("float32_out", 2, 8, 2, 64, 128, (128, 17), out_dtype="float32"),
+    _attention("sinks", 3, 8, 2, 64, 256, (256, 0, 90), sinks=True),
+    _attention("softcap", 2, 8, 2, 128, 128, (128, 33), softcap=5.0),
+    _attention("window", 4, 8, 2, 64, 256, (256, 0, 64, 131), window=67),
+    _attention("window_sinks", 2, 8, 2, 64, 256, (256, 30), window=128, sinks=True, chunk=64),
+    _attention("four_queries", 3, 8, 2, 64, 256, (256, 2, 130), T=4),
+    _attention("four_queries_window", 2, 8, 2, 128, 256, (256, 70), T=4, window=50, sinks=True, softcap=20.0),
+    _attention("wide_group", 2, 32, 2, 64, 128, (128, 70), T=1),
+    _attention("group_71", 1, 71, 1, 64, 128, (90,)),
+    _attention("head_80", 2, 8, 2, 80, 128, (128, 31)),
+    _attention("head_96", 2, 8, 2, 96, 128, (128, 31)),
+    _attention("head_192_128", 2, 8, 2, 192, 128, (128, 31), V=128),
+    _attention("head_256", 2, 8, 2, 256, 128, (128, 31)),
+    _merge("merge_two", 2, 2, 1, 8, 128, (2, 1), "basic"),
+    _merge("merge_many", 5, 3, 2, 4, 64, (5, 0, 3), "basic"),
+)
+
+
+def cases(op: str | None = None, tag: str | None = None) -> tuple[Case, ...]:
+    """The cases of an op, of a tag, or all."""
+    return tuple(c for c in CASES if op in (None, c.op) and (tag is None or tag in c.tags))

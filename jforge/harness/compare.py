@@ -1,0 +1,56 @@
+"""How results are judged: one table of tolerances and the few metrics that go with it."""
+
+import math
+
+import jax
+import numpy as np
+
+OUT = {"float64": 1e-10, "float32": 1e-5, "float16": 1e-3, "bfloat16": 4e-3}
+"""Largest relative norm error of an output, by the dtype of its inputs."""
+LSE = {"float64": 1e-10, "float32": 1e-5, "float16": 1e-3, "bfloat16": 1e-3}
+"""Largest absolute error of a log-sum-exp."""
+
+
+def relative(got, want) -> float:
+    """max |got - want| / max |want|, inf where anything is not finite; absolute where want is all zero."""
+    got, want = (np.asarray(a, np.float64) for a in (got, want))
+    if got.shape != want.shape or not np.isfinite(got).all() or not np.isfinite(want).all():
+        return math.inf
+    if want.size == 0:
+        return 0.0
+    return float(np.abs(got - want).max() / (np.abs(want).max() or 1.0))
+
+
+def worst_head(got, want) -> float:
+    """max over (b, n) of ||got - want|| / ||want|| for outs B T N V; a head whose reference is 0 must be exactly 0."""
+    got, want = (np.asarray(a, np.float64) for a in (got, want))
+    if got.shape != want.shape or not np.isfinite(got).all():
+        return math.inf
+    difference = np.linalg.norm(got - want, axis=(1, 3))
+    norm = np.linalg.norm(want, axis=(1, 3))
+    error = np.where(norm > 0, difference / np.where(norm > 0, norm, 1), np.where(difference > 0, math.inf, 0))
+    return float(error.max(initial=0))
+
+
+def lse_error(got, want) -> float:
+    """max |got - want|, where -inf must meet -inf; NaN and other infinities give inf."""
+    got, want = (np.asarray(a, np.float64) for a in (got, want))
+    if got.shape != want.shape or (np.isneginf(got) != np.isneginf(want)).any():
+        return math.inf
+    finite = ~np.isneginf(want)
+    if not np.isfinite(got[finite]).all():
+        return math.inf
+    return float(np.abs(got[finite] - want[finite]).max(initial=0))
+
+
+def caches(spec, cfg, got, want) -> float:
+    """The worst relative error over the valid slots of two caches of one spec; inf where the lengths differ."""
+    if (np.asarray(got.length) != np.asarray(want.length)).any():
+        return math.inf
+    used = spec.used(cfg, want)
+    blank = lambda cache, name: np.where(used[name], np.asarray(getattr(cache, name), np.float64), 0)  # noqa: E731
+    return max((relative(blank(got, n), blank(want, n)) for n in spec), default=0.0)
+
+
+def finite(tree) -> bool:
+    return all(np.isfinite(np.asarray(leaf, np.float64)).all() for leaf in jax.tree.leaves(tree))

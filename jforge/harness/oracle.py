@@ -1,0 +1,42 @@
+"""What each op means, in float64 NumPy, one query at a time: slow, and with nothing to hide a mistake in."""
+
+import numpy as np
+
+
+def decode_attention(q, k, v, lengths, *, scale, window=None, sinks=None, softcap=None, chunk=None, out_dtype=None):
+    """(out, lse) in float64; see jforge.ops.decode_attention. chunk and out_dtype change nothing here."""
+    q, k, v = (np.asarray(a, np.float64) for a in (q, k, v))
+    B, T, N, _ = q.shape
+    group = N // k.shape[2]
+    out, lse = np.zeros((B, T, N, v.shape[-1])), np.full((B, T, N), -np.inf)
+    for b, t, n in np.ndindex(B, T, N):
+        end = int(lengths[b]) - T + t + 1
+        start = 0 if window is None else max(0, end - window)
+        sink = -np.inf if sinks is None else float(sinks[n])
+        if end <= 0:
+            lse[b, t, n] = sink
+            continue
+        logits = scale * k[b, start:end, n // group] @ q[b, t, n]
+        if softcap is not None:
+            logits = softcap * np.tanh(logits / softcap)
+        top = max(logits.max(), sink)
+        weights = np.exp(logits - top)
+        total = weights.sum() + np.exp(sink - top)
+        out[b, t, n] = weights @ v[b, start:end, n // group] / total
+        lse[b, t, n] = top + np.log(total)
+    return out, lse
+
+
+def merge_states(outs, lses):
+    """(out, lse) in float64; see jforge.ops.merge_states."""
+    outs, lses = np.asarray(outs, np.float64), np.asarray(lses, np.float64)
+    out, lse = np.zeros(outs.shape[1:]), np.full(lses.shape[1:], -np.inf)
+    for index in np.ndindex(lse.shape):
+        parts = [p for p in range(len(lses)) if lses[(p, *index)] > -np.inf]
+        if parts:
+            logs = np.array([lses[(p, *index)] for p in parts])
+            top = logs.max()
+            weights = np.exp(logs - top)
+            out[index] = sum(w * outs[(p, *index)] for w, p in zip(weights, parts, strict=True)) / weights.sum()
+            lse[index] = top + np.log(weights.sum())
+    return out, lse

@@ -1,0 +1,164 @@
+"""Weights of a Hugging Face layer -> jforge parameters.
+
+    att, cfg, params = convert(model.config, model.state_dict(), layer=0)
+    y = att.forward(params, cfg, hidden_states)          # what layers[0].self_attn makes of its hidden_states
+
+torch keeps a Linear as [out, in] with the heads inside `out`; jforge keeps "D N H" (attention.dense.shapes). q and k
+rows are used as they are: Hugging Face checkpoints are in the `half` RoPE layout already. torch is never imported.
+"""
+
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jforge import hf_config
+from jforge.attention import REGISTRY
+from jforge.core.attention import Attention
+
+Params = dict[str, jax.Array]
+
+_ATTENTION = re.compile(r"(?:^|\.)(?:layers\.(?P<a>\d+)\.self_attn|h\.(?P<b>\d+)\.self_attention)\.(?P<name>.+)$")
+_TOWERS = re.compile(r"vision|visual|image|audio|encoder|mtp")  # they have layers.{i}.self_attn too
+_BUFFERS = ("rotary_emb.inv_freq",)  # old checkpoints carry it; it follows from the config
+
+
+def convert(config: Any, state_dict: Mapping[str, Any], layer: int) -> tuple[Attention, Any, Params]:
+    """(Attention, Config, params) of one layer.
+
+    config:     a parsed config.json or a transformers config.
+    state_dict: the whole model's, {name: array}; torch tensors, NumPy or JAX arrays, with any module prefix.
+    layer:      0 .. num_hidden_layers - 1.
+    Params keep the weights' dtype. Raises ValueError for a layer outside the model, and for a weight that is missing,
+    of another shape, or without a place in the Config (a bias, a quantisation scale), naming the key;
+    NotImplementedError as hf_config.layer does.
+    """
+    name, cfg = hf_config.layer(config, layer)
+    split = _SPLITS.get(hf_config.text_config(config)["model_type"], _split_projections)
+    weights = _Weights(state_dict, layer)
+    params = split(weights, cfg)
+    weights.check_all_used()
+    return REGISTRY[name], cfg, params
+
+
+class _Weights:
+    """The attention weights of one layer, each asked for by its name below the attention module."""
+
+    def __init__(self, state_dict: Mapping[str, Any], layer: int):
+        self.prefix, self.found = _find(state_dict, layer)
+        self.used: set[str] = set()
+
+    def take(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
+        key = self.prefix + name
+        if name not in self.found:
+            raise ValueError(f"{key} is missing from the state dict; it must have shape {shape}")
+        value = self.found[name]
+        if tuple(value.shape) != shape:
+            raise ValueError(f"{key} has shape {tuple(value.shape)}; it must be {shape}")
+        self.used.add(name)
+        return _numpy(value)
+
+    def check_all_used(self) -> None:
+        for name in self.found:
+            if name not in self.used and name not in _BUFFERS:
+                raise ValueError(f"{self.prefix}{name} is in the state dict, but the config has no place for it")
+
+
+def _find(state_dict: Mapping[str, Any], layer: int) -> tuple[str, dict[str, Any]]:
+    """(prefix of the layer's attention weights, {name below it: array}); a prefix to name in errors if none is there.
+
+    Other towers of a multimodal model and prediction heads are passed over where the text model is there as well.
+    """
+    groups: dict[str, dict[str, Any]] = {}
+    for key, value in state_dict.items():
+        match = _ATTENTION.search(key)
+        if match and int(match["a"] or match["b"]) == layer:
+            groups.setdefault(key[: match.start("name")], {})[match["name"]] = value
+    if not groups:
+        return f"layers.{layer}.self_attn.", {}
+    text = [prefix for prefix in groups if not _TOWERS.search(prefix)] or list(groups)
+    if len(text) > 1:
+        raise ValueError(f"the state dict has several attention modules for layer {layer}: {', '.join(sorted(text))}")
+    return text[0], groups[text[0]]
+
+
+def _numpy(value: Any) -> np.ndarray:
+    """A torch tensor, NumPy or JAX array as NumPy, in its own dtype."""
+    if not hasattr(value, "detach"):
+        return np.asarray(value)
+    value = value.detach().cpu()
+    if str(value.dtype) == "torch.bfloat16":  # NumPy has no bfloat16 of its own; through float32 it is exact
+        return value.float().numpy().astype(jnp.bfloat16)
+    return value.numpy()
+
+
+def _jax(value: np.ndarray) -> jax.Array:
+    """A copy on the default device, float64 included."""
+    with jax.enable_x64(value.dtype == np.float64):
+        return jnp.array(value)
+
+
+def _heads_last(weight: np.ndarray, heads: int) -> jax.Array:
+    """[heads * H, D] -> D heads H."""
+    return _jax(weight.T.reshape(weight.shape[1], heads, -1))
+
+
+def _output(weights: _Weights, cfg: Any, name: str) -> Params:
+    """The output projection: [D, N * V] -> N V D, and its bias."""
+    D, N, V = cfg.hidden_size, cfg.num_attention_heads, cfg.v_head_dim
+    params = {"wo": _jax(weights.take(f"{name}.weight", (D, N * V)).T.reshape(N, V, D))}
+    if cfg.attention_output_bias:
+        params["bo"] = _jax(weights.take(f"{name}.bias", (D,)))
+    return params
+
+
+def _split_projections(weights: _Weights, cfg: Any) -> Params:
+    """q_proj, k_proj, v_proj, o_proj, and q_norm, k_norm: every family but Falcon.
+
+    With an output gate (Qwen3-Next) q_proj holds, head by head, [query | gate].
+    """
+    D, N, K, H, V = cfg.hidden_size, cfg.num_attention_heads, cfg.num_key_value_heads, cfg.head_dim, cfg.v_head_dim
+    params = {}
+    if cfg.attn_output_gate:
+        both = weights.take("q_proj.weight", (N * (H + V), D)).T.reshape(D, N, H + V)
+        params |= {"wq": _jax(both[..., :H]), "wg": _jax(both[..., H:])}
+    else:
+        params["wq"] = _heads_last(weights.take("q_proj.weight", (N * H, D)), N)
+    params["wk"] = _heads_last(weights.take("k_proj.weight", (K * H, D)), K)
+    params["wv"] = _heads_last(weights.take("v_proj.weight", (K * V, D)), K)
+    if cfg.attention_bias:
+        for x, shape in (("q", (N, H)), ("k", (K, H)), ("v", (K, V))):
+            bias = weights.take(f"{x}_proj.bias", (shape[0] * shape[1],))
+            params[f"b{x}"] = _jax(bias.reshape(shape))
+    if cfg.qk_norm:
+        flat = cfg.qk_norm == "flat"
+        for x, heads in (("q", N), ("k", K)):
+            norm = weights.take(f"{x}_norm.weight", (heads * H,) if flat else (H,))
+            params[f"{x}_norm"] = _jax(norm.reshape(heads, H) if flat else norm)
+    return params | _output(weights, cfg, "o_proj")
+
+
+def _split_fused(weights: _Weights, cfg: Any) -> Params:
+    """Falcon's query_key_value: for each key/value head its G queries, then its key, then its value.
+
+    With K = 1 that is [all queries | key | value], with K = N it is [query | key | value] head by head: the three
+    layouts of the model are one.
+    """
+    D, N, K, H = cfg.hidden_size, cfg.num_attention_heads, cfg.num_key_value_heads, cfg.head_dim
+    G = N // K
+    fused = weights.take("query_key_value.weight", ((N + 2 * K) * H, D)).T.reshape(D, K, G + 2, H)
+    params = {
+        "wq": _jax(fused[:, :, :G].reshape(D, N, H)),
+        "wk": _jax(fused[:, :, G]),
+        "wv": _jax(fused[:, :, G + 1]),
+    }
+    if cfg.attention_bias:
+        bias = weights.take("query_key_value.bias", ((N + 2 * K) * H,)).reshape(K, G + 2, H)
+        params |= {"bq": _jax(bias[:, :G].reshape(N, H)), "bk": _jax(bias[:, G]), "bv": _jax(bias[:, G + 1])}
+    return params | _output(weights, cfg, "dense")
+
+
+_SPLITS: dict[str, Callable[[_Weights, Any], Params]] = {"falcon": _split_fused}

@@ -1,0 +1,169 @@
+"""Dense split-KV decode attention with keys on the rows of the MMA ("swap-AB"), for MHA, GQA and MQA.
+
+Each program owns one row of the batch, one KV head, up to 64 query rows and one split of the keys. Warpgroup 1 fills a
+ring of K and V tiles by TMA; warpgroup 0 computes, for every tile of 64 keys,
+
+    S^T = K Q^T,   P^T = exp2(S^T - max),   O^T <- O^T exp2(old max - max) + V^T P^T.
+
+With keys on M and query rows on N (a multiple of 8) a group of 4 or 8 heads wastes almost nothing of the 64-row MMA,
+and the accumulators take few registers, so that several programs share an SM. P goes through shared memory: the
+interpreter cannot feed an MMA from registers, and on an H100 the way through shared memory costs under 1%.
+
+Query rows come in boxes of 8: the heads of a group are cut into `units` of g <= 8 heads (g divides N/K), one box a unit
+and query token; TMA fills the rows past g with zeros and drops them again on the way out. So q, k, v and out are used
+where they lie, without padding, slicing or transposing.
+"""
+
+import functools
+from dataclasses import dataclass
+
+import jax
+import numpy as np
+
+from jforge.ops import check
+from pallas_kernels.compat import jnp, launch, plgpu, swizzled, target
+from pallas_kernels.decode_attention_kernel import BOX, kernel
+from pallas_kernels.merge_states import merge
+from pallas_kernels.plan import SMS, default_config, fill_splits, lookup, programs_per_sm
+
+
+def decode_attention(q, k, v, lengths, *, scale, window=None, sinks=None, softcap=None, page_table=None,
+                     k_scale=None, v_scale=None, chunk=None, out_dtype=None):  # fmt: skip
+    """out_t = sum_s softmax_s(cap(scale * q_t . k_s)) v_s over s < lengths[b]-T+t+1, the last `window` of them.
+
+    q: B T N H, k: B S K H, v: B S K V in float16 or bfloat16, lengths: int32 B; query head n reads KV head n // (N/K).
+    `sinks` (N) are logits in natural-log units, not scaled; cap(x) = softcap * tanh(x / softcap). Returns out B T N V
+    in `out_dtype` (default q's) and float32 lse B T N: natural log, sink included. A query that sees nothing gives 0
+    and -inf (or its sink). Slots that no query may read may hold NaN.
+
+    The number of splits follows from the shapes alone, and each row's tiles are shared evenly among them on the device.
+    `chunk` fixes the split size instead (rounded up to a multiple of 64 keys): then a row's result is bitwise the same
+    in any batch. A second kernel merges the splits; with one split there is none.
+
+    Raises ValueError and TypeError from jforge.ops.check, and NotImplementedError for what has no kernel: float32 and
+    float64 (wgmma multiplies float32 as tf32), page_table, k_scale and v_scale, S not a multiple of 8 (TMA), head dims
+    that are not multiples of 16, value dims that are not multiples of 32, either above 256.
+    """
+    sizes = check.decode_attention(
+        q, k, v, lengths, scale=scale, window=window, sinks=sinks, softcap=softcap, page_table=page_table,
+        k_scale=k_scale, v_scale=v_scale, chunk=chunk, out_dtype=out_dtype,
+    )  # fmt: skip
+    if page_table is not None or k_scale is not None:
+        name = "page_table" if page_table is not None else "k_scale"
+        raise NotImplementedError(f"{name} is given; the kernel reads contiguous, unquantised caches only")
+    out_dtype = jnp.dtype(out_dtype or q.dtype)
+    _refuse(sizes, q.dtype, out_dtype)
+    facts = _facts(sizes, q.dtype, out_dtype, float(scale), window, softcap, chunk)
+    return _decode(q, k, v, lengths, sinks, facts)
+
+
+def _refuse(sizes, dtype, out_dtype) -> None:
+    """NotImplementedError for shapes and dtypes without a kernel."""
+    if dtype not in (jnp.float16, jnp.bfloat16):
+        raise NotImplementedError(f"q has dtype {dtype}; wgmma multiplies 16-bit inputs, and float32 only as tf32")
+    if out_dtype == jnp.float64:
+        raise NotImplementedError("out_dtype is float64; the kernel accumulates in float32")
+    S, H, V = sizes["S"], sizes["H"], sizes["V"]
+    if S == 0 or S % 8:
+        raise NotImplementedError(f"k has S={S} slots; TMA needs a positive multiple of 8")
+    if H % 16 or not 0 < H <= 256:
+        raise NotImplementedError(f"q has H={H}; the kernel takes multiples of 16 up to 256")
+    if V % 16 or not 0 < V <= 256:
+        raise NotImplementedError(f"v has V={V}; the kernel takes multiples of 16 up to 256")
+    if min(sizes["B"], sizes["T"], sizes["N"]) == 0 or sizes["B"] > 65535:
+        raise NotImplementedError(f"q has B={sizes['B']}, T={sizes['T']}, N={sizes['N']}; the grid must not be empty")
+
+
+@dataclass(frozen=True)
+class Facts:
+    """Everything static about one call."""
+
+    T: int
+    K: int
+    H: int
+    V: int
+    heads: int  # g, heads of a unit
+    units: int  # units of one KV head and query token
+    boxes: int  # query boxes of one program
+    block: int
+    stages: int
+    splits: int
+    chunk: int | None
+    window: int | None
+    softcap: float | None
+    scale: float
+    out_dtype: np.dtype
+
+    @property
+    def rows(self):
+        return BOX * self.boxes
+
+    @property
+    def width(self):
+        """Value columns of the accumulator, whose M is a multiple of 64; TMA fills the ones past V with zeros."""
+        return -(-self.V // 64) * 64
+
+    @property
+    def row_blocks(self):
+        return -(-self.T * self.units // self.boxes)
+
+
+def _facts(sizes, dtype, out_dtype, scale, window, softcap, chunk) -> Facts:
+    B, T, S, N, K, H, V = (sizes[x] for x in "BTSNKHV")
+    group = N // K
+    heads = next(g for g in range(BOX, 0, -1) if group % g == 0)
+    units, width = group // heads, -(-V // 64) * 64
+    most = (64 if width <= 128 else 32) // BOX  # accumulators of at most 64 registers a thread
+    row_blocks = -(-T * units // most)
+    boxes = -(-T * units // row_blocks)
+    shape = H, width, BOX * boxes
+    config = default_config(*shape)
+    span = S if window is None else min(S, window + T - 1 + config.block)
+    if chunk is None:
+        device = target().device_kind
+        config = lookup("decode_attention", str(dtype), H, V, T * group, B * K, S, device) or config
+        slots = SMS * programs_per_sm(config, *shape)
+        splits = config.splits or fill_splits(B * K * row_blocks, -(-span // config.block), slots)
+    else:
+        chunk = -(-chunk // config.block) * config.block
+        splits = -(-span // chunk)
+    return Facts(T, K, H, V, heads, units, boxes, config.block, config.stages, splits, chunk, window, softcap, scale,
+                 out_dtype)  # fmt: skip
+
+
+@functools.partial(jax.jit, static_argnames="facts")
+def _decode(q, k, v, lengths, sinks, facts):
+    f, (B, T, N, _) = facts, q.shape
+    alone = f.splits == 1
+    q = q.reshape(B, T, -1, f.heads, f.H)
+    heads = (f.splits, B, T, N // f.heads, f.heads)
+    own_sinks = sinks is not None and alone
+    keys, values = swizzled(f.H, 2), swizzled(f.V, 2)
+    out, lse = launch(
+        functools.partial(kernel, f, own_sinks),
+        *((q, k, v, lengths, sinks) if own_sinks else (q, k, v, lengths)),
+        out_type=[
+            jax.ShapeDtypeStruct((*heads, f.V if alone else f.width), f.out_dtype if alone else jnp.float32),
+            jax.ShapeDtypeStruct(heads, jnp.float32),
+        ],
+        scratch_types=dict(
+            q_s=plgpu.SMEM((f.rows, f.H), q.dtype, transforms=keys),
+            k_s=plgpu.SMEM((f.stages, f.block, f.H), q.dtype, transforms=keys),
+            v_s=plgpu.SMEM((f.stages, f.block, f.width), q.dtype, transforms=values),
+            p_s=plgpu.SMEM((f.rows, f.block), q.dtype, transforms=values),
+            out_s=plgpu.SMEM((f.rows, f.width), f.out_dtype if alone else jnp.float32),
+            row_s=plgpu.SMEM((f.rows,), jnp.float32),
+            q_full=plgpu.Barrier(num_arrivals=f.boxes),
+            k_full=plgpu.Barrier(num_barriers=f.stages),
+            v_full=plgpu.Barrier(num_barriers=f.stages),
+            k_free=plgpu.Barrier(num_barriers=f.stages),
+            v_free=plgpu.Barrier(num_barriers=f.stages),
+        ),
+        grid=(B, f.splits, f.K * f.row_blocks),
+        grid_names=("b", "split", "head"),
+        num_threads=2,
+        thread_name="warpgroup",
+        kernel_name="decode_attention",
+    )
+    out, lse = out.reshape(f.splits, B, T, N, -1), lse.reshape(f.splits, B, T, N)
+    return (out[0], lse[0]) if alone else merge(out, lse, f.V, f.out_dtype, sinks)

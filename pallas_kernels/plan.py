@@ -1,0 +1,90 @@
+"""Launch plans: tile sizes from a checked-in table or a safe default, and the number of splits of a cache.
+
+A table `tuning/<op>.json` lists measured configurations under the key (dtype, head dim, value dim, group, batch*heads
+bucket, length bucket, device). Buckets are powers of two. A lookup never measures anything: dtype, dims and device must
+match, the nearest bucket wins, and without a match the default is used, which fits every supported shape.
+"""
+
+import json
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+TUNING = Path(__file__).parent / "tuning"
+SMEM = 227 * 1024  # bytes a program can have on sm_90; several programs on one SM share the same amount
+SMS = 132  # H100, H200
+RESERVED = 8 * 1024  # barriers, reduction scratch, alignment, and what the driver takes per program
+MOST_SPLITS = 64
+
+
+@dataclass(frozen=True)
+class Config:
+    """How a decode kernel walks the cache. `splits` = None leaves the number of splits to `fill_splits`."""
+
+    block: int  # keys of one tile, a multiple of 64
+    stages: int  # tiles in flight
+    splits: int | None = None
+
+
+def default_config(key_width: int, value_width: int, rows: int) -> Config:
+    """Two programs an SM where two rings of at least two stages fit, else one: it needs no measurement to be safe."""
+    block = 64
+    stage = 2 * block * (key_width + value_width)
+    fixed = RESERVED + rows * (2 * key_width + 2 * block + 4 * value_width)
+    for programs in (2, 1):
+        stages = (SMEM // programs - fixed) // stage
+        if stages >= 2:
+            break
+    return Config(block, min(stages, 4))
+
+
+def programs_per_sm(config: Config, key_width: int, value_width: int, rows: int) -> int:
+    """Programs of two warpgroups that fit one SM, by shared memory and by an estimate of the registers."""
+    ring = config.stages * 2 * config.block * (key_width + value_width)
+    fixed = RESERVED + rows * (2 * key_width + 2 * config.block + 4 * value_width)
+    registers = 48 + rows * (2 * value_width + 3 * config.block) // 128
+    return max(1, min(SMEM // (ring + fixed), 65536 // (256 * registers)))
+
+
+@lru_cache
+def _table(op: str) -> tuple:
+    path = TUNING / f"{op}.json"
+    return tuple(json.loads(path.read_text())["entries"]) if path.exists() else ()
+
+
+def lookup(op, dtype, head_dim, value_dim, group, batch_heads, length, device) -> Config | None:
+    """The table's nearest configuration or None. group is T*N/K, batch_heads B*K, length S.
+
+    An entry whose device is "H100" serves every device whose name contains it; group must match exactly, since it
+    decides the registers.
+    """
+
+    def distance(entry):
+        pairs = (("batch_heads", batch_heads), ("length", length))
+        return sum(abs(math.log2(max(value, 1)) - math.log2(entry[name])) for name, value in pairs)
+
+    wanted = (dtype, head_dim, value_dim, group)
+    near = [
+        e
+        for e in _table(op)
+        if (e["dtype"], e["head_dim"], e["value_dim"], e["group"]) == wanted
+        and e["device"] in device
+        and distance(e) <= 2
+    ]
+    return Config(**min(near, key=distance)["config"]) if near else None
+
+
+def fill_splits(programs: int, tiles: int, slots: int) -> int:
+    """Number of splits with the least modelled time; programs = B*K*row blocks, tiles of one row, slots on the card.
+
+    Time of a plan in tiles: waves of programs, each as long as its tiles plus one for start and end, plus the merge
+    kernel, which costs about one tile and one more for every 32 parts.
+    """
+
+    def time(splits):
+        per = -(-tiles // splits)
+        waves = -(-programs * -(-tiles // per) // slots)
+        return waves * (per + 1) + (1 + splits / 32 if splits > 1 else 0)
+
+    return min(range(1, max(1, min(tiles, MOST_SPLITS)) + 1), key=time)

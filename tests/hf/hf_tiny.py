@@ -1,0 +1,178 @@
+"""Tiny random transformers models, and what their attention modules saw, returned and cached, step by step."""
+
+import contextlib
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from transformers import DynamicCache
+
+VOCAB, BATCH, TOKENS = 97, 2, 10
+PLAIN = {"rope_type": "default", "rope_theta": 1e4}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 5e5,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 64}
+LINEAR = {"rope_type": "linear", "rope_theta": 1e6, "factor": 8.0}
+MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+SLIDING_FULL = ["sliding_attention", "full_attention"] * 2
+LINEAR_FULL = ["linear_attention", "full_attention"] * 2
+
+
+@dataclass(frozen=True)
+class Model:
+    """A transformers model of 64 dimensions, 4 query and 2 key/value heads of 16 channels, unless `kwargs` differ."""
+
+    name: str  # prefix of the transformers classes
+    kwargs: dict = field(default_factory=dict)
+    layers: tuple[int, ...] = (0, 1)  # those with full attention
+    mechanism: str = "gqa"
+
+    def config(self) -> Any:
+        kwargs = {
+            "vocab_size": VOCAB,
+            "hidden_size": 64,
+            "intermediate_size": 96,
+            "num_hidden_layers": len(self.kwargs.get("layer_types", (0, 1))),
+            "num_attention_heads": 4,
+            "max_position_embeddings": 256,
+            "pad_token_id": 0,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+        }
+        if self.name != "Falcon":
+            kwargs |= {"num_key_value_heads": 2, "head_dim": 16}
+        suffix = "TextConfig" if self.name == "Gemma3" else "Config"
+        config = getattr(transformers, self.name + suffix)(**(kwargs | self.kwargs))
+        config._attn_implementation = config._experts_implementation = "eager"
+        return config
+
+    def build(self) -> Any:
+        with contextlib.suppress(AttributeError):
+            torch.manual_seed(0)
+        model = getattr(transformers, self.name + "ForCausalLM")(self.config()).eval()
+        randomize(model)
+        return model
+
+
+MODELS = {
+    "llama, llama3 rope": Model("Llama", {"rope_parameters": LLAMA3}),
+    "llama, yarn, biases": Model("Llama", {"rope_parameters": YARN, "attention_bias": True}),
+    "llama, yarn mscale": Model("Llama", {"rope_parameters": YARN | {"mscale": 0.7, "mscale_all_dim": 1.3}}),
+    "llama, yarn options": Model(
+        "Llama", {"rope_parameters": YARN | {"truncate": False, "attention_factor": 1.1, "beta_fast": 8}}
+    ),
+    "llama, linear rope, mha": Model("Llama", {"rope_parameters": LINEAR, "num_key_value_heads": 4}, mechanism="mha"),
+    "llama, mqa": Model("Llama", {"num_key_value_heads": 1}, mechanism="mqa"),
+    "llama, one head": Model(
+        "Llama", {"num_attention_heads": 1, "num_key_value_heads": 1, "head_dim": 16}, mechanism="single_head"
+    ),
+    "qwen2": Model("Qwen2"),
+    "qwen3": Model("Qwen3", {"head_dim": 24, "rope_parameters": PLAIN | {"rope_theta": 1e6}}),
+    "qwen3, biases": Model("Qwen3", {"attention_bias": True}),
+    "qwen3_moe": Model("Qwen3Moe", MOE),
+    "mistral": Model("Mistral", {"sliding_window": None}),
+    "gemma2": Model(
+        "Gemma2",
+        {"layer_types": SLIDING_FULL, "query_pre_attn_scalar": 24, "sliding_window": 7, "attn_logit_softcapping": 2.0},
+        layers=(1, 3),
+    ),
+    "gemma3": Model(
+        "Gemma3",
+        {
+            "layer_types": SLIDING_FULL,
+            "query_pre_attn_scalar": 24,
+            "sliding_window": 7,
+            "rope_parameters": {"full_attention": LINEAR, "sliding_attention": PLAIN},
+        },
+        layers=(1, 3),
+    ),
+    "olmo2": Model("Olmo2"),
+    "olmo2, biases, mha": Model("Olmo2", {"attention_bias": True, "num_key_value_heads": 4}, mechanism="mha"),
+    "falcon, multi-query": Model("Falcon", {}, mechanism="mqa"),
+    "falcon, new architecture": Model("Falcon", {"new_decoder_architecture": True, "num_kv_heads": 2, "bias": True}),
+    "falcon, a key per query": Model("Falcon", {"multi_query": False, "bias": True}, mechanism="mha"),
+    "minimax_m2": Model(
+        "MiniMaxM2",
+        {
+            "rope_parameters": PLAIN | {"rope_theta": 5e6, "partial_rotary_factor": 0.5},
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+        },
+    ),
+    "qwen3_next": Model(
+        "Qwen3Next",
+        MOE
+        | {
+            "layer_types": LINEAR_FULL,
+            "shared_expert_intermediate_size": 32,
+            "linear_num_key_heads": 2,
+            "linear_num_value_heads": 4,
+            "linear_key_head_dim": 16,
+            "linear_value_head_dim": 16,
+        },
+        layers=(1, 3),
+    ),
+}
+
+
+def randomize(model: Any) -> None:
+    """Move every parameter off its neutral start: norms by 0.3 about theirs (0 or 1), biases by 0.3."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            noise = torch.randn(p.shape, generator=generator)
+            if "norm" in name or "ln_" in name or "layernorm" in name or p.ndim == 1:
+                p.add_(0.3 * noise)
+            else:
+                p.copy_(noise if "embed" in name else noise / math.sqrt(p.shape[-1]))
+
+
+@dataclass
+class Step:
+    """One call of a layer's attention module, as float32 NumPy arrays of shape B T D."""
+
+    x: np.ndarray
+    y: np.ndarray
+
+
+def attention_modules(model: Any) -> list[Any]:
+    """The attention module of every layer, None where the layer has another kind of mixer."""
+    base = model.base_model
+    blocks = base.h if hasattr(base, "h") else base.layers
+    return [getattr(block, "self_attn", None) or getattr(block, "self_attention", None) for block in blocks]
+
+
+def tokens() -> torch.Tensor:
+    return torch.randint(3, VOCAB, (BATCH, TOKENS), generator=torch.Generator().manual_seed(2))
+
+
+@torch.no_grad()
+def run(model: Any, sizes: tuple[int, ...], use_cache: bool) -> tuple[list[list[Step]], Any]:
+    """Feed the tokens in chunks of these sizes: ([step][layer] -> Step or None, the DynamicCache or None)."""
+    steps: list[list[Step | None]] = []
+    modules = attention_modules(model)
+
+    def hook(index: int):
+        def save(module, args, kwargs, output):
+            x = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+            steps[-1][index] = Step(x.numpy().copy(), output[0].numpy().copy())
+
+        return save
+
+    handles = [m.register_forward_hook(hook(i), with_kwargs=True) for i, m in enumerate(modules) if m is not None]
+    cache = DynamicCache(config=model.config) if use_cache else None
+    for chunk in torch.split(tokens(), sizes, dim=1):
+        steps.append([None] * len(modules))
+        model(input_ids=chunk, past_key_values=cache, use_cache=use_cache)
+    for handle in handles:
+        handle.remove()
+    return steps, cache

@@ -1,0 +1,128 @@
+"""Names, signatures, argument checks and plans of triton_kernels, and what ptxas says of its kernels."""
+
+import inspect
+import os
+import subprocess
+import sys
+from dataclasses import asdict
+
+import pytest
+import torch
+
+import torch_ref.ops
+import triton_kernels as tk
+from triton_kernels import offline, plan, runtime
+
+OPS = sorted(tk.__all__)
+
+
+def case(**changes):
+    given = dict(q=torch.ones(2, 1, 4, 64), k=torch.ones(2, 9, 2, 64), v=torch.ones(2, 9, 2, 64))
+    return given | dict(lengths=torch.ones(2, dtype=torch.int32), scale=1.0) | changes
+
+
+def test_signatures_are_the_contract():
+    assert len(OPS) == 9
+    for name in OPS:
+        ours, theirs = inspect.signature(getattr(tk, name)), inspect.signature(getattr(torch_ref.ops, name))
+        kinds = [[(p.name, p.kind, p.default) for p in s.parameters.values()] for s in (ours, theirs)]
+        assert kinds[0] == kinds[1], name
+
+
+@pytest.mark.parametrize("name", [n for n in OPS if n not in ("decode_attention", "merge_states")])
+def test_unwritten_ops_say_so(name):
+    required = [p for p in inspect.signature(getattr(tk, name)).parameters.values() if p.default is p.empty]
+    positional = [None for p in required if p.kind is p.POSITIONAL_OR_KEYWORD]
+    keywords = {p.name: None for p in required if p.kind is p.KEYWORD_ONLY}
+    with pytest.raises(NotImplementedError, match=name):
+        getattr(tk, name)(*positional, **keywords)
+
+
+@pytest.mark.parametrize(
+    "changes, error, word",
+    [
+        (dict(k=torch.ones(2, 9, 3, 64)), ValueError, "k|v|q"),
+        (dict(k=torch.ones(2, 9, 2, 64).half()), TypeError, "k"),
+        (dict(lengths=torch.ones(2)), TypeError, "lengths"),
+        (dict(window=0), ValueError, "window"),
+        (dict(sinks=torch.ones(3)), ValueError, "sinks"),
+        (dict(out_dtype=torch.float64), TypeError, "out_dtype"),
+        (dict(q=torch.ones(2, 1, 4, 64).double(), k=case()["k"].double(), v=case()["v"].double()), TypeError, "q"),
+        (dict(v=torch.ones(2, 9, 2, 320)), NotImplementedError, "V=320"),
+        (dict(k=torch.ones(4, 8, 2, 64), v=torch.ones(4, 8, 2, 64), page_table=torch.ones(2, 2, dtype=torch.int32)),
+         NotImplementedError, "page_table"),
+        (dict(k=case()["k"].to(torch.int8), v=case()["v"].to(torch.int8), k_scale=torch.ones(2, 9, 2),
+              v_scale=torch.ones(2, 9, 2)), NotImplementedError, "k_scale"),
+    ],
+)  # fmt: skip
+def test_wrong_arguments(changes, error, word, monkeypatch):
+    monkeypatch.setattr(runtime, "launch", lambda *args, **kwargs: pytest.fail("launched"))
+    with pytest.raises(error, match=word):
+        tk.decode_attention(**case(**changes))
+
+
+def test_merge_arguments():
+    with pytest.raises(TypeError, match="lses"):
+        tk.merge_states(torch.ones(2, 1, 1, 1, 8), torch.ones(2, 1, 1, 1, dtype=torch.float64))
+    with pytest.raises(ValueError, match="lses"):
+        tk.merge_states(torch.ones(2, 1, 1, 1, 8), torch.ones(3, 1, 1, 1))
+
+
+def test_cpu_tensors_need_the_interpreter():
+    code = (
+        "import torch, triton_kernels as tk\n"
+        "q, n = torch.ones(1, 1, 1, 16), torch.ones(1, dtype=torch.int32)\n"
+        "for call in (lambda: tk.decode_attention(q, q, q, n, scale=1.0),\n"
+        "             lambda: tk.merge_states(q[None], q[None, ..., 0])):\n"
+        "    try: call()\n"
+        "    except TypeError as error: print('TRITON_INTERPRET=1' in str(error))\n"
+    )
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["True", "True"]
+
+
+def test_split_dims():
+    chunks = {64: (64, 0), 80: (64, 16), 96: (64, 32), 128: (128, 0), 192: (128, 64), 256: (256, 0), 8: (16, 0)}
+    assert {width: plan.split_dim(width) for width in chunks} == chunks
+    assert plan.value_chunks(80) == (64, 32)
+    assert all(sum(plan.split_dim(width)) >= width for width in range(1, 257))
+
+
+def test_split_counts():
+    config = plan.Config(64, 4, 3, 3, 128)
+    assert plan.fill_splits(programs=8, span=100, config=config, sms=132) == 1
+    assert plan.fill_splits(programs=8, span=4096, config=config, sms=132) == 32
+    assert 2 <= plan.fill_splits(programs=512, span=8192, config=config, sms=132) <= 4
+    assert plan.fill_splits(programs=4 * 396, span=8192, config=config, sms=132) == 1
+    assert plan.fill_splits(programs=8, span=0, config=config, sms=132) == 1
+
+
+def test_table_lookup(monkeypatch):
+    """Nearest bucket among entries of the same dtype, head dims and device; else the default."""
+    configs = [plan.Config(64, 4, 3, 3, 128), plan.Config(128, 8, 2, 1, 512)]
+    shared = dict(dtype="bfloat16", head_dim=128, value_dim=128, group=4, device="H100")
+    entries = [
+        dict(shared, batch_heads=8, length=4096, config=asdict(configs[0])),
+        dict(shared, batch_heads=512, length=8192, config=asdict(configs[1])),
+    ]
+    monkeypatch.setattr(plan, "table", lambda op: entries)
+    plan.lookup.cache_clear()
+    shape = ("decode_attention", "bfloat16", 2, 128, 128, 16, 4)
+    assert plan.lookup(*shape, 16, 3000, "NVIDIA H100 80GB HBM3") == configs[0]
+    assert plan.lookup(*shape, 400, 9000, "NVIDIA H100 80GB HBM3") == configs[1]
+    assert plan.lookup(*shape, 16, 3000, "cpu") == plan.default_config(2, 128, 128, 16)
+    many_rows = ("decode_attention", "bfloat16", 2, 128, 128, 64, 128)
+    assert plan.lookup(*many_rows, 16, 3000, "NVIDIA H100") == plan.default_config(2, 128, 128, 64)
+    plan.lookup.cache_clear()
+
+
+def test_compiled_kernels_fit_sm90():
+    rows = offline.report()
+    assert len(rows) == len(offline.DECODES) + len(offline.tuned()) + len(offline.MERGES) <= 40
+    for row in rows:
+        assert row["spills"] == 0, row
+        assert row["shared"] <= offline.MAX_SHARED, row
+        assert row["registers"] <= 255, row
+        if "float16" in row["name"] and row["name"].startswith("decode"):
+            assert row["hmma"] + row["hgmma"] > 0 and row["ldgsts"] > 0, row

@@ -1,0 +1,24 @@
+"""The attention mechanisms and their ops in plain PyTorch, written from the specification as a second opinion.
+
+`get(name)` gives a mechanism's functions: init_cache, forward, prefill, decode. Parameters and caches are dicts of
+tensors, cfg is any object with the fields that the mechanism's file lists, and no input is changed.
+"""
+
+from . import ops
+from .attention import dense
+
+REGISTRY = {"single_head": dense, "mha": dense, "mqa": dense, "gqa": dense}
+
+__all__ = ["get", "names", "ops"]
+
+
+def get(name):
+    """The module that holds the mechanism's functions. Raises ValueError for an unknown name."""
+    if name not in REGISTRY:
+        raise ValueError(f"name is {name!r}; allowed: {', '.join(names())}")
+    return REGISTRY[name]
+
+
+def names():
+    """The names that `get` knows."""
+    return tuple(REGISTRY)

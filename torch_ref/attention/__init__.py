@@ -1,0 +1,1 @@
+"""The mechanisms: one file each, with the functions init_cache, forward, prefill and decode."""

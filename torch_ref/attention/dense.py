@@ -1,0 +1,149 @@
+"""Dense causal attention: single-head (N = K = 1), MHA (N = K), MQA (K = 1) and GQA (N a multiple of K).
+
+    q, k, v = x wq + bq, x wk + bk, x wv + bv;   q, k = rope(norm(q)), rope(norm(k))
+    o_t,n   = sum over s <= t of p_s v_s,   p = softmax(cap(scaling q_t,n . k_s)),   KV head n // (N/K)
+    y       = (o * sigmoid(x wg)) wo + bo
+
+Vaswani et al. 2017; MQA: Shazeer 2019; GQA: Ainslie et al. 2023. Norms, biases, cap and gate follow Llama, Qwen2,
+Qwen3, MiniMax-M2, Gemma 2 and 3, gpt-oss and Qwen3-Next as the config says.
+
+cfg: any object with hidden_size (D), num_attention_heads (N), num_key_value_heads (K), head_dim (H), v_head_dim (V),
+attention_bias, attention_output_bias, qk_norm (None, "head" or "flat"), norm_offset, rms_norm_eps, rope_parameters
+(None: no positions), rope_layout, attn_logit_softcapping, scaling (None: H^-0.5), attn_output_gate.
+params: wq D N H, wk D K H, wv D K V, wo N V D; by config bq N H, bk K H, bv K V, bo D, wg D N V, q_norm and k_norm
+(H and H per head, N H and K H flat).
+cache: {"k": B S K H, "v": B S K V, "length": int32 B}; slot s holds the token at position s, k after norm and RoPE.
+"""
+
+import torch
+
+from .. import ops as reference_ops
+from ..core.append import append, room
+from ..core.dtypes import einsum
+from ..core.norm import rms_norm
+from ..core.rope import apply_rope, frequencies
+from ..core.softmax import grouped_attention
+from . import inputs
+
+
+def init_cache(cfg, batch, capacity, dtype=torch.bfloat16):
+    """An empty cache with room for `capacity` tokens per row, k and v in dtype."""
+    slots = (batch, capacity, cfg.num_key_value_heads)
+    return {
+        "k": torch.zeros(*slots, cfg.head_dim, dtype=dtype),
+        "v": torch.zeros(*slots, cfg.v_head_dim, dtype=dtype),
+        "length": torch.zeros(batch, dtype=torch.int32),
+    }
+
+
+def forward(params, cfg, x, positions=None):
+    """y: B T D from x: B T D without a cache. positions: int B T, default 0..T-1, feed RoPE only; the mask is causal
+    in the order of the tokens. y has x's dtype. Raises ValueError and TypeError for a wrong x or positions."""
+    inputs.check_tokens(x, cfg.hidden_size)
+    order = torch.arange(x.shape[1], device=x.device)
+    if positions is None:
+        positions = order.expand(x.shape[:2])
+    inputs.check_positions(positions, x)
+    q, k, v = project(params, cfg, x, positions)
+    mask = (order <= order[:, None]).expand(len(x), -1, -1)
+    out, _ = grouped_attention(q, k, v, mask, scaling(cfg), softcap=cfg.attn_logit_softcapping)
+    return project_out(params, cfg, x, out.to(x.dtype))
+
+
+def prefill(params, cfg, x, cache, lengths=None):
+    """(y, cache) after appending the first lengths[b] of the T tokens of row b; lengths: int32 B, default T.
+
+    Token i of row b is at position cache["length"][b] + i and sees all that the row's cache holds up to itself, as
+    stored (rounded to the cache's dtype); a non-empty cache makes this a chunk of a longer prefill. x at pads may be
+    anything, y there is 0. A row without room raises ValueError on the CPU; on a device nothing of it is written, its
+    length stays and all its y are NaN. y has x's dtype.
+    """
+    inputs.check_tokens(x, cfg.hidden_size)
+    inputs.check_cache(cache, x, k=(cfg.num_key_value_heads, cfg.head_dim), v=(cfg.num_key_value_heads, cfg.v_head_dim))
+    batch, tokens, _ = x.shape
+    if lengths is None:
+        lengths = torch.full((batch,), tokens, dtype=torch.int32, device=x.device)
+    inputs.check_lengths(lengths, x)
+    start, capacity = cache["length"], cache["k"].shape[1]
+    fits = room(start, lengths, capacity)
+    order = torch.arange(tokens, device=x.device)
+    real = order < lengths[:, None]
+    x = x.masked_fill(~real[..., None], 0.0)  # a NaN at a pad must not meet a weight
+    positions = start[:, None] + order
+    q, k, v = project(params, cfg, x, positions)
+    cache = appended(cache, k, v, torch.where(fits, lengths, 0))
+    mask = (torch.arange(capacity, device=x.device) <= positions[..., None]) & (real & fits[:, None])[..., None]
+    q = q.to(cache["k"].dtype)
+    out, _ = grouped_attention(q, cache["k"], cache["v"], mask, scaling(cfg), softcap=cfg.attn_logit_softcapping)
+    y = project_out(params, cfg, x, out.to(x.dtype)).masked_fill(~real[..., None], 0.0)
+    return y.masked_fill(~fits[:, None, None], torch.nan), cache
+
+
+def decode(params, cfg, x, cache, ops=reference_ops):
+    """(y, cache) after appending one token per row; x, y: B 1 D. Dtypes and rows without room: as in `prefill`.
+
+    ops: any namespace with `decode_attention`.
+    """
+    inputs.check_tokens(x, cfg.hidden_size, tokens=1)
+    inputs.check_cache(cache, x, k=(cfg.num_key_value_heads, cfg.head_dim), v=(cfg.num_key_value_heads, cfg.v_head_dim))
+    fits = room(cache["length"], torch.ones_like(cache["length"]), cache["k"].shape[1])
+    q, k, v = project(params, cfg, x, cache["length"][:, None])
+    cache = appended(cache, k, v, fits.to(torch.int32))
+    out, _ = ops.decode_attention(
+        q.to(cache["k"].dtype),
+        cache["k"],
+        cache["v"],
+        cache["length"],
+        scale=scaling(cfg),
+        softcap=cfg.attn_logit_softcapping,
+        out_dtype=x.dtype,
+    )
+    return project_out(params, cfg, x, out).masked_fill(~fits[:, None, None], torch.nan), cache
+
+
+def project(params, cfg, x, positions):
+    """q B T N H, k B T K H and v B T K V of the new tokens, in x's dtype: bias, then norm, then RoPE."""
+    q, k, v = (einsum("btd,dnh->btnh", x, params[w]) for w in ("wq", "wk", "wv"))
+    if cfg.attention_bias:
+        q, k, v = q + params["bq"], k + params["bk"], v + params["bv"]
+    q, k, v = q.to(x.dtype), k.to(x.dtype), v.to(x.dtype)
+    if cfg.qk_norm is not None:
+        q, k = normalise(cfg, q, "q_norm", params), normalise(cfg, k, "k_norm", params)
+    if cfg.rope_parameters is not None:
+        theta, factor = frequencies(cfg.rope_parameters, cfg.head_dim)
+        q = apply_rope(q, positions, theta, factor, cfg.rope_layout)
+        k = apply_rope(k, positions, theta, factor, cfg.rope_layout)
+    return q, k, v
+
+
+def normalise(cfg, x, name, params):
+    """RMSNorm of x B T N H over H (qk_norm "head", weight H) or over N and H together ("flat", weight N H)."""
+    shapes = {"head": x.shape[-1:], "flat": x.shape[-2:]}
+    if cfg.qk_norm not in shapes:
+        raise ValueError(f"qk_norm is {cfg.qk_norm!r}; allowed: None, {', '.join(shapes)}")
+    weight, shape = params[name], shapes[cfg.qk_norm]
+    if weight.shape != shape:  # a weight H would broadcast in the flat norm and give something else
+        raise ValueError(f'params["{name}"] has shape {list(weight.shape)}; allowed: {list(shape)}')
+    return rms_norm(x, weight, cfg.rms_norm_eps, cfg.norm_offset)
+
+
+def project_out(params, cfg, x, out):
+    """y B T D in x's dtype from the heads' outputs B T N V, gated by sigmoid(x wg) when the config says so."""
+    if cfg.attn_output_gate:
+        out = out * torch.sigmoid(einsum("btd,dnv->btnv", x, params["wg"]))
+    y = einsum("btnv,nvd->btd", out, params["wo"])
+    return (y + params["bo"] if cfg.attention_output_bias else y).to(x.dtype)
+
+
+def appended(cache, k, v, new):
+    """A cache with the first new[b] tokens of k and v after the row's length; the given cache is not changed."""
+    return {
+        "k": append(cache["k"], k, cache["length"], new),
+        "v": append(cache["v"], v, cache["length"], new),
+        "length": cache["length"] + new,
+    }
+
+
+def scaling(cfg):
+    """The factor of the logits: cfg.scaling, or H^-0.5."""
+    return cfg.head_dim**-0.5 if cfg.scaling is None else cfg.scaling

@@ -1,0 +1,29 @@
+"""Triton versions of the attention ops: the names, signatures and meaning of `torch_ref.ops`, on torch tensors.
+
+CUDA tensors are compiled for; CPU tensors work in a process that set `TRITON_INTERPRET=1` before the import, else they
+raise TypeError. An op or option without a kernel raises NotImplementedError; nothing falls back by itself.
+"""
+
+from triton_kernels.decode_attention import decode_attention
+from triton_kernels.merge_states import merge_states
+from triton_kernels.unwritten import (
+    block_index_scores,
+    decode_block_sparse,
+    decode_linear,
+    decode_mla,
+    decode_sparse_mla,
+    index_scores,
+    topk_indices,
+)
+
+__all__ = [
+    "block_index_scores",
+    "decode_attention",
+    "decode_block_sparse",
+    "decode_linear",
+    "decode_mla",
+    "decode_sparse_mla",
+    "index_scores",
+    "merge_states",
+    "topk_indices",
+]

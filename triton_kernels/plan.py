@@ -1,0 +1,121 @@
+"""Launch plans: tile sizes from a checked-in table or a safe default, and the number of splits of a cache.
+
+A table `tuning/<op>.json` lists measured configurations under the key (dtype, head dim, group, batch*heads bucket,
+length bucket, device). Buckets are powers of two. A lookup never measures anything: dtype, head dim, device and the MMA
+rows that the group fills must match, the nearest buckets win, and without a match the default is used, which fits every
+supported shape.
+"""
+
+import json
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+TUNING = Path(__file__).parent / "tuning"
+
+
+@dataclass(frozen=True)
+class Config:
+    """How one attention kernel is launched, and how it shares an SM."""
+
+    block_n: int  # keys of one tile
+    num_warps: int
+    num_stages: int
+    ctas_per_sm: int  # programs that fit one SM; sizes a wave for the split plan
+    min_split: int  # smallest split worth a program, in keys
+
+
+def pow2_ceil(n):
+    """Smallest power of two >= n; 1 for n <= 1."""
+    return 1 << max(n - 1, 0).bit_length()
+
+
+def block_rows(rows):
+    """Rows of one MMA block for the T*G query rows of a KV head: 16, 32 or 64; more rows take several blocks."""
+    return min(64, max(16, pow2_ceil(rows)))
+
+
+def split_dim(width, least=16):
+    """Two power-of-two chunks that cover a dimension: 80 -> (64, 16), 192 -> (128, 64), 128 -> (128, 0).
+
+    Padding to the next power of two instead would multiply 80 columns' work by 1.6. Columns past `width` are masked.
+    An MMA takes chunks of 16 columns; for V `least` is 32, because with 16 output columns four warps have nothing to
+    share and each computes the whole product (80 MMA instructions a tile instead of 24 for V = 80).
+    """
+    first = max(16, pow2_ceil(width + 1) // 2)
+    rest = width - first
+    return first, max(least, pow2_ceil(rest)) if rest > 0 else 0
+
+
+def value_chunks(width):
+    """`split_dim` for the value dimension."""
+    return split_dim(width, least=32)
+
+
+def default_config(dtype_bytes, head_dim, value_dim, rows):
+    """A configuration for any supported shape: no spills and at most 227 KB of shared memory on sm_90.
+
+    Depends on nothing that changes with the batch or the cache, so calls with a fixed `chunk` use it as it is.
+    """
+    if dtype_bytes == 4:  # IEEE float32 products run on FMA units and keep their operands in registers
+        block_n = 32 if head_dim + value_dim <= 128 else 16
+        wide = rows >= 32
+    else:
+        block_n = 64 if head_dim + value_dim <= 384 else 32
+        wide = rows * sum(value_chunks(value_dim)) > 8192 or (rows == 64 and head_dim + value_dim > 256)
+    stage = block_n * (sum(split_dim(head_dim)) + sum(value_chunks(value_dim))) * dtype_bytes
+    ctas_per_sm = max(1, min(4, 220 * 1024 // (2 * stage + 8192)))
+    return Config(block_n, 8 if wide else 4, 3, ctas_per_sm, 2 * block_n)
+
+
+@lru_cache
+def table(op):
+    """Entries of a tuning table: dicts with the key's fields and `config`."""
+    path = TUNING / f"{op}.json"
+    return tuple(json.loads(path.read_text())["entries"]) if path.exists() else ()
+
+
+@lru_cache
+def lookup(op, dtype, dtype_bytes, head_dim, value_dim, rows, group, batch_heads, length, device):
+    """The table's nearest configuration, or the default.
+
+    dtype is a name, group the query rows of one KV head (T*G), batch_heads B*K, length S; device a device name, which
+    matches an entry when it contains the entry's (an entry for "H100" serves "NVIDIA H100 80GB HBM3").
+    """
+
+    def distance(entry):
+        pairs = (("group", group), ("batch_heads", batch_heads), ("length", length))
+        return sum(abs(math.log2(max(value, 1)) - math.log2(entry[name])) for name, value in pairs)
+
+    matching = [
+        entry
+        for entry in table(op)
+        if (entry["dtype"], entry["head_dim"], entry["value_dim"]) == (dtype, head_dim, value_dim)
+        and block_rows(entry["group"]) == rows
+        and entry["device"] in device
+    ]
+    if not matching:
+        return default_config(dtype_bytes, head_dim, value_dim, rows)
+    return Config(**min(matching, key=distance)["config"])
+
+
+@lru_cache
+def fill_splits(programs, span, config, sms, limit=256):
+    """Number of splits that fills the card: the smallest whose waves take nearly the least time.
+
+    programs: programs of one split (B * K * row blocks); span: most keys that one of them can see. sms * ctas_per_sm
+    programs make a wave, and a wave lasts as long as the tiles of one split. Splits beyond need cost partial results
+    and a longer merge, so the first count within 15% of the least time is taken (FlashAttention's rule). Counts that
+    would leave a split without tiles at full length are never taken.
+    """
+    tiles = max(1, -(-span // config.block_n))
+    most = max(1, min(limit, -(-span // config.min_split)))
+    wave = sms * config.ctas_per_sm
+    time = {}
+    for count in range(1, most + 1):
+        tiles_each = -(-tiles // count)
+        used = -(-tiles // tiles_each)
+        time[used] = -(-used * programs // wave) * tiles_each
+    least = min(time.values())
+    return next(count for count in sorted(time) if time[count] * 0.85 <= least)

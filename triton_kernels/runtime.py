@@ -1,0 +1,79 @@
+"""What every op of this package needs around a launch: the device rule, the SM count, float types.
+
+Triton decides at import between compiling kernels and interpreting them (`TRITON_INTERPRET=1`), so that choice is read
+once here and is a fact about the process, not about a call.
+"""
+
+import warnings
+from functools import lru_cache
+
+import numpy as np
+import torch
+import triton
+
+INTERPRETED = bool(triton.knobs.runtime.interpret)
+
+# H100 SXM: the planner's default when no GPU is visible, so that plans made on a CPU are the ones of the target card.
+DEFAULT_SM_COUNT = 132
+# CUDA's limit for the second and third grid axis.
+MAX_GRID_YZ = 65535
+
+FLOAT_DTYPES = {torch.float16: "float16", torch.bfloat16: "bfloat16", torch.float32: "float32"}
+
+
+def launch(kernel, grid, *args, **options):
+    """kernel[grid](*args, **options), on the device of the first argument.
+
+    The interpreter's NumPy warnings are left out there: IEEE arithmetic on NaN and Inf is silent on a GPU, and Triton
+    3.6 turns one-element arrays into loop bounds, which NumPy 2.3 deprecates.
+    """
+    if not INTERPRETED:
+        with torch.cuda.device_of(args[0]):
+            kernel[grid](*args, **options)
+        return
+    with warnings.catch_warnings(), np.errstate(all="ignore"):
+        warnings.filterwarnings("ignore", "Conversion of an array with ndim > 0", DeprecationWarning)
+        kernel[grid](*args, **options)
+
+
+def check_device(op, name, device):
+    """Raise TypeError for tensors that are not on a CUDA device, unless this process interprets its kernels."""
+    if device.type != "cuda" and not INTERPRETED:
+        raise TypeError(
+            f"{op}: {name} is on {device}; Triton kernels take CUDA tensors. To run them on CPU tensors in the "
+            "interpreter, set TRITON_INTERPRET=1 before triton_kernels (or triton) is imported"
+        )
+
+
+def check_float(op, name, dtype):
+    """Raise TypeError unless `dtype` is float16, bfloat16 or float32."""
+    if dtype not in FLOAT_DTYPES:
+        raise TypeError(f"{op}: {name} must be float16, bfloat16 or float32 in triton_kernels, got {dtype}")
+
+
+def check_last_dim(op, **tensors):
+    """Raise ValueError for a tensor whose last dimension is strided; None is skipped.
+
+    Kernels read rows of the last dimension with 16-byte copies and have no stride for it.
+    """
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
+            raise ValueError(
+                f"{op}: the last dimension of {name} must be contiguous, its stride is {tensor.stride(-1)}"
+            )
+
+
+@lru_cache
+def _cuda_properties(index):
+    properties = torch.cuda.get_device_properties(index)
+    return properties.multi_processor_count, properties.name
+
+
+def sm_count(device):
+    """Streaming multiprocessors of a device: a cached query, no synchronisation."""
+    return _cuda_properties(device.index or 0)[0] if device.type == "cuda" else DEFAULT_SM_COUNT
+
+
+def device_name(device):
+    """Name under which tuning tables know a device, e.g. "NVIDIA H100 80GB HBM3"; "cpu" without a GPU."""
+    return _cuda_properties(device.index or 0)[1] if device.type == "cuda" else "cpu"
