@@ -21,13 +21,8 @@ _LEGACY_KINDS = {"attention": FULL, "mamba": LINEAR}  # as transformers renames 
 
 def load(path: str | Path) -> dict:
     """The parsed config.json at `path`. Raises ValueError with one line that names the path and what is wrong."""
-    path = Path(path)
-    if path.is_dir():
-        raise ValueError(f"{path} is a directory; give the config.json file itself")
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ValueError(f"{path} does not exist") from None
+        config = json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror}") from None
     except UnicodeDecodeError:
@@ -77,16 +72,14 @@ def layer(config: Any, index: int) -> tuple[str, Any]:
     kind = _LEGACY_KINDS.get(kind, kind)
     if kind != FULL:
         raise NotImplementedError(f"layer {index} of {config['model_type']} is {kind}, which has no mechanism yet")
-    fields = family.fields(config, kind)
+    fields = {name: value for name, value in family.fields(config, kind).items() if value is not None}
     name = _dense_name(fields["num_attention_heads"], fields["num_key_value_heads"])
     return name, REGISTRY[name].Config(**fields)
 
 
 def num_layers(config: Any) -> int:
     """How many layers the language model has."""
-    count = _need(text_config(config), "num_hidden_layers")
-    positive_int("num_hidden_layers", count)
-    return count
+    return _integer(text_config(config), "num_hidden_layers")
 
 
 class Family(NamedTuple):
@@ -113,6 +106,15 @@ def _need(config: Mapping, key: str) -> Any:
     if config.get(key) is None:
         raise ValueError(f"config has no {key}")
     return config[key]
+
+
+def _integer(config: Mapping, key: str, *default: int | None) -> int | None:
+    """config[key], positive; `default` where it is missing or null. Without one it is required."""
+    value = config.get(key) if default else _need(config, key)
+    if value is None:
+        return default[0]
+    positive_int(key, value)
+    return value
 
 
 def _object(config: Mapping, key: str) -> Mapping:
@@ -181,14 +183,15 @@ def _base(
 
     An explicit null num_key_value_heads means "as many as heads" whatever the class default is.
     """
-    heads = _need(config, "num_attention_heads")
-    given = config.get("num_key_value_heads", kv_heads)
+    heads = _integer(config, "num_attention_heads")
+    given_eps = config.get("rms_norm_eps", eps)
+    positive("rms_norm_eps", given_eps)
     return {
-        "hidden_size": _need(config, "hidden_size"),
+        "hidden_size": _integer(config, "hidden_size"),
         "num_attention_heads": heads,
-        "num_key_value_heads": heads if given is None else given,
-        "head_dim": head_dim if config.get("head_dim") is None else config["head_dim"],
-        "rms_norm_eps": config.get("rms_norm_eps", eps),
+        "num_key_value_heads": _integer({"num_key_value_heads": kv_heads} | config, "num_key_value_heads", heads),
+        "head_dim": _integer(config, "head_dim", head_dim),
+        "rms_norm_eps": given_eps,
         "rope_parameters": rope,
     }
 
@@ -267,10 +270,7 @@ def _olmo2(config: dict, kind: str) -> dict:
 def _minimax_m2(config: dict, kind: str) -> dict:
     """Checkpoints spell partial rotation as rotary_dim."""
     fields = _base(config, None, kv_heads=8, head_dim=128)
-    turned = config.get("rotary_dim")
-    if turned is not None:
-        positive_int("rotary_dim", turned)
-    partial = 1.0 if turned is None else turned / fields["head_dim"]
+    partial = _integer(config, "rotary_dim", fields["head_dim"]) / fields["head_dim"]
     return fields | {"rope_parameters": _rope(config, kind, theta=5e6, partial=partial), "qk_norm": "flat"}
 
 
@@ -302,13 +302,12 @@ def _all_full(config: dict, index: int) -> str:
     return _listed(config, index) or FULL
 
 
-def _every(key: str, default: int, between: str) -> Callable[[dict, int], str]:
-    """Layer n-1, 2n-1, ... is full, n being config[key]; those between are of the kind `between`."""
+def _every(period: int, between: str, key: str | None = None) -> Callable[[dict, int], str]:
+    """The last of every `period` layers is full, the others are of the kind `between`; config[key] sets the period."""
 
     def kind(config: dict, index: int) -> str:
-        period = config.get(key, default)
-        positive_int(key, period)
-        return _listed(config, index) or (between if (index + 1) % period else FULL)
+        n = _integer(config, key, period) if key else period
+        return _listed(config, index) or (between if (index + 1) % n else FULL)
 
     return kind
 
@@ -338,9 +337,9 @@ def _minimax_m2_kind(config: dict, index: int) -> str:
 
 FAMILIES: dict[str, Family] = {
     "falcon": Family(_falcon, _all_full),
-    "gemma2": Family(_gemma2, _every("", 2, SLIDING)),
-    "gemma3": Family(_gemma3, _every("sliding_window_pattern", 6, SLIDING)),
-    "gemma3_text": Family(_gemma3, _every("sliding_window_pattern", 6, SLIDING)),
+    "gemma2": Family(_gemma2, _every(2, SLIDING)),
+    "gemma3": Family(_gemma3, _every(6, SLIDING, "sliding_window_pattern")),
+    "gemma3_text": Family(_gemma3, _every(6, SLIDING, "sliding_window_pattern")),
     "llama": Family(_llama, _all_full),
     "minimax_m2": Family(_minimax_m2, _minimax_m2_kind),
     "mistral": Family(_mistral, _mistral_kind),
@@ -348,5 +347,5 @@ FAMILIES: dict[str, Family] = {
     "qwen2": Family(_qwen2, _qwen_kind),
     "qwen3": Family(_qwen3, _qwen_kind),
     "qwen3_moe": Family(_qwen3_moe, _qwen3_moe_kind),
-    "qwen3_next": Family(_qwen3_next, _every("full_attention_interval", 4, LINEAR)),
+    "qwen3_next": Family(_qwen3_next, _every(4, LINEAR, "full_attention_interval")),
 }

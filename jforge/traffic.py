@@ -111,7 +111,8 @@ class _Walk:
         if name in SCATTERS:
             return [self.scatter(eqn, inputs)]
         if name not in COMPUTE | GATHERS:
-            raise ValueError(f"traffic does not know the primitive {name!r}, which touches {next(filter(None, inputs)).buffer}")  # fmt: skip
+            touched = ", ".join(view.buffer for view in inputs if view)
+            raise ValueError(f"traffic does not know the primitive {name!r}, which touches {touched}")
         self.consume(eqn.invars, inputs)
         return [None] * len(eqn.outvars)
 

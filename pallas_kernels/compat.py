@@ -12,8 +12,10 @@ from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks as _interpreter
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-__all__ = ["BY_ROW", "BY_COLUMN", "TILE", "TILE_T", "jnp", "launch", "lax", "lowering_for_cuda", "pl", "plgpu", "races_found",
-           "reset_interpreter", "spread", "swizzled", "target"]  # fmt: skip
+__all__ = [
+    "BY_COLUMN", "BY_ROW", "TILE", "TILE_T", "device_microseconds", "jnp", "launch", "lax", "lowering_for_cuda", "pl",
+    "plgpu", "races_found", "reset_interpreter", "spread", "swizzled", "target",
+]  # fmt: skip
 
 # Register layouts of a warpgroup: an MMA accumulator, its transpose, and vectors along its rows or its columns.
 TILE = plgpu.Layout.WGMMA
@@ -66,3 +68,18 @@ def swizzled(columns: int, itemsize: int) -> tuple:
 def spread(vector, shape: tuple[int, int], axis: int):
     """Broadcast a vector that lies along `axis` of an accumulator-shaped tile."""
     return plgpu.layout_cast(lax.broadcast_in_dim(vector, shape, (axis,)), TILE)
+
+
+def device_microseconds(calls, samples: int) -> list[float]:
+    """Device time of `samples` calls, the durations of each call's kernels summed. `calls` are taken in turn; they do
+    the same work on different buffers, so that L2 stays cold. Read by CUPTI, which allows one reader a process."""
+    from jaxlib.mosaic.gpu import _mosaic_gpu_ext as cupti
+
+    jax.block_until_ready([call() for call in calls])
+    cupti._cupti_init()
+    try:
+        jax.block_until_ready([calls[i % len(calls)]() for i in range(samples)])
+    finally:
+        kernels = cupti._cupti_get_timings(True)
+    each = len(kernels) // samples
+    return [1000 * sum(ms for _, ms in kernels[i * each : (i + 1) * each]) for i in range(samples)]

@@ -15,6 +15,7 @@ where they lie, without padding, slicing or transposing.
 """
 
 import functools
+import math
 from dataclasses import dataclass
 
 import jax
@@ -34,27 +35,29 @@ def decode_attention(q, k, v, lengths, *, scale, window=None, sinks=None, softca
     q: B T N H, k: B S K H, v: B S K V in float16 or bfloat16, lengths: int32 B; query head n reads KV head n // (N/K).
     `sinks` (N) are logits in natural-log units, not scaled; cap(x) = softcap * tanh(x / softcap). Returns out B T N V
     in `out_dtype` (default q's) and float32 lse B T N: natural log, sink included. A query that sees nothing gives 0
-    and -inf (or its sink). Slots that no query may read may hold NaN.
+    and -inf (or its sink). Slots that no query may read may hold NaN. With `page_table` (int32 B P) k and v are pools
+    `pages page K H`; only the entries of pages that a query reads are followed.
 
     The number of splits follows from the shapes alone, and each row's tiles are shared evenly among them on the device.
     `chunk` fixes the split size instead (rounded up to a multiple of 64 keys): then a row's result is bitwise the same
     in any batch. A second kernel merges the splits; with one split there is none.
 
     Raises ValueError and TypeError from jforge.ops.check, and NotImplementedError for what has no kernel: float32 and
-    float64 (wgmma multiplies float32 as tf32), page_table, k_scale and v_scale, S not a multiple of 8 (TMA), head dims
-    that are not multiples of 16, value dims that are not multiples of 32, either above 256.
+    float64 (wgmma multiplies float32 as tf32), k_scale and v_scale, S or a page not a multiple of 8 (TMA), head and value
+    dims that are not multiples of 16 or above 256.
     """
     sizes = check.decode_attention(
         q, k, v, lengths, scale=scale, window=window, sinks=sinks, softcap=softcap, page_table=page_table,
         k_scale=k_scale, v_scale=v_scale, chunk=chunk, out_dtype=out_dtype,
     )  # fmt: skip
-    if page_table is not None or k_scale is not None:
-        name = "page_table" if page_table is not None else "k_scale"
-        raise NotImplementedError(f"{name} is given; the kernel reads contiguous, unquantised caches only")
+    if k_scale is not None:
+        raise NotImplementedError("k_scale is given; the kernel reads float16 and bfloat16 caches only")
+    if page_table is not None:
+        sizes = sizes | dict(S=sizes["P"] * sizes["page"])
     out_dtype = jnp.dtype(out_dtype or q.dtype)
     _refuse(sizes, q.dtype, out_dtype)
-    facts = _facts(sizes, q.dtype, out_dtype, float(scale), window, softcap, chunk)
-    return _decode(q, k, v, lengths, sinks, facts)
+    facts = make_facts(sizes, q.dtype, out_dtype, scale=float(scale), window=window, softcap=softcap, chunk=chunk)
+    return run(q, k, v, lengths, page_table, sinks, facts)
 
 
 def _refuse(sizes, dtype, out_dtype) -> None:
@@ -63,9 +66,10 @@ def _refuse(sizes, dtype, out_dtype) -> None:
         raise NotImplementedError(f"q has dtype {dtype}; wgmma multiplies 16-bit inputs, and float32 only as tf32")
     if out_dtype == jnp.float64:
         raise NotImplementedError("out_dtype is float64; the kernel accumulates in float32")
-    S, H, V = sizes["S"], sizes["H"], sizes["V"]
-    if S == 0 or S % 8:
-        raise NotImplementedError(f"k has S={S} slots; TMA needs a positive multiple of 8")
+    name = "page" if "page" in sizes else "S"
+    slots, H, V = sizes[name], sizes["H"], sizes["V"]
+    if sizes["S"] == 0 or slots % 8:
+        raise NotImplementedError(f"k has {name}={slots} slots; TMA needs a positive multiple of 8")
     if H % 16 or not 0 < H <= 256:
         raise NotImplementedError(f"q has H={H}; the kernel takes multiples of 16 up to 256")
     if V % 16 or not 0 < V <= 256:
@@ -88,6 +92,7 @@ class Facts:
     block: int
     stages: int
     splits: int
+    page: int | None  # slots of a page
     chunk: int | None
     window: int | None
     softcap: float | None
@@ -104,11 +109,17 @@ class Facts:
         return -(-self.V // 64) * 64
 
     @property
+    def piece(self):
+        """Keys that one TMA copy brings in."""
+        return math.gcd(self.page or self.block, self.block)
+
+    @property
     def row_blocks(self):
         return -(-self.T * self.units // self.boxes)
 
 
-def _facts(sizes, dtype, out_dtype, scale, window, softcap, chunk) -> Facts:
+def make_facts(sizes, dtype, out_dtype, *, scale, window=None, softcap=None, chunk=None, config=None) -> Facts:
+    """The plan of a call: query boxes of a program, tiles and splits. `config` overrides the table (for tuning)."""
     B, T, S, N, K, H, V = (sizes[x] for x in "BTSNKHV")
     group = N // K
     heads = next(g for g in range(BOX, 0, -1) if group % g == 0)
@@ -117,31 +128,34 @@ def _facts(sizes, dtype, out_dtype, scale, window, softcap, chunk) -> Facts:
     row_blocks = -(-T * units // most)
     boxes = -(-T * units // row_blocks)
     shape = H, width, BOX * boxes
-    config = default_config(*shape)
-    span = S if window is None else min(S, window + T - 1 + config.block)
+    default = default_config(*shape)
+    span = S if window is None else min(S, window + T - 1 + default.block)
     if chunk is None:
-        device = target().device_kind
-        config = lookup("decode_attention", str(dtype), H, V, T * group, B * K, S, device) or config
+        key = "decode_attention", str(dtype), H, V, T * group, B * K, S, target().device_kind
+        config = config or lookup(*key) or default
         slots = SMS * programs_per_sm(config, *shape)
         splits = config.splits or fill_splits(B * K * row_blocks, -(-span // config.block), slots)
-    else:
+    else:  # nothing that could differ between batches, so never the table
+        config = default
         chunk = -(-chunk // config.block) * config.block
         splits = -(-span // chunk)
-    return Facts(T, K, H, V, heads, units, boxes, config.block, config.stages, splits, chunk, window, softcap, scale,
-                 out_dtype)  # fmt: skip
+    return Facts(T, K, H, V, heads, units, boxes, config.block, config.stages, splits, sizes.get("page"), chunk, window,
+                 softcap, scale, out_dtype)  # fmt: skip
 
 
 @functools.partial(jax.jit, static_argnames="facts")
-def _decode(q, k, v, lengths, sinks, facts):
+def run(q, k, v, lengths, page_table, sinks, facts):
+    """The decode kernel, and the merge kernel when there are splits. Reshapes only relabel; nothing is moved."""
     f, (B, T, N, _) = facts, q.shape
     alone = f.splits == 1
     q = q.reshape(B, T, -1, f.heads, f.H)
     heads = (f.splits, B, T, N // f.heads, f.heads)
-    own_sinks = sinks is not None and alone
+    paged, own_sinks = page_table is not None, sinks is not None and alone
+    copies = f.block // f.piece
     keys, values = swizzled(f.H, 2), swizzled(f.V, 2)
     out, lse = launch(
-        functools.partial(kernel, f, own_sinks),
-        *((q, k, v, lengths, sinks) if own_sinks else (q, k, v, lengths)),
+        functools.partial(kernel, f, paged, own_sinks),
+        *(q, k, v, lengths, *[page_table] * paged, *[sinks] * own_sinks),
         out_type=[
             jax.ShapeDtypeStruct((*heads, f.V if alone else f.width), f.out_dtype if alone else jnp.float32),
             jax.ShapeDtypeStruct(heads, jnp.float32),
@@ -154,8 +168,8 @@ def _decode(q, k, v, lengths, sinks, facts):
             out_s=plgpu.SMEM((f.rows, f.width), f.out_dtype if alone else jnp.float32),
             row_s=plgpu.SMEM((f.rows,), jnp.float32),
             q_full=plgpu.Barrier(num_arrivals=f.boxes),
-            k_full=plgpu.Barrier(num_barriers=f.stages),
-            v_full=plgpu.Barrier(num_barriers=f.stages),
+            k_full=plgpu.Barrier(num_arrivals=copies, num_barriers=f.stages),
+            v_full=plgpu.Barrier(num_arrivals=copies, num_barriers=f.stages),
             k_free=plgpu.Barrier(num_barriers=f.stages),
             v_free=plgpu.Barrier(num_barriers=f.stages),
         ),

@@ -8,19 +8,20 @@ from pallas_kernels.merge_states import LOG2E, LOWEST
 BOX = 8  # rows of a query box, the least N of an MMA
 
 
-def kernel(f, has_sinks, q, k, v, lengths, *refs, **smem):
+def kernel(f, has_pages, has_sinks, q, k, v, lengths, *refs, **smem):
     """One program: query boxes of KV head `kv` of row b against one split of its keys. f: decode_attention.Facts.
 
     A split without keys writes lse = -inf only: the merge does not look at its out. A single split writes the final
     result in any case.
     """
-    sinks, (out, lse) = refs[0] if has_sinks else None, refs[has_sinks:]
+    *options, out, lse = refs
+    pages, sinks = options[0] if has_pages else None, options[-1] if has_sinks else None
     where = _Place(f, lengths)
     computes = lax.axis_index("warpgroup") == 0
 
     def work():
         pl.when(computes)(lambda: _consume(f, where, sinks, out, lse, **smem))
-        pl.when(jnp.logical_not(computes))(lambda: _produce(f, where, q, k, v, **smem))
+        pl.when(jnp.logical_not(computes))(lambda: _produce(f, where, pages, q, k, v, **smem))
 
     if f.splits == 1:
         work()
@@ -34,7 +35,7 @@ def kernel(f, has_sinks, q, k, v, lengths, *refs, **smem):
 class _Place:
     """What this program works on: row b, KV head kv, its query boxes and its tiles first .. first + steps - 1.
 
-    n is the row's length and `lowest` the first slot that any of its queries may read. Splits begin at that slot's tile.
+    n is the row's length and `lowest` the first slot that any of its queries may read. Splits begin at its tile.
     """
 
     def __init__(self, f, lengths):
@@ -57,7 +58,7 @@ class _Place:
         return lax.div(number, jnp.int32(f.units)), self.kv * f.units + lax.rem(number, jnp.int32(f.units)), real
 
 
-def _produce(f, where, q, k, v, *, q_s, k_s, v_s, q_full, k_full, v_full, k_free, v_free, **_):
+def _produce(f, where, pages, q, k, v, *, q_s, k_s, v_s, q_full, k_full, v_full, k_free, v_free, **_):
     """Copy the query boxes once, then K and V tiles into the ring."""
     for j in range(f.boxes):
         t, unit, _ = where.box(f, j)
@@ -66,12 +67,16 @@ def _produce(f, where, q, k, v, *, q_s, k_s, v_s, q_full, k_full, v_full, k_free
     @pl.loop(0, where.steps)
     def _(i):
         slot = lax.rem(i, jnp.int32(f.stages))
-        keys = pl.ds((where.first + i) * f.block, f.block)
+        sources = _sources(
+            f, where, pages, where.first + i
+        )  # page numbers are on their way while the slot is waited for
         pl.when(i >= f.stages)(lambda: plgpu.barrier_wait(k_free.at[slot]))
-        plgpu.copy_gmem_to_smem(k.at[where.b, keys, where.kv], k_s.at[slot], k_full.at[slot])
+        for (row, keys), part in sources:
+            plgpu.copy_gmem_to_smem(k.at[row, keys, where.kv], k_s.at[slot, part], k_full.at[slot])
         pl.when(i >= f.stages)(lambda: plgpu.barrier_wait(v_free.at[slot]))
-        box = v.at[where.b, keys, where.kv, pl.ds(0, f.width)]
-        plgpu.copy_gmem_to_smem(box, v_s.at[slot], v_full.at[slot])
+        for (row, keys), part in sources:
+            box = v.at[row, keys, where.kv, pl.ds(0, f.width)]
+            plgpu.copy_gmem_to_smem(box, v_s.at[slot, part], v_full.at[slot])
 
     # A barrier must not be left with a completed phase that nobody waited for.
     @pl.loop(jnp.maximum(where.steps - f.stages, 0), where.steps)
@@ -79,6 +84,24 @@ def _produce(f, where, q, k, v, *, q_s, k_s, v_s, q_full, k_full, v_full, k_free
         slot = lax.rem(i, jnp.int32(f.stages))
         plgpu.barrier_wait(k_free.at[slot])
         plgpu.barrier_wait(v_free.at[slot])
+
+
+def _sources(f, where, pages, tile):
+    """Where the pieces of a tile come from and go to: ((row or page, its keys), keys of the tile).
+
+    A contiguous cache is one piece a tile. Pages come in pieces that divide both page and tile. Pieces that no query
+    reads take the nearest page that one does, since the other entries of the table may be anything.
+    """
+    if pages is None:
+        return [((where.b, pl.ds(tile * f.block, f.block)), pl.ds(0, f.block))]
+    count, pieces = f.page // f.piece, []
+    lowest, highest = lax.div(where.lowest, jnp.int32(f.page)), lax.div(where.n - 1, jnp.int32(f.page))
+    for j in range(f.block // f.piece):
+        number = tile * (f.block // f.piece) + j
+        page = pages[where.b, jnp.clip(lax.div(number, jnp.int32(count)), lowest, highest)]
+        keys = pl.ds(lax.rem(number, jnp.int32(count)) * f.piece, f.piece)
+        pieces.append(((page, keys), pl.ds(j * f.piece, f.piece)))
+    return pieces
 
 
 def _consume(f, where, sinks, out, lse, *, q_s, k_s, v_s, p_s, q_full, k_full, v_full, k_free, v_free, **smem):

@@ -100,6 +100,11 @@ def merge_kernel(
         tl.store(lse + row, merged * LN2)
 
 
+def merge_warps(block_p):
+    """Warps of a merge program: a narrow tile leaves most of four warps idle, and small programs share an SM better."""
+    return 1 if block_p <= 4 else 2 if block_p <= 16 else 4
+
+
 def launch_merge(parts, lses, sinks, out, lse, *, n_parts, part_stride, row_stride, block_p, natural):
     """Launch `merge_kernel` on flat buffers; out [.., N, V] and lse [.., N] are contiguous and written in full."""
     heads, width = out.shape[-2:]
@@ -121,7 +126,7 @@ def launch_merge(parts, lses, sinks, out, lse, *, n_parts, part_stride, row_stri
         BLOCK_P=block_p,
         HAS_SINK=sinks is not None,
         NATURAL=natural,
-        num_warps=1 if block_p <= 4 else 2 if block_p <= 16 else 4,
+        num_warps=merge_warps(block_p),
     )
 
 

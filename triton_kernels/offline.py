@@ -24,7 +24,7 @@ from triton.compiler import ASTSource
 
 from triton_kernels import runtime
 from triton_kernels.decode_attention import decode_kernel, specialise
-from triton_kernels.merge_states import BLOCK_V, FIXED_BLOCK_P, MAX_BLOCK_P, merge_kernel
+from triton_kernels.merge_states import BLOCK_V, FIXED_BLOCK_P, MAX_BLOCK_P, merge_kernel, merge_warps
 from triton_kernels.plan import Config, block_rows, default_config, table
 
 SM90 = GPUTarget("cuda", 90, 32)
@@ -130,8 +130,9 @@ def compile_decode(case, config=None):
 def compile_merge(dtype, value_dim, block_p, sink):
     constants = {"HEADS": 32, "V": value_dim, "BLOCK_V": BLOCK_V, "BLOCK_P": block_p, "HAS_SINK": sink}
     types = {"parts": "*fp32", "lses": "*fp32", "sinks": "*fp32", "out": POINTER[dtype], "lse": "*fp32"}
-    compiled = compile_kernel(merge_kernel, types, constants | {"NATURAL": False}, 4, 3)
-    return measure(f"merge {dtype} {value_dim} parts {block_p}{' sink' if sink else ''}", compiled, warps=4)
+    warps = merge_warps(block_p)
+    compiled = compile_kernel(merge_kernel, types, constants | {"NATURAL": False}, warps, 3)
+    return measure(f"merge {dtype} {value_dim} parts {block_p}{' sink' if sink else ''}", compiled, warps=warps)
 
 
 def tuned():

@@ -4,8 +4,9 @@
     python -m triton_kernels.tune --only 64x32x8x8192  one of them (B x N x K x S, every dtype and head dim listed)
 
 A configuration is timed as device time of one whole call, merge included: a CUDA graph of CALLS calls that rotate over
-enough input sets to miss the L2 cache, median of SAMPLES replays. It is tried only if its machine code has no spills and
-fits in shared memory, and counts only if its output agrees with the default configuration's. Entries of other devices, and of shapes that were not measured, stay in the table.
+enough input sets to miss the L2 cache, median of SAMPLES replays. It is tried only if its machine code has no spills
+and fits in shared memory, and counts only if its output agrees with the default configuration's. Entries of other
+devices, and of shapes that were not measured, stay in the table.
 """
 
 import argparse

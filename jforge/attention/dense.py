@@ -262,7 +262,6 @@ _LLAMA3 = {
 }
 _YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 64}
 _PLAIN = {"rope_type": "default", "rope_theta": 1e4}
-_LINEAR = {**_PLAIN, "rope_type": "linear", "factor": 2.0}
 _HALF = {**_PLAIN, "partial_rotary_factor": 0.5}
 
 gqa = Attention(
@@ -294,6 +293,7 @@ gqa = Attention(
 mha = gqa._replace(
     summary="multi-head: every query head has its own keys and values (Vaswani et al. 2017, OLMo-2)",
     Config=MHAConfig,
+    models={"Llama-2-7B": MHAConfig(hidden_size=4096, num_attention_heads=32)},
     examples=(
         MHAConfig(
             hidden_size=21,
@@ -301,7 +301,7 @@ mha = gqa._replace(
             head_dim=6,
             rope_parameters={**_PLAIN, "rope_type": "linear", "factor": 2.0},
         ),
-    ),  # fmt: skip
+    ),
 )
 mqa = gqa._replace(
     summary="multi-query: all query heads share one key/value head (Shazeer 2019, Falcon-7B)",
@@ -312,6 +312,6 @@ mqa = gqa._replace(
 single_head = gqa._replace(
     summary="one head: softmax(q k) v and nothing else; here without positions (NoPE)",
     Config=SingleHeadConfig,
-    models={},
+    models={"a Llama-3.1-8B head": SingleHeadConfig(hidden_size=4096, head_dim=128)},
     examples=(SingleHeadConfig(hidden_size=11, head_dim=7),),
 )

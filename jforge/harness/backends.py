@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jforge.harness import compare, oracle
 from jforge.harness.cases import DTYPES, Case, Inputs, build
 
 
@@ -39,19 +40,32 @@ class Backend:
         run = _torch_call if self.framework == "torch" else _jax_call
         return run(getattr(self.ops, op), inputs)
 
-    def run(self, case: Case, dtype: str, seed: int = 0) -> tuple[np.ndarray, ...]:
-        return self.call(case.op, build(case, dtype, seed))
 
-
+_ALL = ("float32", "bfloat16", "float16")
 BACKENDS = {
-    b.name: b
-    for b in (
-        Backend("jforge", "jforge.ops", "jax", ("float32", "bfloat16", "float16"), ("float32", "bfloat16", "float16")),
-        Backend("torch_ref", "torch_ref.ops", "torch", ("float32", "bfloat16", "float16"), ("float32", "bfloat16", "float16")),
-        Backend("triton", "triton_kernels", "torch", ("float32", "float16"), ("float32", "bfloat16", "float16")),
+    backend.name: backend
+    for backend in (
+        Backend("jforge", "jforge.ops", "jax", _ALL, _ALL),
+        Backend("torch_ref", "torch_ref.ops", "torch", _ALL, _ALL),
+        Backend("triton", "triton_kernels", "torch", ("float32", "float16"), _ALL),
         Backend("pallas", "pallas_kernels", "jax", ("bfloat16", "float16"), ("bfloat16", "float16")),
     )
-}  # fmt: skip
+}
+
+
+def judge(backend: Backend, case: Case, dtype: str, seed: int = 0) -> tuple[float, float]:
+    """(worst relative error of out, error of lse) of a backend against the float64 oracle on the same rounded inputs.
+
+    NotImplementedError passes through: a backend that refuses a case says so and nothing stands in for it.
+    """
+    inputs = build(case, dtype, seed)
+    out, lse = backend.call(case.op, inputs)
+    want_out, want_lse = getattr(oracle, case.op)(*inputs.arrays.values(), **inputs.options)
+    return compare.worst_head(out, want_out), compare.lse_error(lse, want_lse)
+
+
+def passes(errors: tuple[float, float], dtype: str) -> bool:
+    return errors[0] <= compare.OUT[dtype] and errors[1] <= compare.LSE[dtype]
 
 
 @functools.cache
@@ -78,9 +92,10 @@ def _torch_call(op: Callable, inputs: Inputs) -> tuple[np.ndarray, ...]:
 
 
 def to_torch(array: np.ndarray):
-    """A torch tensor of the same values; NumPy's bfloat16 is a type that torch does not know."""
+    """A torch tensor with its own copy of the values; NumPy's bfloat16 is a type that torch does not know."""
     import torch
 
+    array = np.array(array)
     if array.dtype == DTYPES["bfloat16"]:
         return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
     return torch.from_numpy(array)

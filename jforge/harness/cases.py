@@ -79,13 +79,13 @@ def _merge(name, P, B, T, N, V, lengths, *tags) -> Case:
 
 
 CASES: tuple[Case, ...] = (
-    _attention("llama", 2, 8, 2, 128, 192, (192, 77), "basic"),
+    _attention("llama", 2, 8, 2, 128, 192, (192, 77), "basic", "demo"),
     _attention("mha", 2, 3, 3, 64, 128, (128, 5), "basic"),
     _attention("mqa", 2, 8, 1, 64, 128, (127, 128), "basic"),
     _attention("group_3", 1, 6, 2, 128, 128, (100,), "basic"),
-    _attention("empty_rows", 4, 8, 2, 64, 128, (0, 1, 0, 2), "basic"),
+    _attention("empty_rows", 4, 8, 2, 64, 128, (0, 1, 0, 2), "basic", "demo"),
     _attention("block_edges", 4, 4, 1, 64, 192, (63, 64, 65, 129), "basic"),
-    _attention("long", 1, 4, 1, 128, 1024, (1000,), "basic"),
+    _attention("long", 1, 4, 1, 128, 1024, (1000,), "basic", "demo"),
     _attention("ragged", 3, 4, 2, 128, 512, (512, 0, 300), "basic"),
     _attention("large_logits", 2, 4, 2, 64, 128, (128, 40), scale=40.0),
     _attention("chunked", 3, 4, 2, 64, 512, (512, 129, 0), chunk=128),
@@ -102,7 +102,7 @@ CASES: tuple[Case, ...] = (
     _attention("head_96", 2, 8, 2, 96, 128, (128, 31)),
     _attention("head_192_128", 2, 8, 2, 192, 128, (128, 31), V=128),
     _attention("head_256", 2, 8, 2, 256, 128, (128, 31)),
-    _merge("merge_two", 2, 2, 1, 8, 128, (2, 1), "basic"),
+    _merge("merge_two", 2, 2, 1, 8, 128, (2, 1), "basic", "demo"),
     _merge("merge_many", 5, 3, 2, 4, 64, (5, 0, 3), "basic"),
 )
 

@@ -8,7 +8,7 @@ import numpy as np
 OUT = {"float64": 1e-10, "float32": 1e-5, "float16": 1e-3, "bfloat16": 4e-3}
 """Largest relative norm error of an output, by the dtype of its inputs."""
 LSE = {"float64": 1e-10, "float32": 1e-5, "float16": 1e-3, "bfloat16": 1e-3}
-"""Largest absolute error of a log-sum-exp."""
+"""Largest error of a log-sum-exp: absolute up to |lse| = 1, relative beyond, where float32 runs out of digits."""
 
 
 def relative(got, want) -> float:
@@ -33,14 +33,14 @@ def worst_head(got, want) -> float:
 
 
 def lse_error(got, want) -> float:
-    """max |got - want|, where -inf must meet -inf; NaN and other infinities give inf."""
+    """max |got - want| / max(1, |want|), where -inf must meet -inf; NaN and other infinities give inf."""
     got, want = (np.asarray(a, np.float64) for a in (got, want))
     if got.shape != want.shape or (np.isneginf(got) != np.isneginf(want)).any():
         return math.inf
     finite = ~np.isneginf(want)
     if not np.isfinite(got[finite]).all():
         return math.inf
-    return float(np.abs(got[finite] - want[finite]).max(initial=0))
+    return float((np.abs(got[finite] - want[finite]) / np.maximum(1, np.abs(want[finite]))).max(initial=0))
 
 
 def caches(spec, cfg, got, want) -> float:

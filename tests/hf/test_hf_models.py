@@ -10,17 +10,18 @@ from hf_tiny import BATCH, MODELS, TOKENS, run
 
 from jforge import hf
 from jforge.attention import REGISTRY
+from jforge.harness.compare import OUT
 
-TOLERANCE = 1e-5  # float32 on both sides; worst token (and head, in caches) by relative norm
+TOLERANCE = OUT["float32"]
 SPLITS = {
     "prefill 1, decode": (1,) * TOKENS,
     "prefill 5, decode": (5,) + (1,) * (TOKENS - 5),
-    "chunks": (3, 1, 4, 2),
+    "chunks": (3, 5, 1, 1),  # sizes of the other cases again: every new one is a compilation
 }
 
 
 def error(got, want) -> float:
-    """The largest ||got - want|| / ||want|| over all vectors on the last axis."""
+    """The largest ||got - want|| / ||want|| over all vectors on the last axis: the worst token, in caches and head."""
     got, want = np.asarray(got, np.float64), np.asarray(want, np.float64)
     assert got.shape == want.shape
     return float(np.max(np.linalg.norm(got - want, axis=-1) / np.linalg.norm(want, axis=-1)))

@@ -1,4 +1,4 @@
-"""decode_attention and merge_states against float64 NumPy: in Triton's interpreter, or on a GPU with TRITON_INTERPRET=0.
+"""decode_attention and merge_states against float64 NumPy, in Triton's interpreter (on a GPU with TRITON_INTERPRET=0).
 
 bfloat16 is tested on a GPU only: the interpreter multiplies its bit patterns.
 """
@@ -156,14 +156,14 @@ def test_strides():
 def test_chunk_is_batch_invariant(window, tokens):
     """A row's bits are the same alone, in a batch, and in a cache with more slots."""
     lengths = [0, 30, 160]
-    q, k, v, n = make(lengths, slots=160, heads=4, kv_heads=2, tokens=tokens, window=window)
+    q, k, v, n = make(lengths, slots=320, heads=4, kv_heads=2, dim=16, tokens=tokens, dtype=F32, window=window)
     options = dict(scale=0.1, chunk=40, window=window, sinks=torch.tensor([0.1, 1.0, -1.0, 3.0]))
     out, lse = tk.decode_attention(q, k, v, n, **options)
     again, lse_again = tk.decode_attention(q, k, v, n, **options)
     assert torch.equal(out, again) and torch.equal(lse, lse_again)
     for b, length in enumerate(lengths):
         row = slice(b, b + 1)
-        for slots in {max(length, 1), 160}:
+        for slots in {max(length, 1), 320}:
             alone, lse_alone = tk.decode_attention(q[row], k[row, :slots], v[row, :slots], n[row], **options)
             assert torch.equal(alone[0], out[b]) and torch.equal(lse_alone[0], lse[b])
 

@@ -1,0 +1,171 @@
+"""The `jforge` command: table, cost, check, equiv, bench and demo. Every command takes --json.
+
+A mistake in the arguments or in a file ends with one line on stderr and exit code 2; a law or a comparison that fails
+ends with exit code 1.
+"""
+
+import argparse
+import importlib
+import json
+import os
+import re
+import sys
+from typing import NoReturn
+
+import jax
+import jax.numpy as jnp
+
+import jforge
+from jforge import hf_config, report
+
+DTYPES = ("bfloat16", "float16", "float32")
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with one line for an error."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}\n")
+
+
+def context(text: str) -> int:
+    """131072, 128k or 1m: a positive count of tokens, k = 2^10 and m = 2^20."""
+    match = re.fullmatch(r"(\d+)([km]?)", text.strip().lower())
+    tokens = int(match[1]) * {"": 1, "k": 2**10, "m": 2**20}[match[2]] if match else 0
+    if tokens < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no token count: write 131072, 128k or 1m")
+    return tokens
+
+
+def batch(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no batch size: write a positive integer")
+    return int(text)
+
+
+def parser() -> Parser:
+    top = Parser(prog="jforge", description="Executable reference and kernel lab for LLM attention.")
+    commands = top.add_subparsers(dest="command", required=True, parser_class=Parser, metavar="COMMAND")
+
+    def command(name: str, run, text: str) -> Parser:
+        sub = commands.add_parser(name, help=text, description=text)
+        sub.add_argument("--json", action="store_true", help="print JSON instead of tables")
+        sub.set_defaults(run=run)
+        return sub
+
+    sub = command("table", _table, "Every mechanism: what it stores and what a decode step reads.")
+    sub.add_argument("--context", type=context, default=131072, help="tokens in the row (131072, 128k, 1m)")
+    sub.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="dtype of the cache")
+
+    sub = command("cost", _cost, "Bytes and flops of a decode step of a model, by buffer.")
+    sub.add_argument("mechanism", metavar="NAME", help="a mechanism, as `jforge table` lists them")
+    sub.add_argument("--config", metavar="FILE", help="a model's config.json (default: a shipped model of NAME)")
+    sub.add_argument("--context", type=context, default=131072, help="tokens in each row (131072, 128k, 1m)")
+    sub.add_argument("--batch", type=batch, default=1, help="rows")
+    sub.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="dtype of the cache")
+
+    sub = command("check", _check, "The laws, for mechanisms of jforge or your own Attention.")
+    sub.add_argument(
+        "names", nargs="*", metavar="NAME", help="mechanisms, or module:attribute (default: all of jforge)"
+    )
+
+    command("equiv", _equiv, "Agreement of the four backends and of the frameworks, as measured here.")
+    sub = command("demo", _demo, "Bytes, laws, agreement and decode times for Llama-3.1-8B.")
+    return top
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parser().parse_args(argv)
+    try:
+        return args.run(args)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader left: nothing more to say
+        return 1
+    except (ValueError, TypeError, NotImplementedError) as problem:  # bad input, worded where it was found
+        text = " ".join(str(problem).split())
+        print(f"jforge {args.command}: {text}", file=sys.stderr)
+        return 2
+
+
+def emit(args, data, render) -> None:
+    """Print `data` as JSON, or let `render` print its tables."""
+    if args.json:
+        print(json.dumps(data, indent=2))
+    else:
+        render(data)
+
+
+def _table(args) -> int:
+    emit(args, report.table(args.context, args.dtype), report.show_table)
+    return 0
+
+
+def _cost(args) -> int:
+    att = jforge.get(args.mechanism)
+    layers, source = _layers(args.mechanism, att, args.config)
+    sizes = {"context": args.context, "batch": args.batch, "dtype": jnp.dtype(args.dtype)}
+    costs = [att.cost(cfg, **sizes) for cfg in layers]
+    emit(args, report.cost(args.mechanism, source, costs, args.context, args.batch, args.dtype), report.show_cost)
+    return 0
+
+
+def _layers(name: str, att, path: str | None) -> tuple[list, str]:
+    """(Configs of the layers that use `name`, where they come from)."""
+    if path is None:
+        if not att.models:
+            raise ValueError(f"{name} has no shipped model; give one with --config FILE")
+        model, cfg = next(iter(att.models.items()))
+        return [cfg], f"{model}, one layer"
+    found = hf_config.layers(hf_config.load(path))
+    mine = [cfg for mechanism, cfg in found if mechanism == name]
+    if not mine:
+        others = ", ".join(sorted({mechanism for mechanism, _ in found}))
+        raise ValueError(f"{path} has no {name} layer; its layers are {others}")
+    return mine, path
+
+
+def _check(args) -> int:
+    targets = [(name, _attention(name)) for name in args.names or jforge.names()]
+    work = [(name, att, cfg) for name, att in targets for cfg in att.examples]
+    rows = []
+    for name, att, cfg in report.track(work, "checking laws"):
+        rows.append({"mechanism": name, "config": str(cfg), **report.laws(jforge.check(att, cfg))})
+    emit(args, rows, report.show_laws)
+    return 0 if all(row["ok"] for row in rows) else 1
+
+
+def _attention(name: str) -> jforge.Attention:
+    """A registered mechanism, or module:attribute imported from the working directory."""
+    if ":" not in name:
+        return jforge.get(name)
+    module, _, attribute = name.partition(":")
+    sys.path.insert(0, os.getcwd())
+    try:
+        found = getattr(importlib.import_module(module), attribute)
+    except ImportError as problem:
+        raise ValueError(f"{name}: module {module!r} cannot be imported ({problem})") from None
+    except AttributeError:
+        raise ValueError(f"{name}: module {module!r} has no attribute {attribute!r}") from None
+    if not isinstance(found, jforge.Attention):
+        raise TypeError(f"{name} is a {type(found).__name__}; it must be a jforge.Attention")
+    return found
+
+
+def _equiv(args) -> int:
+    data = {"backends": report.backends(), "frameworks": report.frameworks(), "device": device()}
+    emit(args, data, report.show_equiv)
+    return 0 if report.agrees(data) else 1
+
+
+def _demo(args) -> int:
+    data = report.demo()
+    emit(args, data, report.show_demo)
+    return 0 if data["laws"]["ok"] and report.agrees(data) else 1
+
+
+def device() -> str:
+    return jax.devices()[0].device_kind
+
+
+if __name__ == "__main__":
+    sys.exit(main())

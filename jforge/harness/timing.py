@@ -1,0 +1,66 @@
+"""One way to time a call, for both frameworks.
+
+On a GPU: the sum of the durations of the kernels that a call launches, read by CUPTI, which sees JAX's and torch's
+kernels alike. Host time and launch gaps are not in it; the number of kernels is reported beside it, since each costs
+about 2 us of gap in a captured graph. On a CPU: wall time of a call that blocks on its result.
+"""
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Microseconds per call."""
+
+    median: float
+    p10: float
+    p90: float
+    samples: int
+    kernels: int
+
+
+def _summary(samples: Sequence[float], kernels: int) -> Timing:
+    tenths = statistics.quantiles(samples, n=10) if len(samples) > 1 else [samples[0]] * 9
+    return Timing(statistics.median(samples), tenths[0], tenths[-1], len(samples), kernels)
+
+
+def time_cpu(call: Callable[[], object], *, samples: int = 20, warmup: int = 3) -> Timing:
+    """Wall time of `call`, which must return only when its result is there."""
+    for _ in range(warmup):
+        call()
+    times = []
+    for _ in range(samples):
+        start = time.perf_counter()
+        call()
+        times.append(1e6 * (time.perf_counter() - start))
+    return _summary(times, 0)
+
+
+def time_gpu(
+    calls: Sequence[Callable[[], object]], synchronise: Callable[[], None], *, samples: int = 50, warmup: int = 3
+) -> Timing:
+    """Device time of a call. `calls` are the same work on different buffers, taken in turn so that L2 stays cold.
+
+    Raises RuntimeError when the calls launch no kernel or not the same number each.
+    """
+    from jaxlib.mosaic.gpu import _mosaic_gpu_ext as cupti
+
+    for call in calls:
+        for _ in range(warmup):
+            call()
+    synchronise()
+    cupti._cupti_init()
+    try:
+        for i in range(samples):
+            calls[i % len(calls)]()
+        synchronise()
+    finally:
+        kernels = cupti._cupti_get_timings(True)
+    if not kernels or len(kernels) % samples:
+        raise RuntimeError(f"{len(kernels)} kernels in {samples} calls: the calls do not launch the same work each")
+    each = len(kernels) // samples
+    milliseconds = [sum(ms for _, ms in kernels[i * each : (i + 1) * each]) for i in range(samples)]
+    return _summary([1e3 * ms for ms in milliseconds], each)

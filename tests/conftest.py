@@ -1,0 +1,23 @@
+"""Run-time shape checks for everything in jforge, and Triton's interpreter, before either is imported."""
+
+import os
+
+import jaxtyping
+import pytest
+
+os.environ.setdefault("TRITON_INTERPRET", "1")
+jaxtyping.install_import_hook(["jforge"], "typecheck.check")
+
+
+@pytest.fixture(autouse=True)
+def _quiet_terminal(monkeypatch):
+    """Tables keep one width and no colour whatever the terminal."""
+    monkeypatch.setenv("NO_COLOR", "1")
+
+
+@pytest.fixture
+def untyped():
+    """For tests of bad input: the product's own messages, not those of the tests' type checker."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)

@@ -1,0 +1,63 @@
+"""The laws on every mechanism and example; torch_ref as the judge from outside; a toy that only registers itself."""
+
+import pytest
+
+import jforge
+import torch_ref
+from jforge import cli, report
+from jforge.attention import REGISTRY
+from jforge.harness import compare
+from jforge.harness.frameworks import against_torch
+
+EXAMPLES = [(name, i) for name in REGISTRY for i in range(len(REGISTRY[name].examples))]
+IDS = [f"{name}-{i}" for name, i in EXAMPLES]
+
+
+@pytest.mark.parametrize("name,i", EXAMPLES, ids=IDS)
+def test_laws(name, i):
+    att = jforge.get(name)
+    result = jforge.check(att, att.examples[i])
+    assert result.ok, f"\n{result}"
+    assert [row.law for row in result] == [f"L{n}" for n in range(1, 12)]
+
+
+@pytest.mark.parametrize("name,i", EXAMPLES, ids=IDS)
+def test_torch_ref_agrees(name, i):
+    att = jforge.get(name)
+    errors = against_torch(att, torch_ref.get(name), att.examples[i])
+    assert max(errors.values()) <= compare.OUT["float32"], errors
+
+
+def test_an_exception_fails_the_row_and_is_shown():
+    def broken(*args, **kwargs):
+        raise KeyError("no such weight")
+
+    result = jforge.check(jforge.get("gqa")._replace(decode=broken), laws=("L1", "L2"))
+    assert not result.ok
+    assert [row.ok for row in result] == [True, False]
+    assert "KeyError: 'no such weight'" in str(result)
+
+
+def test_check_takes_an_attention_and_known_laws():
+    with pytest.raises(TypeError, match="att is a str"):
+        jforge.check("gqa")
+    with pytest.raises(ValueError, match="'L12'"):
+        jforge.check(jforge.get("gqa"), laws=("L12",))
+
+
+def test_a_registered_toy_appears_everywhere(monkeypatch, capsys):
+    """A tuple made with _replace and one registry line: names, laws, table and cost need nothing else."""
+    gqa = jforge.get("gqa")
+    toy = gqa._replace(summary="a toy", examples=gqa.examples[:1], models={"toy-1": gqa.models["Llama-3.1-8B"]})
+    monkeypatch.setitem(REGISTRY, "toy", toy)
+    assert "toy" in jforge.names() and jforge.get("toy") is toy
+    assert "toy" in [row["mechanism"] for row in report.table(1024, "bfloat16")["rows"]]
+    assert cli.main(["cost", "toy", "--context", "1k"]) == 0
+    assert "toy in toy-1" in capsys.readouterr().out
+    assert cli.main(["check", "toy"]) == 0
+    assert "toy" in capsys.readouterr().out
+
+
+def test_unknown_mechanism():
+    with pytest.raises(ValueError, match="'nope'.*single_head, mha, mqa, gqa"):
+        jforge.get("nope")
