@@ -69,7 +69,6 @@ def layer(config: Any, index: int) -> tuple[str, Any]:
     if isinstance(index, bool) or not isinstance(index, int) or not 0 <= index < count:
         reject("layer", index, f"in 0..{count - 1}, the layers of this model")
     kind = family.kind(config, index)
-    kind = _LEGACY_KINDS.get(kind, kind)
     if kind != FULL:
         raise NotImplementedError(f"layer {index} of {config['model_type']} is {kind}, which has no mechanism yet")
     fields = {name: value for name, value in family.fields(config, kind).items() if value is not None}
@@ -184,14 +183,14 @@ def _base(
     An explicit null num_key_value_heads means "as many as heads" whatever the class default is.
     """
     heads = _integer(config, "num_attention_heads")
-    given_eps = config.get("rms_norm_eps", eps)
-    positive("rms_norm_eps", given_eps)
+    eps = config.get("rms_norm_eps", eps)
+    positive("rms_norm_eps", eps)
     return {
         "hidden_size": _integer(config, "hidden_size"),
         "num_attention_heads": heads,
         "num_key_value_heads": _integer({"num_key_value_heads": kv_heads} | config, "num_key_value_heads", heads),
         "head_dim": _integer(config, "head_dim", head_dim),
-        "rms_norm_eps": given_eps,
+        "rms_norm_eps": eps,
         "rope_parameters": rope,
     }
 
@@ -295,7 +294,7 @@ def _listed(config: dict, index: int, key: str = "layer_types") -> Any:
         return None
     if not isinstance(entries, (list, tuple)) or len(entries) != config["num_hidden_layers"]:
         reject(key, entries, f"a list of num_hidden_layers={config['num_hidden_layers']} entries")
-    return entries[index]
+    return _LEGACY_KINDS.get(entries[index], entries[index])
 
 
 def _all_full(config: dict, index: int) -> str:

@@ -43,8 +43,8 @@ def decode_attention(q, k, v, lengths, *, scale, window=None, sinks=None, softca
     in any batch. A second kernel merges the splits; with one split there is none.
 
     Raises ValueError and TypeError from jforge.ops.check, and NotImplementedError for what has no kernel: float32 and
-    float64 (wgmma multiplies float32 as tf32), k_scale and v_scale, S or a page not a multiple of 8 (TMA), head and value
-    dims that are not multiples of 16 or above 256.
+    float64 (wgmma multiplies float32 as tf32), k_scale and v_scale, S or a page that is not a multiple of 8 (TMA), head
+    and value dims that are not multiples of 16 or above 256.
     """
     sizes = check.decode_attention(
         q, k, v, lengths, scale=scale, window=window, sinks=sinks, softcap=softcap, page_table=page_table,

@@ -89,7 +89,7 @@ def _kernel(P, V, N, has_sinks, outs, lses, *refs):
 
     fetch(jnp.int32(0))
     zero = plgpu.layout_cast(jnp.zeros((width,), jnp.float32), BY_ROW)
-    total, top, mass = lax.fori_loop(0, groups, step, (zero, jnp.float32(LOWEST), jnp.float32(0)))
+    total, top, mass = lax.fori_loop(jnp.int32(0), jnp.int32(groups), step, (zero, jnp.float32(LOWEST), jnp.float32(0)))
     if has_sinks:
         sink = sinks[lax.rem(row, jnp.int32(N))].astype(jnp.float32) * LOG2E
         raised = jnp.maximum(top, sink)

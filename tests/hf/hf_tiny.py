@@ -48,7 +48,7 @@ class Model:
             "eos_token_id": 2,
         }
         if self.name != "Falcon":
-            kwargs |= {"num_key_value_heads": 2, "head_dim": 16}
+            kwargs |= {"num_key_value_heads": 2, "head_dim": 16, "rms_norm_eps": 0.01}  # an eps that shows
         suffix = "TextConfig" if self.name == "Gemma3" else "Config"
         config = getattr(transformers, self.name + suffix)(**(kwargs | self.kwargs))
         config._attn_implementation = config._experts_implementation = "eager"

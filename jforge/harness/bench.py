@@ -1,0 +1,191 @@
+"""Times of an op on a GPU: both kernel packages and their peers, on the same inputs, by one method.
+
+A row is written only if its output passed the correctness gate on the timed inputs. GB/s counts the bytes that the
+algorithm must move (q, the readable keys and values, out), not partial results; the ceiling is a streaming read of a
+large buffer, measured in the same run.
+"""
+
+import datetime
+import json
+import math
+import platform
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+import jforge
+from jforge.harness import compare
+from jforge.harness.timing import time_gpu
+
+L2_BYTES = 64 * 2**20  # of the largest card here, so that rotating buffers leave nothing in it
+
+
+class Shape(NamedTuple):
+    """One dense decode call: every row holds S tokens."""
+
+    B: int
+    N: int
+    K: int
+    S: int
+    H: int = 128
+
+    @property
+    def bytes_moved(self) -> int:
+        """bf16 bytes of q, k, v and out."""
+        return 2 * self.B * self.H * (2 * self.K * self.S + 2 * self.N)
+
+
+DENSE_SHAPES = tuple(
+    Shape(*sizes)
+    for sizes in (
+        (1, 32, 8, 131072), (8, 32, 8, 32768), (64, 32, 8, 8192), (128, 32, 8, 2048), (16, 32, 32, 8192),
+        (64, 8, 1, 32768), (1, 32, 8, 4096), (1, 32, 8, 1024), (16, 32, 8, 1024), (256, 32, 8, 512),
+    )
+)  # fmt: skip
+
+
+class Call(NamedTuple):
+    """An implementation: `run(i)` computes on input set i and returns out, B 1 N H, of its own framework."""
+
+    name: str
+    run: Callable[[int], Any]
+    synchronise: Callable[[], None]
+
+
+def environment(commit: str | None = None) -> dict:
+    """What a record must say about where it came from; `commit` where the tree has no .git to ask."""
+    import torch
+    import triton
+
+    def shell(*command: str) -> str:
+        result = subprocess.run(command, capture_output=True, text=True, check=False)
+        return result.stdout.strip()
+
+    driver = shell("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") or None
+    return {
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "device": jax.devices()[0].device_kind,
+        "driver": driver,
+        "versions": {
+            "python": platform.python_version(),
+            **{m.__name__: m.__version__ for m in (jax, torch, triton)},
+        },
+        "commit": commit or shell("git", "rev-parse", "--short", "HEAD") or None,
+        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+    }
+
+
+def bench_dense(shapes=DENSE_SHAPES, *, samples: int = 50, seed: int = 0) -> Iterator[dict]:
+    """Rows for every shape and implementation, bf16; the first row is the read ceiling. Needs an NVIDIA GPU."""
+    ceiling = read_ceiling()
+    yield {"what": "ceiling", "GB_per_s": ceiling, "samples": samples}
+    for shape in shapes:
+        sets = min(64, max(1, math.ceil(4 * L2_BYTES / shape.bytes_moved)))
+        inputs = [_inputs(shape, seed + i) for i in range(sets)]
+        want = [jax.jit(_reference)(*arrays) for arrays in inputs[:1]]
+        for call in _implementations(shape, inputs):
+            yield _row(call, shape, sets, want[0], samples, ceiling)
+        del inputs, want
+
+
+def _inputs(shape: Shape, seed: int) -> tuple[jax.Array, ...]:
+    B, N, K, S, H = shape
+    keys = jax.random.split(jax.random.key(seed), 3)
+    sizes = ((B, 1, N, H), (B, S, K, H), (B, S, K, H))
+    arrays = [jax.random.normal(key, size, jnp.bfloat16) for key, size in zip(keys, sizes, strict=True)]
+    return (*arrays, jnp.full((B,), S, jnp.int32))
+
+
+def _reference(q, k, v, lengths):
+    return jforge.ops.decode_attention(q, k, v, lengths, scale=q.shape[-1] ** -0.5, out_dtype=jnp.float32)[0]
+
+
+def _row(call: Call, shape: Shape, sets: int, want, samples: int, ceiling: float) -> dict:
+    """Gate, then time. A refusal or a failed gate is a row without a time."""
+    row = {"what": "decode_attention", "implementation": call.name, "dtype": "bfloat16", **shape._asdict()}
+    try:
+        got = call.run(0)
+        call.synchronise()
+    except (NotImplementedError, RuntimeError) as refusal:
+        return {**row, "refused": " ".join(str(refusal).split())[:200]}
+    error = compare.worst_head(_float32(got), want)
+    if error > compare.OUT["bfloat16"]:
+        return {**row, "error": error, "refused": "wrong result"}
+    timing = time_gpu([lambda i=i: call.run(i) for i in range(sets)], call.synchronise, samples=samples)
+    rate = shape.bytes_moved / timing.median / 1e3
+    return {**row, "error": error, "sets": sets, **asdict(timing), "GB_per_s": rate, "of_ceiling": rate / ceiling}
+
+
+def _float32(array):
+    return array.float().cpu().numpy() if hasattr(array, "cpu") else array.astype(jnp.float32)
+
+
+def _implementations(shape: Shape, inputs) -> Iterator[Call]:
+    import torch
+
+    import pallas_kernels
+    import triton_kernels
+
+    scale = shape.H**-0.5
+    pallas = jax.jit(lambda q, k, v, n: pallas_kernels.decode_attention(q, k, v, n, scale=scale))
+    last: list = []
+
+    def run_pallas(i: int):
+        last[:] = pallas(*inputs[i])
+        return last[0]
+
+    yield Call("pallas", run_pallas, lambda: jax.block_until_ready(last))
+    tensors = [[torch.from_dlpack(a) for a in arrays] for arrays in inputs]
+    for ours, theirs in zip(inputs[0], tensors[0], strict=True):
+        if ours.unsafe_buffer_pointer() != theirs.data_ptr():
+            raise RuntimeError("dlpack copied an input: the frameworks would not read the same buffer")
+    yield Call(
+        "triton",
+        lambda i: triton_kernels.decode_attention(*tensors[i], scale=scale)[0],
+        torch.cuda.synchronize,
+    )
+    for name, backend in _sdpa_backends():
+        yield Call(f"sdpa {name}", lambda i, b=backend: _sdpa(b, *tensors[i][:3], scale), torch.cuda.synchronize)
+
+
+def _sdpa_backends():
+    from torch.nn.attention import SDPBackend
+
+    return (("flash", SDPBackend.FLASH_ATTENTION), ("cudnn", SDPBackend.CUDNN_ATTENTION))
+
+
+def _sdpa(backend, q, k, v, scale: float):
+    """torch's fused attention on the same buffers, transposed to B N S H as it wants them; no mask is needed."""
+    import torch.nn.functional as F
+    from torch.nn.attention import sdpa_kernel
+
+    with sdpa_kernel(backend):
+        out = F.scaled_dot_product_attention(*(a.transpose(1, 2) for a in (q, k, v)), scale=scale, enable_gqa=True)
+    return out.transpose(1, 2)
+
+
+def read_ceiling(megabytes: int = 2048) -> float:
+    """GB/s of a kernel that only reads: the best of a few block sizes."""
+    import torch
+
+    from jforge.harness import ceiling
+
+    data = torch.randint(1, 100, (megabytes * 2**20 // 4,), dtype=torch.int32, device="cuda")
+    best = 0.0
+    for block in ceiling.BLOCKS:
+        timing = time_gpu([lambda b=block: ceiling.read(data, b)], torch.cuda.synchronize, samples=20)
+        best = max(best, data.numel() * 4 / timing.median / 1e3)
+    return best
+
+
+def append(path: str | Path, rows: list[dict], where: dict) -> None:
+    """Add rows as JSON lines, each with the environment `where` that it came from."""
+    with Path(path).open("a", encoding="utf-8") as file:
+        for row in rows:
+            file.write(json.dumps({**where, **row}) + "\n")
