@@ -13,7 +13,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 __all__ = [
-    "BY_COLUMN", "BY_ROW", "TILE", "TILE_T", "device_microseconds", "jnp", "launch", "lax", "lowering_for_cuda", "pl",
+    "BY_COLUMN", "BY_ROW", "TILE", "TILE_T", "cupti", "jnp", "launch", "lax", "lowering_for_cuda", "pl",
     "plgpu", "races_found", "reset_interpreter", "spread", "swizzled", "target",
 ]  # fmt: skip
 
@@ -70,16 +70,10 @@ def spread(vector, shape: tuple[int, int], axis: int):
     return plgpu.layout_cast(lax.broadcast_in_dim(vector, shape, (axis,)), TILE)
 
 
-def device_microseconds(calls, samples: int) -> list[float]:
-    """Device time of `samples` calls, the durations of each call's kernels summed. `calls` are taken in turn; they do
-    the same work on different buffers, so that L2 stays cold. Read by CUPTI, which allows one reader a process."""
-    from jaxlib.mosaic.gpu import _mosaic_gpu_ext as cupti
+def cupti():
+    """The reader of kernel durations that ships with JAX's CUDA plugin: `_cupti_init()`, then
+    `_cupti_get_timings(True)` gives (kernel name, milliseconds) of all that ran on the process's GPU in between,
+    torch's kernels included. CUPTI allows one reader a process."""
+    from jax._src.lib import mosaic_gpu
 
-    jax.block_until_ready([call() for call in calls])
-    cupti._cupti_init()
-    try:
-        jax.block_until_ready([calls[i % len(calls)]() for i in range(samples)])
-    finally:
-        kernels = cupti._cupti_get_timings(True)
-    each = len(kernels) // samples
-    return [1000 * sum(ms for _, ms in kernels[i * each : (i + 1) * each]) for i in range(samples)]
+    return mosaic_gpu._mosaic_gpu_ext

@@ -67,9 +67,8 @@ def _produce(f, where, pages, q, k, v, *, q_s, k_s, v_s, q_full, k_full, v_full,
     @pl.loop(0, where.steps)
     def _(i):
         slot = lax.rem(i, jnp.int32(f.stages))
-        sources = _sources(
-            f, where, pages, where.first + i
-        )  # page numbers are on their way while the slot is waited for
+        # Before the waits, so that page numbers load while the slot is still in use.
+        sources = _sources(f, where, pages, where.first + i)
         pl.when(i >= f.stages)(lambda: plgpu.barrier_wait(k_free.at[slot]))
         for (row, keys), part in sources:
             plgpu.copy_gmem_to_smem(k.at[row, keys, where.kv], k_s.at[slot, part], k_full.at[slot])

@@ -11,13 +11,13 @@ that were not measured, stay in the table.
 import argparse
 import itertools
 import json
-import statistics
 from dataclasses import asdict, replace
 
 import jax
 import numpy as np
 
-from pallas_kernels.compat import device_microseconds, jnp, target
+from jforge.harness.timing import time_gpu
+from pallas_kernels.compat import jnp, target
 from pallas_kernels.decode_attention import make_facts, run
 from pallas_kernels.plan import TUNING, Config
 
@@ -95,8 +95,9 @@ def tune(shape):
 
 
 def _time(call, sets):
-    calls = [lambda args=args: call(*args) for args in sets]
-    return statistics.median(device_microseconds(calls, SAMPLES))
+    last = []
+    calls = [lambda args=args: last.append(call(*args)) for args in sets]
+    return time_gpu(calls, lambda: jax.block_until_ready(last), samples=SAMPLES).median
 
 
 def entry_of(shape, config, device):

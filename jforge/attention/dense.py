@@ -23,7 +23,7 @@ from jforge import ops as jax_ops
 from jforge.core import masks, rope
 from jforge.core.attend import attend, einsum
 from jforge.core.attention import Attention, init_cache_from, no_selection, no_tokens
-from jforge.core.config import one_of, positive, positive_int, reject
+from jforge.core.config import FrozenDict, one_of, positive, positive_int, reject
 from jforge.core.norm import rms_norm
 from jforge.core.spec import Buffer, CacheSpec, cache_class
 from jforge.core.step import append, begin, check_input, end, one_token
@@ -38,9 +38,9 @@ class Config:
 
     hidden_size: int
     num_attention_heads: int
-    num_key_value_heads: int = None  # num_attention_heads
-    head_dim: int = None  # hidden_size // num_attention_heads
-    v_head_dim: int = None  # head_dim
+    num_key_value_heads: int | None = None  # num_attention_heads
+    head_dim: int | None = None  # hidden_size // num_attention_heads
+    v_head_dim: int | None = None  # head_dim
     attention_bias: bool = False  # on q, k and v (Qwen2)
     attention_output_bias: bool = False  # on o (gpt-oss)
     qk_norm: str | None = None  # "head": one weight for all (Qwen3); "flat": over N*H and K*H (OLMo-2)
@@ -48,7 +48,7 @@ class Config:
     rms_norm_eps: float = 1e-6
     rope_parameters: Mapping[str, Any] | None = None  # None: no positions at all (NoPE)
     rope_layout: str = "half"
-    scaling: float = None  # softmax scale, head_dim ** -0.5
+    scaling: float | None = None  # softmax scale, head_dim ** -0.5
     attn_logit_softcapping: float | None = None  # Gemma 2
     attn_output_gate: bool = False  # Qwen3-Next
 
@@ -98,7 +98,7 @@ class MHAConfig(Config):
 class MQAConfig(Config):
     """One key/value head for all query heads."""
 
-    num_key_value_heads: int = 1
+    num_key_value_heads: int | None = 1
 
     def __post_init__(self):
         super().__post_init__()
@@ -277,10 +277,10 @@ gqa = Attention(
     tokens_of=no_tokens,
     cache_spec=cache_spec,
     cost=cost,
-    models={
+    models=FrozenDict({
         "Llama-3.1-8B": Config(hidden_size=4096, num_attention_heads=32, num_key_value_heads=8),
         "Qwen3-235B-A22B": Config(hidden_size=4096, num_attention_heads=64, num_key_value_heads=4, head_dim=128),
-    },
+    }),
     examples=(
         Config(hidden_size=24, num_attention_heads=6, num_key_value_heads=2, head_dim=10, rope_parameters=_LLAMA3),
         Config(hidden_size=20, num_attention_heads=4, num_key_value_heads=2, qk_norm="head", head_dim=6,
@@ -293,7 +293,7 @@ gqa = Attention(
 mha = gqa._replace(
     summary="multi-head: every query head has its own keys and values (Vaswani et al. 2017, OLMo-2)",
     Config=MHAConfig,
-    models={"Llama-2-7B": MHAConfig(hidden_size=4096, num_attention_heads=32)},
+    models=FrozenDict({"Llama-2-7B": MHAConfig(hidden_size=4096, num_attention_heads=32)}),
     examples=(
         MHAConfig(
             hidden_size=21,
@@ -306,12 +306,12 @@ mha = gqa._replace(
 mqa = gqa._replace(
     summary="multi-query: all query heads share one key/value head (Shazeer 2019, Falcon-7B)",
     Config=MQAConfig,
-    models={"Falcon-7B": MQAConfig(hidden_size=4544, num_attention_heads=71)},
+    models=FrozenDict({"Falcon-7B": MQAConfig(hidden_size=4544, num_attention_heads=71)}),
     examples=(MQAConfig(hidden_size=30, num_attention_heads=5, rope_parameters=_PLAIN),),
 )
 single_head = gqa._replace(
     summary="one head: softmax(q k) v and nothing else; here without positions (NoPE)",
     Config=SingleHeadConfig,
-    models={"a Llama-3.1-8B head": SingleHeadConfig(hidden_size=4096, head_dim=128)},
+    models=FrozenDict({"a Llama-3.1-8B head": SingleHeadConfig(hidden_size=4096, head_dim=128)}),
     examples=(SingleHeadConfig(hidden_size=11, head_dim=7),),
 )

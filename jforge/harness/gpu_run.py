@@ -1,9 +1,10 @@
-"""Everything that only a GPU can prove, in one go: python -m jforge.harness.gpu_run OUT.jsonl [COMMIT]
+"""Everything that only a GPU can prove: python -m jforge.harness.gpu_run OUT.jsonl [--commit C] [--only cases|bench]
 
-Every case in every dtype on every backend, twice (the second result must be bitwise the first), then the ten dense
-shapes. Appends JSON lines with the environment; exits 1 if a case is wrong. Uninitialised torch memory is NaN.
+cases: every case in every dtype on every backend, twice (the second result must be bitwise the first). bench: the ten
+dense shapes. Appends JSON lines with the environment; exits 1 if a case is wrong. Uninitialised torch memory is NaN.
 """
 
+import argparse
 import os
 import sys
 
@@ -32,28 +33,39 @@ def run_case(case, backend, dtype: str) -> dict:
     return {**row, "ok": bool(passes(errors, dtype) and (same or backend.name in ("jforge", "torch_ref")))}
 
 
-def main(path: str, commit: str | None = None) -> int:
+def run_cases(path: str, where: dict) -> bool:
+    """Run and record all cases; True when none is wrong."""
     import torch
 
-    if not gpu():
-        print("gpu_run: no GPU is visible to JAX", file=sys.stderr)
-        return 2
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True
     rows = [run_case(c, b, d) for c in CASES for b in BACKENDS.values() for d in b.gpu_dtypes]
-    where = bench.environment(commit)
+    torch.use_deterministic_algorithms(False)
     bench.append(path, rows, where)
     bad = [row for row in rows if not row.get("ok", True)]
     for row in bad:
         print("WRONG", row)
     refused = sum("refused" in row for row in rows)
     print(f"cases: {len(rows) - len(bad) - refused} right, {len(bad)} wrong, {refused} refused", flush=True)
-    torch.use_deterministic_algorithms(False)
-    for row in bench.bench_dense():
-        bench.append(path, [row], where)
-        print({k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()}, flush=True)
-    return 1 if bad else 0
+    return not bad
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("path", help="JSON lines are appended here")
+    parser.add_argument("--commit", help="the commit under test, where there is no .git to ask")
+    parser.add_argument("--only", choices=("cases", "bench"))
+    args = parser.parse_args()
+    if not gpu():
+        parser.error("no GPU is visible to JAX")
+    where = bench.environment(args.commit)
+    good = args.only == "bench" or run_cases(args.path, where)
+    if args.only != "cases":
+        for row in bench.bench_dense():
+            bench.append(args.path, [row], where)
+            print({k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()}, flush=True)
+    return 0 if good else 1
 
 
 if __name__ == "__main__":
-    sys.exit(main(*sys.argv[1:3]))
+    sys.exit(main())

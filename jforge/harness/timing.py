@@ -46,19 +46,20 @@ def time_gpu(
 
     Raises RuntimeError when the calls launch no kernel or not the same number each.
     """
-    from jaxlib.mosaic.gpu import _mosaic_gpu_ext as cupti
+    from pallas_kernels.compat import cupti
 
+    reader = cupti()
     for call in calls:
         for _ in range(warmup):
             call()
     synchronise()
-    cupti._cupti_init()
+    reader._cupti_init()
     try:
         for i in range(samples):
             calls[i % len(calls)]()
         synchronise()
     finally:
-        kernels = cupti._cupti_get_timings(True)
+        kernels = reader._cupti_get_timings(True)
     if not kernels or len(kernels) % samples:
         raise RuntimeError(f"{len(kernels)} kernels in {samples} calls: the calls do not launch the same work each")
     each = len(kernels) // samples
