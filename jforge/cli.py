@@ -16,7 +16,15 @@ import jax
 import jax.numpy as jnp
 
 import jforge
-from jforge import hf_config, report
+from jforge import hf_config
+
+try:
+    from jforge import report
+except ImportError as missing:  # `import jforge` works without it, so this is the first to notice
+    print(
+        f"jforge: the command line needs {missing.name.partition('.')[0]}: pip install 'jforge[cli]'", file=sys.stderr
+    )
+    sys.exit(2)
 
 DTYPES = ("bfloat16", "float16", "float32")
 

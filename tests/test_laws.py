@@ -38,7 +38,7 @@ def test_an_exception_fails_the_row_and_is_shown():
     assert "KeyError: 'no such weight'" in str(result)
 
 
-def test_check_takes_an_attention_and_known_laws():
+def test_check_takes_an_attention_and_known_laws(untyped):
     with pytest.raises(TypeError, match="att is a str"):
         jforge.check("gqa")
     with pytest.raises(ValueError, match="'L12'"):

@@ -5,9 +5,9 @@ tensors, cfg is any object with the fields that the mechanism's file lists, and 
 """
 
 from . import ops
-from .attention import dense
+from .attention import dense, mla
 
-REGISTRY = {"single_head": dense, "mha": dense, "mqa": dense, "gqa": dense}
+REGISTRY = {"single_head": dense, "mha": dense, "mqa": dense, "gqa": dense, "mla": mla}
 
 __all__ = ["get", "names", "ops"]
 

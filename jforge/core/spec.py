@@ -141,5 +141,9 @@ class CacheSpec(Mapping):
 
 
 def cache_class(cls: type) -> type:
-    """Make a frozen dataclass of arrays a pytree; its leaves are annotated `jax.Array` and checked by CacheSpec."""
+    """Make a frozen dataclass of arrays a pytree; CacheSpec checks its leaves.
+
+    Run-time type checkers must leave its constructor alone: JAX rebuilds caches from shapes and other stand-ins.
+    """
+    cls.__no_type_check__ = True
     return jax.tree_util.register_dataclass(dataclass(frozen=True)(cls))

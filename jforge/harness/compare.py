@@ -21,6 +21,14 @@ def relative(got, want) -> float:
     return float(np.abs(got - want).max() / (np.abs(want).max() or 1.0))
 
 
+def worst_vector(got, want) -> float:
+    """max ||got - want|| / ||want|| over the vectors on the last axis: the worst token, and head in a cache."""
+    got, want = (np.asarray(a, np.float64) for a in (got, want))
+    if got.shape != want.shape or not np.isfinite(got).all():
+        return math.inf
+    return float(np.max(np.linalg.norm(got - want, axis=-1) / np.linalg.norm(want, axis=-1)))
+
+
 def worst_head(got, want) -> float:
     """max over (b, n) of ||got - want|| / ||want|| for outs B T N V; a head whose reference is 0 must be exactly 0."""
     got, want = (np.asarray(a, np.float64) for a in (got, want))

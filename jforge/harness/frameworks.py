@@ -38,7 +38,8 @@ def against_torch(att: Attention, twin: ModuleType, cfg, dtype: str = "float32",
         for t in range(5, T) if rows is None else (0,):
             judge("decode", ours.decode(x[:, t : t + 1]), theirs.decode(x[:, t : t + 1]))
         spec, cache = att.cache_spec(cfg), ours.cache
-        other = type(cache)(**{k: jnp.asarray(_numpy(v)) for k, v in theirs.cache.items()})
+        leaves = {name: jnp.asarray(_numpy(theirs.cache[name])) for name in spec}
+        other = type(cache)(**leaves, length=jnp.asarray(theirs.cache["length"].numpy()))
         errors["cache"] = max(errors["cache"], compare.caches(spec, cfg, cache, other))
     return errors
 

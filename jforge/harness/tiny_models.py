@@ -2,12 +2,18 @@
 
 import math
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import torch
 import transformers
 from transformers import DynamicCache
+
+from jforge import hf
+from jforge.harness import compare
 
 VOCAB, BATCH, TOKENS = 97, 2, 10
 PLAIN = {"rope_type": "default", "rope_theta": 1e4}
@@ -153,7 +159,7 @@ def tokens() -> torch.Tensor:
 
 
 @torch.no_grad()
-def run(model: Any, sizes: tuple[int, ...], use_cache: bool) -> tuple[list[list[Step]], Any]:
+def run(model: Any, sizes: tuple[int, ...], use_cache: bool) -> tuple[list[list[Step | None]], Any]:
     """Feed the tokens in chunks of these sizes: ([step][layer] -> Step or None, the DynamicCache or None)."""
     steps: list[list[Step | None]] = []
     modules = attention_modules(model)
@@ -166,13 +172,70 @@ def run(model: Any, sizes: tuple[int, ...], use_cache: bool) -> tuple[list[list[
         return save
 
     handles = [m.register_forward_hook(hook(i), with_kwargs=True) for i, m in enumerate(modules) if m is not None]
-    cache = DynamicCache(config=model.config) if use_cache else None
+    store = DynamicCache(config=model.config) if use_cache else None
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # products this small lose 30 ms each to threads where cores are few
     for chunk in torch.split(tokens(), sizes, dim=1):
         steps.append([None] * len(modules))
-        model(input_ids=chunk, past_key_values=cache, use_cache=use_cache)
+        model(input_ids=chunk, past_key_values=store, use_cache=use_cache)
     torch.set_num_threads(threads)
     for handle in handles:
         handle.remove()
-    return steps, cache
+    return steps, store
+
+
+SPLITS = {
+    "prefill 1, decode": (1,) * TOKENS,
+    "prefill 5, decode": (5,) + (1,) * (TOKENS - 5),
+    "chunks": (3, 5, 1, 1),  # sizes that the other modes have: every new one is a compilation
+}
+
+
+@cache
+def _jitted(function):
+    return jax.jit(function, static_argnames="cfg")
+
+
+def against_transformers(name: str) -> tuple[str, dict[str, float]]:
+    """(mechanism, {mode: worst relative error}) of the converted layers of MODELS[name], float32.
+
+    Modes: a full forward without cache; each of SPLITS, where a chunk of one token after the first goes through
+    decode; and "cache", the contents after each split. jforge is fed the hidden states that transformers' attention
+    module saw, so the errors are those of that module alone.
+    """
+    spec = MODELS[name]
+    model = spec.build()
+    weights = model.state_dict()
+    errors = dict.fromkeys(("forward", *SPLITS, "cache"), 0.0)
+    for layer in spec.layers:
+        att, cfg, params = hf.convert(model.config, weights, layer)
+        (seen,), _ = run(model, (TOKENS,), use_cache=False)
+        got = _jitted(att.forward)(params, cfg, seen[layer].x)
+        errors["forward"] = max(errors["forward"], compare.worst_vector(got, seen[layer].y))
+        for split, sizes in SPLITS.items():
+            steps, theirs = run(model, sizes, use_cache=True)
+            error, ours = _follow(att, cfg, params, [step[layer] for step in steps])
+            errors[split] = max(errors[split], error)
+            errors["cache"] = max(errors["cache"], _cache_error(ours, theirs.layers[layer]))
+    return spec.mechanism, errors
+
+
+def _follow(att, cfg, params, steps: list[Step]) -> tuple[float, Any]:
+    """(worst error of y, the cache) after feeding jforge the chunks that transformers saw."""
+    ours = att.init_cache(cfg, BATCH, TOKENS + 2, jnp.float32)
+    worst = 0.0
+    for i, step in enumerate(steps):
+        function = att.decode if i > 0 and step.x.shape[1] == 1 else att.prefill
+        got, ours = _jitted(function)(params, cfg, step.x, ours)
+        worst = max(worst, compare.worst_vector(got, step.y))
+    return worst, ours
+
+
+def _cache_error(ours, theirs) -> float:
+    """transformers keeps B K S H; Falcon's new architecture keeps each key/value head G times."""
+    worst = 0.0
+    for leaf, stored in ((ours.k, theirs.keys), (ours.v, theirs.values)):
+        stored = stored.numpy().swapaxes(1, 2)
+        repeats = stored.shape[2] // leaf.shape[2]
+        worst = max(worst, compare.worst_vector(np.repeat(leaf[:, :TOKENS], repeats, axis=2), stored))
+    return worst

@@ -98,6 +98,45 @@ def _values_and_scales(q, k, v, k_scale, v_scale, pool: str, sizes: dict[str, in
         dtype(name, array, ("float32",))
 
 
+def decode_mla(
+    q_latent, q_rope, latent, k_rope, lengths, *, scale, window=None, sinks=None, page_table=None, latent_scale=None,
+    chunk=None, out_dtype=None,
+) -> dict[str, int]:  # fmt: skip
+    """Raise ValueError or TypeError unless the arguments fit `decode_mla`; return the sizes by letter.
+
+    A quantised latent comes with `latent_scale`, float32 with one value a slot: value = stored * scale.
+    """
+    sizes: dict[str, int] = {}
+    shape("q_latent", q_latent, "B T N C", sizes)
+    shape("q_rope", q_rope, "B T N R", sizes)
+    pool = "pages page" if page_table is not None else "B S"
+    shape("latent", latent, f"{pool} C", sizes)
+    shape("k_rope", k_rope, f"{pool} R", sizes)
+    shape("lengths", lengths, "B", sizes)
+    dtype("lengths", lengths, ("int32",))
+    if page_table is not None:
+        shape("page_table", page_table, "B P", sizes)
+        dtype("page_table", page_table, ("int32",))
+    if latent_scale is None:
+        same_float(q_latent=q_latent, q_rope=q_rope, latent=latent, k_rope=k_rope)
+    else:
+        same_float(q_latent=q_latent, q_rope=q_rope, k_rope=k_rope)
+        dtype("latent", latent, QUANTISED)
+        shape("latent_scale", latent_scale, pool, sizes)
+        dtype("latent_scale", latent_scale, ("float32",))
+    if sinks is not None:
+        shape("sinks", sinks, "N", sizes)
+        dtype("sinks", sinks, FLOATS)
+    if isinstance(scale, bool) or not isinstance(scale, (int, float, np.number)):
+        raise TypeError(f"scale is {scale!r}; it must be a number")
+    for name, value in (("window", window), ("chunk", chunk)):
+        if value is not None:
+            positive(name, value, integer=True)
+    if out_dtype is not None and str(jnp.dtype(out_dtype)) not in FLOATS:
+        raise TypeError(f"out_dtype is {jnp.dtype(out_dtype)}; allowed: {', '.join(FLOATS)}")
+    return sizes
+
+
 def merge_states(outs, lses) -> None:
     """Raise ValueError or TypeError unless outs is P B T N V and lses its P B T N."""
     sizes: dict[str, int] = {}

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 import transformers
-from hf_tiny import LLAMA3, MODELS
 
 from jforge import hf_config
 from jforge.attention import REGISTRY
+from jforge.harness.tiny_models import LLAMA3, MODELS
 from jforge.hf_config import layer, layers, load
 
 EXAMPLES = Path(__file__).parents[2] / "examples" / "configs"

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from hf_tiny import MODELS
 
 from jforge.attention import dense
+from jforge.harness.tiny_models import MODELS
 from jforge.hf import convert
 
 CONFIG = {

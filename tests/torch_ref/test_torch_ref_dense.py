@@ -291,13 +291,13 @@ def test_bad_norms_are_named():
 
 
 def test_registry():
-    assert torch_ref.names() == ("single_head", "mha", "mqa", "gqa")
+    assert torch_ref.names() == ("single_head", "mha", "mqa", "gqa", "mla")
     assert all(
         callable(getattr(torch_ref.get(n), f))
         for n in torch_ref.names()
         for f in ("init_cache", "forward", "prefill", "decode")
     )
-    with pytest.raises(ValueError, match=r"^name is 'gqq'; allowed: single_head, mha, mqa, gqa$"):
+    with pytest.raises(ValueError, match=r"^name is 'gqq'; allowed: single_head, mha, mqa, gqa, mla$"):
         torch_ref.get("gqq")
 
 

@@ -57,6 +57,43 @@ def decode_attention(
     floating_dtype("out_dtype", out_dtype)
 
 
+def decode_mla(
+    q_latent,
+    q_rope,
+    latent,
+    k_rope,
+    lengths,
+    *,
+    scale,
+    window=None,
+    sinks=None,
+    page_table=None,
+    latent_scale=None,
+    chunk=None,
+    out_dtype=None,
+):
+    """Check the arguments of `decode_mla`; shapes and dtypes are those of its docstring."""
+    sizes = {}
+    tensor("q_latent", q_latent, "B T N C", sizes, FLOATS)
+    tensor("q_rope", q_rope, "B T N R", sizes, (q_latent.dtype,), q_latent.device)
+    slots = "B S" if page_table is None else "pages page"
+    tensor("latent", latent, f"{slots} C", sizes, FLOATS + QUANTISED, q_latent.device)
+    tensor("k_rope", k_rope, f"{slots} R", sizes, (q_latent.dtype,), q_latent.device)
+    latent_dtype(q_latent, latent, latent_scale)
+    if latent_scale is not None:
+        tensor("latent_scale", latent_scale, slots, sizes, (torch.float32,), q_latent.device)
+    tensor("lengths", lengths, "B", sizes, (torch.int32,), q_latent.device)
+    if page_table is not None:
+        tensor("page_table", page_table, "B P", sizes, (torch.int32,), q_latent.device)
+    if sinks is not None:
+        tensor("sinks", sinks, "N", sizes, FLOATS, q_latent.device)
+    number("scale", scale)
+    for name, value in (("window", window), ("chunk", chunk)):
+        if value is not None:
+            integer(name, value)
+    floating_dtype("out_dtype", out_dtype)
+
+
 def merge_states(outs, lses):
     """Check the arguments of `merge_states`: outs P B T N V of a float dtype, lses P B T N in float32 or float64."""
     sizes = {}
@@ -130,6 +167,22 @@ def same_dtypes(q, k, v, k_scale, v_scale):
             raise TypeError(f"{name} is None; allowed: a float32 tensor, because k and v have dtype {k.dtype}")
         if not quantised and scales is not None:
             raise TypeError(f"{name} is given for k and v of dtype {k.dtype}; allowed: with {_names(QUANTISED)}")
+
+
+def latent_dtype(q_latent, latent, latent_scale):
+    """latent has q_latent's dtype and no scales, or a quantised one with them."""
+    if latent.dtype in QUANTISED:
+        if latent_scale is None:
+            raise TypeError(f"latent_scale is None; allowed: a float32 tensor, because latent has dtype {latent.dtype}")
+    elif latent.dtype != q_latent.dtype:
+        raise TypeError(
+            f"latent has dtype {latent.dtype}; allowed: {q_latent.dtype}, the dtype of q_latent, or a quantised one "
+            "with scales"
+        )
+    elif latent_scale is not None:
+        raise TypeError(
+            f"latent_scale is given for a latent of dtype {latent.dtype}; allowed: with {_names(QUANTISED)}"
+        )
 
 
 def is_tensor(name, value):

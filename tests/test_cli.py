@@ -1,0 +1,125 @@
+"""The command line: tables, JSON, and mistakes that end with one line and exit code 2."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import jforge
+from jforge import cli, report
+
+CONFIG = Path(jforge.__file__).parent / "configs" / "llama-3.1-8b.json"
+
+
+def run(capsys, *argv: str) -> tuple[int, str, str]:
+    try:
+        code = cli.main(list(argv))
+    except SystemExit as stop:
+        code = stop.code
+    return code, *capsys.readouterr()
+
+
+def test_table_lists_every_mechanism(capsys):
+    code, out, _ = run(capsys, "table", "--context", "1k", "--json")
+    rows = {row["mechanism"]: row for row in json.loads(out)["rows"]}
+    assert code == 0 and set(rows) == set(jforge.names())
+    assert rows["gqa"]["bytes_per_token"] == 4096 and rows["gqa"]["stored_bytes"] == 4096 * 1024
+    code, out, _ = run(capsys, "table", "--context", "1k")
+    assert code == 0 and all(name in out for name in jforge.names()) and "4,096" in out
+
+
+@pytest.mark.parametrize("text,tokens", [("131072", 131072), ("128k", 131072), ("1m", 2**20), ("1M", 2**20), ("3", 3)])
+def test_context_units(text, tokens):
+    assert cli.context(text) == tokens
+
+
+def test_cost_of_llama(capsys):
+    """mechanisms.md 1.4: 4096 B a token and layer in bfloat16, 32 layers."""
+    code, out, _ = run(capsys, "cost", "gqa", "--config", str(CONFIG), "--context", "128k", "--batch", "2", "--json")
+    data = json.loads(out)
+    assert code == 0 and data["layers"] == 32
+    assert data["layer"]["bytes_per_token"] == 2 * 4096
+    assert data["all_layers"]["read"] == data["all_layers"]["stored"] == 2 * 32 * 4096 * 131072
+    assert data["all_layers"]["written"] == 2 * 32 * 4096
+    code, out, _ = run(capsys, "cost", "gqa", "--config", str(CONFIG), "--context", "128k")
+    assert code == 0 and "17,179,869,184 B" in out and "16.0 GiB" in out
+
+
+def test_check_reports_a_broken_law(capsys, monkeypatch, tmp_path):
+    """Somebody's own Attention, as module:attribute from the working directory."""
+    monkeypatch.chdir(tmp_path)
+    Path("mine.py").write_text(
+        "import jforge\n"
+        "gqa = jforge.get('gqa')\n"
+        "good = gqa._replace(examples=gqa.examples[:1])\n"
+        "bad = good._replace(visible=lambda cfg, q_pos, k_pos: k_pos < q_pos)\n"
+    )
+    code, out, _ = run(capsys, "check", "mine:bad", "--json")
+    (row,) = json.loads(out)
+    assert code == 1 and [law["law"] for law in row["laws"] if not law["ok"]] == ["L7"]
+    code, out, _ = run(capsys, "check", "mine:good")
+    assert code == 0 and "mine:good" in out
+
+
+BAD = [
+    ((), "COMMAND"),
+    (("tabel",), "'tabel'"),
+    (("table", "--context", "12x"), "'12x'"),
+    (("table", "--context", "0"), "'0'"),
+    (("table", "--dtype", "int8"), "'int8'"),
+    (("table", "--colour"), "--colour"),
+    (("cost",), "NAME"),
+    (("cost", "nope"), "'nope'"),
+    (("cost", "gqa", "--batch", "-1"), "-1"),
+    (("cost", "gqa", "--config", "missing.json"), "missing.json"),
+    (("cost", "gqa", "--config", "broken.json"), "line 1"),
+    (("cost", "gqa", "--config", "list.json"), "list"),
+    (("cost", "mqa", "--config", str(CONFIG)), "no mqa layer"),
+    (("cost", "gqa", "--config", "uneven.json"), "num_key_value_heads=3"),
+    (("cost", "gqa", "--config", "rope.json"), "rope_type"),
+    (("cost", "gqa", "--config", "alien.json"), "alien"),
+    (("check", "nope"), "'nope'"),
+    (("check", "no_such_module:x"), "no_such_module"),
+    (("check", "json:nothing"), "nothing"),
+    (("check", "json:dumps"), "jforge.Attention"),
+]
+
+
+@pytest.mark.parametrize("argv,named", BAD, ids=[" ".join(argv)[:40] or "nothing" for argv, _ in BAD])
+def test_a_mistake_is_one_line_and_exit_code_2(capsys, monkeypatch, tmp_path, argv, named, untyped):
+    monkeypatch.chdir(tmp_path)
+    llama = json.loads(CONFIG.read_text())
+    Path("broken.json").write_text("{")
+    Path("list.json").write_text("[1]")
+    Path("uneven.json").write_text(json.dumps({**llama, "num_key_value_heads": 3}))
+    Path("rope.json").write_text(json.dumps({**llama, "rope_scaling": {"rope_type": "spiral", "factor": 2.0}}))
+    Path("alien.json").write_text(json.dumps({**llama, "model_type": "alien"}))
+    code, out, err = run(capsys, *argv)
+    assert code == 2 and out == ""
+    assert err.count("\n") == 1 and err.startswith("jforge") and named in err
+
+
+def test_json_has_no_infinity():
+    assert report._number(float("inf")) is None and report._number(0.5) == 0.5
+
+
+def test_sizes():
+    assert [report.size(n) for n in (0, 4096, 10240, 2**24, 16 * 2**30)] == [
+        "0 B", "4,096 B", "10.0 KiB", "16.0 MiB", "16.0 GiB"
+    ]  # fmt: skip
+
+
+def test_import_needs_only_jax_numpy_and_jaxtyping():
+    """A fresh interpreter with every optional package blocked."""
+    blocked = ("rich", "torch", "triton", "transformers", "matplotlib", "flax", "optax", "hypothesis", "pytest")
+    code = f"import sys; sys.modules.update(dict.fromkeys({blocked})); import jforge; jforge.get('gqa'); jforge.check"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+def test_the_command_without_rich_says_what_to_install():
+    code = "import sys; sys.modules['rich'] = None; from jforge.cli import main; main(['table'])"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert result.returncode == 2
+    assert result.stderr == "jforge: the command line needs rich: pip install 'jforge[cli]'\n"
