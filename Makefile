@@ -15,6 +15,12 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
+bench: $(STAMP)
+	@$(BIN)/jforge bench
+
+fuzz: $(STAMP)
+	$(BIN)/python -m jforge.harness.fuzz --examples 500
+
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 12) and "jforge needs Python 3.12 or newer; found %d.%d (set PYTHON=...)" % sys.version_info[:2])'
 	$(PYTHON) -m venv $(VENV)

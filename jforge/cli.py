@@ -17,9 +17,10 @@ import jax.numpy as jnp
 
 import jforge
 from jforge import hf_config
+from jforge.harness import bench
 
 try:
-    from jforge import report
+    from jforge import demo, report
 except ImportError as missing:  # `import jforge` works without it, so this is the first to notice
     print(
         f"jforge: the command line needs {missing.name.partition('.')[0]}: pip install 'jforge[cli]'", file=sys.stderr
@@ -78,6 +79,13 @@ def parser() -> Parser:
     )
 
     command("equiv", _equiv, "Agreement of the four backends and of the frameworks, as measured here.")
+    sub = command(
+        "bench", _bench, "Times of the decode ops: the kernels and their peers on a GPU, XLA and torch on a CPU."
+    )
+    sub.add_argument("ops", nargs="*", metavar="OP", help="ops to time (default: all that have a benchmark)")
+    sub.add_argument("--samples", type=batch, default=50, help="timed calls a row")
+    sub.add_argument("--out", metavar="FILE", help="append the rows to FILE as JSON lines")
+    sub.add_argument("--plot", metavar="FILE", help="draw the rates as a PNG")
     sub = command("demo", _demo, "Bytes, laws, agreement and decode times for Llama-3.1-8B.")
     return top
 
@@ -165,9 +173,25 @@ def _equiv(args) -> int:
     return 0 if report.agrees(data) else 1
 
 
+def _bench(args) -> int:
+    for op in args.ops:
+        if op not in bench.OPS:
+            raise ValueError(f"{op!r} has no benchmark; there are {', '.join(bench.OPS)}")
+    if args.plot and not args.plot.endswith(".png"):
+        raise ValueError(f"--plot is {args.plot!r}; it must end in .png")
+    rows = list(report.track(bench.run(args.ops or bench.OPS, samples=args.samples), "timing"))
+    data = {**bench.environment(), "rows": rows}
+    if args.out:
+        bench.append(args.out, rows, bench.environment())
+    if args.plot:
+        report.plot_bench(data, args.plot)
+    emit(args, data, report.show_bench)
+    return 0
+
+
 def _demo(args) -> int:
-    data = report.demo()
-    emit(args, data, report.show_demo)
+    data = demo.run()
+    emit(args, data, demo.show)
     return 0 if data["laws"]["ok"] and report.agrees(data) else 1
 
 

@@ -2,33 +2,26 @@
 
 import math
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 
-import jax
 import jax.numpy as jnp
-import numpy as np
 from rich.console import Console
 from rich.progress import track as _track
 from rich.table import Table
 
 import jforge
-from jforge import hf_config
 from jforge.harness import compare
 from jforge.harness.backends import BACKENDS, gpu, judge, passes
 from jforge.harness.cases import cases
-from jforge.harness.timing import time_cpu
 
-CONFIG = Path(__file__).parent / "configs" / "llama-3.1-8b.json"
-DEMO_CONTEXT = 4096
 _SHORT = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
-_OUT, _ERR = Console(soft_wrap=False), Console(stderr=True)
-if not _OUT.is_terminal:
-    _OUT = Console(width=120)
+OUT, _ERR = Console(soft_wrap=False), Console(stderr=True)
+if not OUT.is_terminal:
+    OUT = Console(width=120)
 
 
 def track(items: Iterable, description: str) -> Iterator:
-    """The items, with a progress bar on stderr where that is a terminal."""
-    return _track(list(items), description, console=_ERR, transient=True, disable=not _ERR.is_terminal)
+    """The items, with a progress bar on stderr where that is a terminal; a generator is drawn from as it goes."""
+    return _track(items, description, console=_ERR, transient=True, disable=not _ERR.is_terminal)
 
 
 def size(count: float) -> str:
@@ -50,8 +43,8 @@ def grid(*columns: str, right: int = 99) -> Table:
 
 def show(title: str, table: Table) -> None:
     """The title on lines of its own, so that a narrow table does not fold it."""
-    _OUT.print(title, style="bold", highlight=False)
-    _OUT.print(table)
+    OUT.print(title, style="bold", highlight=False)
+    OUT.print(table)
 
 
 # table
@@ -97,7 +90,7 @@ def show_table(data: dict) -> None:
         )
     show(title, out)
     for row in data["rows"]:
-        _OUT.print(f"{row['mechanism']}: {row['summary']}", highlight=False)
+        OUT.print(f"{row['mechanism']}: {row['summary']}", highlight=False)
 
 
 # cost
@@ -143,7 +136,7 @@ def show_cost(data: dict) -> None:
         out.add_row(label, *(f"{cost[what]:,} B" for what in ("stored", "written", "read")))
     out.add_row("", *(size(everything[what]) for what in ("stored", "written", "read")))
     show(title, out)
-    _OUT.print(
+    OUT.print(
         f"A token adds {one['bytes_per_token']:,.0f} B to a layer and {everything['bytes_per_token']:,.0f} B to all; "
         f"an attend step of a layer takes {one['flops']:,} flops, {one['flops'] / one['read']:.1f} a byte read.",
         highlight=False,
@@ -165,15 +158,15 @@ def show_laws(data: list[dict]) -> None:
     names = [row["law"] for row in data[0]["laws"]]
     out = grid("mechanism", *names, right=1)
     for row in data:
-        cells = [_cell(law["error"], law["ok"]) for law in row["laws"]]
+        cells = [cell(law["error"], law["ok"]) for law in row["laws"]]
         out.add_row(row["mechanism"], *cells)
     show("Errors of the laws in float64 (L7 to L9 count violations)", out)
-    _OUT.print("  ".join(f"{law} {title}" for law, title in jforge.laws.TITLES.items()), highlight=False)
+    OUT.print("  ".join(f"{law} {title}" for law, title in jforge.laws.TITLES.items()), highlight=False)
     for row in data:
         for law in row["laws"]:
             if not law["ok"]:
-                _OUT.print(f"{row['mechanism']} breaks {law['law']}: {law['note']}", style="red", highlight=False)
-                _OUT.print(f"  config: {row['config']}", highlight=False)
+                OUT.print(f"{row['mechanism']} breaks {law['law']}: {law['note']}", style="red", highlight=False)
+                OUT.print(f"  config: {row['config']}", highlight=False)
 
 
 def _number(error: float) -> float | None:
@@ -181,7 +174,7 @@ def _number(error: float) -> float | None:
     return error if math.isfinite(error) else None
 
 
-def _cell(error: float | None, ok: bool) -> str:
+def cell(error: float | None, ok: bool) -> str:
     text = "inf" if error is None else "0" if error == 0 else f"{error:.0e}"
     return text if ok else f"[red]{text}[/red]"
 
@@ -239,13 +232,13 @@ def show_backends(rows: list[dict]) -> None:
     out = grid("case", *(f"{backend}\n{_SHORT[dtype]}" for backend, dtype in columns), right=1)
     for case in dict.fromkeys(row["case"] for row in rows):
         found = {(r["backend"], r["dtype"]): r for r in rows if r["case"] == case}
-        cells = [_cell(r["out"], r["ok"]) if "ok" in r else "refused" for r in (found[c] for c in columns)]
+        cells = [cell(r["out"], r["ok"]) if "ok" in r else "refused" for r in (found[c] for c in columns)]
         out.add_row(case, *cells)
     out.add_row("allowed", *(f"{compare.OUT[d]:.0e}" for _, d in columns), style="dim")
     show("Ops against the float64 oracle: worst relative error of the output; every slot not to be read is NaN", out)
     for row in rows:
         if "refused" in row:
-            _OUT.print(f"{row['backend']} refuses {row['case']} ({row['dtype']}): {row['refused']}", highlight=False)
+            OUT.print(f"{row['backend']} refuses {row['case']} ({row['dtype']}): {row['refused']}", highlight=False)
 
 
 def show_frameworks(rows: list[dict]) -> None:
@@ -254,91 +247,65 @@ def show_frameworks(rows: list[dict]) -> None:
         mine = [row for row in rows if row["judge"] == judge_name]
         out = grid("mechanism", "of", *mine[0]["errors"], right=2)
         for row in mine:
-            cells = (_cell(e, e is not None and e <= compare.OUT["float32"]) for e in row["errors"].values())
+            cells = (cell(e, e is not None and e <= compare.OUT["float32"]) for e in row["errors"].values())
             out.add_row(row["mechanism"], row["subject"], *cells)
         show(f"jforge against {judge_name}, float32: worst relative error (allowed {compare.OUT['float32']:.0e})", out)
 
 
 def show_equiv(data: dict) -> None:
     show_backends(data["backends"])
-    _OUT.print()
+    OUT.print()
     show_frameworks(data["frameworks"])
-    _OUT.print(f"on {data['device']}", highlight=False)
+    OUT.print(f"on {data['device']}", highlight=False)
 
 
-# demo
+# bench
 
 
-def demo() -> dict:
-    """Llama-3.1-8B from its config.json: bytes, laws, the four backends, decode times of one layer on this machine."""
-    layers = hf_config.layers(hf_config.load(CONFIG))
-    name, cfg = layers[0]
-    att = jforge.get(name)
-    context = 131072
-    costs = [jforge.get(n).cost(c, context=context) for n, c in layers]
-    steps = track(("laws", "backends", "times"), "demo")
-    results = {}
-    for step in steps:
-        match step:
-            case "laws":
-                results["laws"] = laws(jforge.check(att, att.examples[0]))
-            case "backends":
-                results["backends"] = backends("demo")
-            case "times":
-                results["times"] = decode_times(att, name, cfg)
-    return {"cost": cost(name, "Llama-3.1-8B", costs, context, 1, "bfloat16"), **results}
+def show_bench(data: dict) -> None:
+    out = grid(
+        "op", "B", "N", "K", "S", "implementation", "us", "p10", "p90", "GB/s", "% of ceiling", "kernels", right=1
+    )
+    for row in data["rows"]:
+        if row["what"] == "ceiling":
+            OUT.print(f"read ceiling {row['GB_per_s']:,.0f} GB/s", highlight=False)
+            continue
+        head = (row["what"], *(f"{row[axis]:,}" for axis in "BNKS"), row["implementation"])
+        if "refused" in row:
+            out.add_row(*head, "refused", "", "", "", "", "")
+            continue
+        share = f"{100 * row['of_ceiling']:.0f}" if "of_ceiling" in row else ""
+        times = (f"{row[k]:,.1f}" for k in ("median", "p10", "p90"))
+        out.add_row(*head, *times, f"{row['GB_per_s']:,.0f}", share, str(row["kernels"] or ""))
+    where = f"{data['device']}, commit {data['commit']}"
+    dtype = next((row["dtype"] for row in data["rows"] if "dtype" in row), "")
+    show(f"Whole calls, merge included, {dtype}, head dim 128, on {where}", out)
+    for row in data["rows"]:
+        if "refused" in row:
+            OUT.print(f"{row['implementation']}: {row['refused']}", highlight=False)
 
 
-def decode_times(att, name: str, cfg) -> list[dict]:
-    """One layer, one row of DEMO_CONTEXT tokens, float32: jforge jitted with a donated cache, and torch_ref."""
-    import torch
+def plot_bench(data: dict, path: str) -> None:
+    """Achieved GB/s by shape, one marker an implementation, and the read ceiling as a line."""
+    import matplotlib
 
-    import torch_ref
-    from jforge.harness.backends import to_torch
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
 
-    params = att.init_params(jax.random.key(0), cfg)
-    x = jax.random.normal(jax.random.key(1), (1, 1, cfg.hidden_size))
-    tokens = jnp.array([DEMO_CONTEXT - 1], jnp.int32)
-    fill = lambda shape: jax.random.normal(jax.random.key(2), shape)  # noqa: E731
-    spec = att.cache_spec(cfg)
-    leaves = {n: fill(b.full_shape(1, DEMO_CONTEXT)) for n, b in spec.items()}
-    twin, torch_params = torch_ref.get(name), {k: to_torch(np.asarray(v)) for k, v in params.items()}
-    torch_cache = {k: to_torch(np.asarray(v)) for k, v in leaves.items()} | {"length": to_torch(np.asarray(tokens))}
-    torch_x = to_torch(np.asarray(x))
-    step = jax.jit(lambda p, x, c: att.decode(p, cfg, x, c), donate_argnums=2)
-    state = {"cache": spec.cls(**leaves, length=tokens)}
-
-    def ours() -> None:
-        y, cache = step(params, x, state["cache"])
-        state["cache"] = type(cache)(
-            **{n: getattr(cache, n) for n in spec}, length=jnp.full((1,), DEMO_CONTEXT - 1, jnp.int32)
-        )
-        y.block_until_ready()
-
-    def theirs() -> None:
-        with torch.no_grad():
-            twin.decode(torch_params, cfg, torch_x, torch_cache)
-
-    rows = []
-    for label, call in (("jforge, jitted", ours), ("torch_ref", theirs)):
-        timing = time_cpu(call, samples=10)
-        row = {"backend": label, "context": DEMO_CONTEXT, "us": timing.median, "p10": timing.p10, "p90": timing.p90}
-        rows.append(row)
-    return rows
-
-
-def show_demo(data: dict) -> None:
-    show_cost(data["cost"])
-    _OUT.print()
-    out = grid("law", "", "error", right=2)
-    for law in data["laws"]["laws"]:
-        out.add_row(law["law"], jforge.laws.TITLES[law["law"]], _cell(law["error"], law["ok"]))
-    show("The laws on a small gqa, float64", out)
-    _OUT.print()
-    show_backends(data["backends"])
-    _OUT.print()
-    out = grid("backend", "median ms", "p10", "p90", right=1)
-    for row in data["times"]:
-        out.add_row(row["backend"], *(f"{row[k] / 1e3:.1f}" for k in ("us", "p10", "p90")))
-    context = data["times"][0]["context"]
-    show(f"Decode step of one Llama-3.1-8B attention layer, {context:,} tokens, float32, on this machine's CPU", out)
+    rows = [row for row in data["rows"] if "median" in row]
+    shapes = list(dict.fromkeys(tuple(row[axis] for axis in "BNKS") for row in rows))
+    figure, axes = plt.subplots(figsize=(9, 4.5), layout="constrained")
+    for i, name in enumerate(dict.fromkeys(row["implementation"] for row in rows)):
+        mine = [row for row in rows if row["implementation"] == name]
+        x = [shapes.index(tuple(row[axis] for axis in "BNKS")) for row in mine]
+        axes.plot(x, [row["GB_per_s"] for row in mine], "osD^vP*X"[i % 8], label=name, markersize=7, alpha=0.8)
+    for row in data["rows"]:
+        if row["what"] == "ceiling":
+            axes.axhline(row["GB_per_s"], color="grey", linestyle="--", label="read ceiling")
+    axes.set_xticks(range(len(shapes)), [f"B{b} N{n}\nK{k}\nS{s:,}" for b, n, k, s in shapes], fontsize=8)
+    axes.set_ylabel("GB/s of q, keys, values and out")
+    axes.set_ylim(bottom=0)
+    axes.set_title(f"decode_attention, whole call, {data['device']}")
+    axes.legend(fontsize=8, loc="lower left")
+    figure.savefig(path, dpi=120)
+    plt.close(figure)

@@ -1,4 +1,4 @@
-"""Times of an op on a GPU: both kernel packages and their peers, on the same inputs, by one method.
+"""Times of an op: both kernel packages and their peers on a GPU, jforge and torch_ref on a CPU, on the same inputs.
 
 A row is written only if its output passed the correctness gate on the timed inputs. GB/s counts the bytes that the
 algorithm must move (q, the readable keys and values, out), not partial results; the ceiling is a streaming read of a
@@ -9,6 +9,7 @@ import datetime
 import json
 import math
 import platform
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -18,10 +19,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 import jforge
 from jforge.harness import compare
-from jforge.harness.timing import time_gpu
+from jforge.harness.timing import time_cpu, time_gpu
 
 L2_BYTES = 64 * 2**20  # of the largest card here, so that rotating buffers leave nothing in it
 
@@ -64,8 +66,9 @@ def environment(commit: str | None = None) -> dict:
     import triton
 
     def shell(*command: str) -> str:
-        result = subprocess.run(command, capture_output=True, text=True, check=False)
-        return result.stdout.strip()
+        if shutil.which(command[0]) is None:
+            return ""
+        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
 
     driver = shell("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") or None
     return {
@@ -79,6 +82,37 @@ def environment(commit: str | None = None) -> dict:
         "commit": commit or shell("git", "rev-parse", "--short", "HEAD") or None,
         "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
     }
+
+
+CPU_SHAPES = (Shape(1, 32, 8, 1024), Shape(4, 32, 8, 1024), Shape(1, 32, 32, 4096))
+
+
+def bench_cpu(shapes=CPU_SHAPES, *, samples: int = 20, seed: int = 0) -> Iterator[dict]:
+    """jforge.ops, compiled by XLA, and torch_ref.ops on this CPU, float32: for a machine without a GPU."""
+    import torch
+
+    import torch_ref
+    from jforge.harness.backends import to_torch
+
+    xla = jax.jit(lambda q, k, v, n: jforge.ops.decode_attention(q, k, v, n, scale=q.shape[-1] ** -0.5)[0])
+    for shape in shapes:
+        arrays = [a.astype(jnp.float32) if a.ndim == 4 else a for a in _inputs(shape, seed)]
+        tensors = [to_torch(np.asarray(a)) for a in arrays]
+        want = _reference(*arrays)
+
+        def torch_call(tensors=tensors, scale=shape.H**-0.5):
+            with torch.no_grad():
+                return torch_ref.ops.decode_attention(*tensors, scale=scale)[0]
+
+        calls = {"jforge (XLA)": lambda arrays=arrays: xla(*arrays).block_until_ready(), "torch_ref": torch_call}
+        for name, call in calls.items():
+            row = {"what": "decode_attention", "implementation": name, "dtype": "float32", **shape._asdict()}
+            error = compare.worst_head(_float32(call()), want)
+            if error > compare.OUT["float32"]:
+                yield {**row, "error": error, "refused": "wrong result"}
+                continue
+            timing = time_cpu(call, samples=samples)
+            yield {**row, "error": error, **asdict(timing), "GB_per_s": 2 * shape.bytes_moved / timing.median / 1e3}
 
 
 def bench_dense(shapes=DENSE_SHAPES, *, samples: int = 50, seed: int = 0) -> Iterator[dict]:
@@ -112,7 +146,7 @@ def _row(call: Call, shape: Shape, sets: int, want, samples: int, ceiling: float
     try:
         got = call.run(0)
         call.synchronise()
-    except (NotImplementedError, RuntimeError) as refusal:
+    except Exception as refusal:  # a peer may fail in any way; ours are tested elsewhere
         return {**row, "refused": " ".join(str(refusal).split())[:200]}
     error = compare.worst_head(_float32(got), want)
     if error > compare.OUT["bfloat16"]:
@@ -127,47 +161,61 @@ def _float32(array):
 
 
 def _implementations(shape: Shape, inputs) -> Iterator[Call]:
+    """Ours, then the peers: torch's fused attention twice, FlexAttention, and cuDNN through JAX."""
     import torch
 
     import pallas_kernels
     import triton_kernels
 
     scale = shape.H**-0.5
-    pallas = jax.jit(lambda q, k, v, n: pallas_kernels.decode_attention(q, k, v, n, scale=scale))
-    last: list = []
-
-    def run_pallas(i: int):
-        last[:] = pallas(*inputs[i])
-        return last[0]
-
-    yield Call("pallas", run_pallas, lambda: jax.block_until_ready(last))
+    yield _jax_call("pallas", lambda q, k, v, n: pallas_kernels.decode_attention(q, k, v, n, scale=scale)[0], inputs)
+    yield _jax_call(
+        "cudnn (JAX)",
+        lambda q, k, v, n: jax.nn.dot_product_attention(q, k, v, scale=scale, implementation="cudnn"),
+        inputs,
+    )
     tensors = [[torch.from_dlpack(a) for a in arrays] for arrays in inputs]
     for ours, theirs in zip(inputs[0], tensors[0], strict=True):
         if ours.unsafe_buffer_pointer() != theirs.data_ptr():
             raise RuntimeError("dlpack copied an input: the frameworks would not read the same buffer")
-    yield Call(
-        "triton",
-        lambda i: triton_kernels.decode_attention(*tensors[i], scale=scale)[0],
-        torch.cuda.synchronize,
-    )
-    for name, backend in _sdpa_backends():
-        yield Call(f"sdpa {name}", lambda i, b=backend: _sdpa(b, *tensors[i][:3], scale), torch.cuda.synchronize)
+    wait = torch.cuda.synchronize
+    yield Call("triton", lambda i: triton_kernels.decode_attention(*tensors[i], scale=scale)[0], wait)
+    for name, function in _torch_peers():
+        yield Call(name, lambda i, f=function: _heads_first(f, *tensors[i][:3], scale), wait)
 
 
-def _sdpa_backends():
-    from torch.nn.attention import SDPBackend
+def _jax_call(name: str, function: Callable, inputs) -> Call:
+    compiled, last = jax.jit(function), []
 
-    return (("flash", SDPBackend.FLASH_ATTENTION), ("cudnn", SDPBackend.CUDNN_ATTENTION))
+    def run(i: int):
+        last[:] = [compiled(*inputs[i])]
+        return last[0]
+
+    return Call(name, run, lambda: jax.block_until_ready(last))
 
 
-def _sdpa(backend, q, k, v, scale: float):
-    """torch's fused attention on the same buffers, transposed to B N S H as it wants them; no mask is needed."""
+def _torch_peers() -> Iterator[tuple[str, Callable]]:
+    """(name, function of q, k, v in B N S H) of what torch offers."""
+    import torch
     import torch.nn.functional as F
-    from torch.nn.attention import sdpa_kernel
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.nn.attention.flex_attention import flex_attention
 
-    with sdpa_kernel(backend):
-        out = F.scaled_dot_product_attention(*(a.transpose(1, 2) for a in (q, k, v)), scale=scale, enable_gqa=True)
-    return out.transpose(1, 2)
+    for name, backend in (("flash", SDPBackend.FLASH_ATTENTION), ("cudnn", SDPBackend.CUDNN_ATTENTION)):
+
+        def fused(*qkv, scale: float, backend=backend):
+            with sdpa_kernel(backend):
+                return F.scaled_dot_product_attention(*qkv, scale=scale, enable_gqa=True)
+
+        yield f"sdpa {name}", fused
+    torch._dynamo.config.cache_size_limit = 64  # one specialisation a shape
+    compiled = torch.compile(flex_attention, dynamic=False)
+    yield "flex", lambda *qkv, scale: compiled(*qkv, scale=scale, enable_gqa=True)
+
+
+def _heads_first(function: Callable, q, k, v, scale: float):
+    """torch's attention wants B N S H: views of the same buffers. No mask is needed, as every key is readable."""
+    return function(*(a.transpose(1, 2) for a in (q, k, v)), scale=scale).transpose(1, 2)
 
 
 def read_ceiling(megabytes: int = 2048) -> float:
@@ -182,6 +230,16 @@ def read_ceiling(megabytes: int = 2048) -> float:
         timing = time_gpu([lambda b=block: ceiling.read(data, b)], torch.cuda.synchronize, samples=20)
         best = max(best, data.numel() * 4 / timing.median / 1e3)
     return best
+
+
+OPS = ("decode_attention",)
+
+
+def run(ops=OPS, *, samples: int = 50) -> Iterator[dict]:
+    """The rows of these ops on the machine at hand: bench_dense on a GPU, bench_cpu without one."""
+    dense = bench_dense if jax.default_backend() == "gpu" else bench_cpu
+    if "decode_attention" in ops:
+        yield from dense(samples=samples)
 
 
 def append(path: str | Path, rows: list[dict], where: dict) -> None:

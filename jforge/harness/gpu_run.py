@@ -1,7 +1,9 @@
-"""Everything that only a GPU can prove: python -m jforge.harness.gpu_run OUT.jsonl [--commit C] [--only cases|bench]
+"""Everything that only a GPU can prove: python -m jforge.harness.gpu_run OUT.jsonl [--commit C] [--only PART]
 
-cases: every case in every dtype on every backend, twice (the second result must be bitwise the first). bench: the ten
-dense shapes. Appends JSON lines with the environment; exits 1 if a case is wrong. Uninitialised torch memory is NaN.
+cases: every case in every dtype on every backend, twice (the second result must be bitwise the first).
+invariance: with a fixed chunk a row's bits are those of the row alone, in 50 random batches.
+bench: the ten dense shapes, both packages and their peers.
+Appends JSON lines with the environment; exits 1 if a case is wrong. Uninitialised torch memory is NaN.
 """
 
 import argparse
@@ -14,7 +16,7 @@ import numpy as np
 
 from jforge.harness import bench, compare, oracle
 from jforge.harness.backends import BACKENDS, gpu, passes
-from jforge.harness.cases import CASES, build
+from jforge.harness.cases import CASES, DTYPES, Inputs, build
 
 
 def run_case(case, backend, dtype: str) -> dict:
@@ -33,13 +35,13 @@ def run_case(case, backend, dtype: str) -> dict:
     return {**row, "ok": bool(passes(errors, dtype) and (same or backend.name in ("jforge", "torch_ref")))}
 
 
-def run_cases(path: str, where: dict) -> bool:
+def run_cases(path: str, where: dict, chosen) -> bool:
     """Run and record all cases; True when none is wrong."""
     import torch
 
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True
-    rows = [run_case(c, b, d) for c in CASES for b in BACKENDS.values() for d in b.gpu_dtypes]
+    rows = [run_case(c, b, d) for c, b in chosen for d in b.gpu_dtypes]
     torch.use_deterministic_algorithms(False)
     bench.append(path, rows, where)
     bad = [row for row in rows if not row.get("ok", True)]
@@ -50,17 +52,51 @@ def run_cases(path: str, where: dict) -> bool:
     return not bad
 
 
+def invariance(backend, batches: int = 50, seed: int = 0) -> dict:
+    """One row among random others: the same bits as alone, whatever the batch size, its place and their lengths."""
+    rng = np.random.default_rng(seed)
+    K, N, H, S, length = 2, 8, 128, 1024, 777
+    draw = lambda *shape: rng.standard_normal(shape).astype(DTYPES["bfloat16"])  # noqa: E731
+    row = draw(1, 1, N, H), draw(1, S, K, H), draw(1, S, K, H)
+    options = {"scale": H**-0.5, "chunk": 128}
+    names = ("q", "k", "v", "lengths")
+    lone = Inputs(dict(zip(names, (*row, np.array([length], np.int32)), strict=True)), options)
+    want, different = backend.call("decode_attention", lone), 0
+    for _ in range(batches):
+        B = int(rng.choice((2, 3, 5, 8, 17)))  # few sizes: every new one is a compilation for Pallas
+        at = int(rng.integers(B))
+        arrays = [draw(B, *a.shape[1:]) for a in row]
+        for array, mine in zip(arrays, row, strict=True):
+            array[at] = mine[0]
+        lengths = rng.integers(0, S + 1, B).astype(np.int32)
+        lengths[at] = length
+        got = backend.call("decode_attention", Inputs(dict(zip(names, (*arrays, lengths), strict=True)), options))
+        different += not all(np.array_equal(g[at], w[0]) for g, w in zip(got, want, strict=True))
+    row = {"what": "invariance", "implementation": backend.name, "batches": batches, "different": different}
+    return {**row, "ok": different == 0}
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("path", help="JSON lines are appended here")
     parser.add_argument("--commit", help="the commit under test, where there is no .git to ask")
-    parser.add_argument("--only", choices=("cases", "bench"))
+    parser.add_argument("--only", choices=("cases", "invariance", "bench"))
+    parser.add_argument("--case", help="one case by name (for a memory checker, say)")
+    parser.add_argument("--backend", choices=tuple(BACKENDS))
     args = parser.parse_args()
     if not gpu():
         parser.error("no GPU is visible to JAX")
-    where = bench.environment(args.commit)
-    good = args.only == "bench" or run_cases(args.path, where)
-    if args.only != "cases":
+    where, good = bench.environment(args.commit), True
+    backends = [b for b in BACKENDS.values() if args.backend in (None, b.name)]
+    if args.only in (None, "cases"):
+        chosen = [(c, b) for c in CASES for b in backends if args.case in (None, c.name)]
+        good &= run_cases(args.path, where, chosen)
+    if args.only in (None, "invariance"):
+        rows = [invariance(b) for b in backends if b.name in ("triton", "pallas")]
+        bench.append(args.path, rows, where)
+        print(*rows, sep="\n", flush=True)
+        good &= all(row["ok"] for row in rows)
+    if args.only in (None, "bench"):
         for row in bench.bench_dense():
             bench.append(args.path, [row], where)
             print({k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()}, flush=True)
