@@ -270,7 +270,7 @@ def show_bench(data: dict) -> None:
         if row["what"] == "ceiling":
             OUT.print(f"read ceiling {row['GB_per_s']:,.0f} GB/s", highlight=False)
             continue
-        head = (row["what"], *(f"{row[axis]:,}" for axis in "BNKS"), row["implementation"])
+        head = (row["what"], *(f"{row.get(axis, 1):,}" for axis in "BNKS"), row["implementation"])
         if "refused" in row:
             out.add_row(*head, "refused", "", "", "", "", "")
             continue
@@ -279,7 +279,7 @@ def show_bench(data: dict) -> None:
         out.add_row(*head, *times, f"{row['GB_per_s']:,.0f}", share, str(row["kernels"] or ""))
     where = f"{data['device']}, commit {data['commit']}"
     dtype = next((row["dtype"] for row in data["rows"] if "dtype" in row), "")
-    show(f"Whole calls, merge included, {dtype}, head dim 128, on {where}", out)
+    show(f"Whole calls, merge included, {dtype}, on {where}", out)
     for row in data["rows"]:
         if "refused" in row:
             OUT.print(f"{row['implementation']}: {row['refused']}", highlight=False)
@@ -293,19 +293,19 @@ def plot_bench(data: dict, path: str) -> None:
     import matplotlib.pyplot as plt
 
     rows = [row for row in data["rows"] if "median" in row]
-    shapes = list(dict.fromkeys(tuple(row[axis] for axis in "BNKS") for row in rows))
+    shapes = list(dict.fromkeys((row["what"], *(row.get(axis, 1) for axis in "BNKS")) for row in rows))
     figure, axes = plt.subplots(figsize=(9, 4.5), layout="constrained")
     for i, name in enumerate(dict.fromkeys(row["implementation"] for row in rows)):
         mine = [row for row in rows if row["implementation"] == name]
-        x = [shapes.index(tuple(row[axis] for axis in "BNKS")) for row in mine]
+        x = [shapes.index((row["what"], *(row.get(axis, 1) for axis in "BNKS"))) for row in mine]
         axes.plot(x, [row["GB_per_s"] for row in mine], "osD^vP*X"[i % 8], label=name, markersize=7, alpha=0.8)
     for row in data["rows"]:
         if row["what"] == "ceiling":
             axes.axhline(row["GB_per_s"], color="grey", linestyle="--", label="read ceiling")
-    axes.set_xticks(range(len(shapes)), [f"B{b} N{n}\nK{k}\nS{s:,}" for b, n, k, s in shapes], fontsize=8)
+    axes.set_xticks(range(len(shapes)), [f"{op[7:]}\nB{b} N{n}\nK{k}\nS{s:,}" for op, b, n, k, s in shapes], fontsize=8)
     axes.set_ylabel("GB/s of q, keys, values and out")
     axes.set_ylim(bottom=0)
-    axes.set_title(f"decode_attention, whole call, {data['device']}")
+    axes.set_title(f"decode ops, whole call, {data['device']}")
     axes.legend(fontsize=8, loc="lower left")
     figure.savefig(path, dpi=120)
     plt.close(figure)

@@ -5,12 +5,12 @@ An op or option without a kernel raises NotImplementedError before any launch; n
 """
 
 from pallas_kernels.decode_attention import decode_attention
+from pallas_kernels.decode_mla import decode_mla
 from pallas_kernels.merge_states import merge_states
 from pallas_kernels.unwritten import (
     block_index_scores,
     decode_block_sparse,
     decode_linear,
-    decode_mla,
     decode_sparse_mla,
     index_scores,
     topk_indices,

@@ -13,7 +13,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 __all__ = [
-    "BY_COLUMN", "BY_ROW", "TILE", "TILE_T", "cupti", "jnp", "launch", "lax", "lowering_for_cuda", "pl",
+    "BY_COLUMN", "BY_ROW", "TILE", "TILE_T", "accumulate", "cupti", "jnp", "launch", "lax", "lowering_for_cuda", "pl",
     "plgpu", "races_found", "reset_interpreter", "spread", "swizzled", "target",
 ]  # fmt: skip
 
@@ -63,6 +63,31 @@ def swizzled(columns: int, itemsize: int) -> tuple:
     """SMEM transforms of an MMA operand whose rows have `columns` elements: 8-row tiles as wide as the swizzle."""
     span = math.gcd(columns * itemsize, 128)
     return (plgpu.TilingTransform((8, span // itemsize)), plgpu.SwizzleTransform(span))
+
+
+def accumulate(values, add, beside=tuple):
+    """(`values` plus the products that `add(accumulator)` issues, *what `beside()` returns while they are under way).
+
+    In place on a GPU, where a second accumulator would not fit the registers; into a fresh one in the interpreter,
+    which knows no initial value. `beside` returns vectors along the rows.
+    """
+    if target().platform != "gpu":
+
+        def fresh(accumulator):
+            add(accumulator)
+            return beside(), accumulator[...]
+
+        more, products = pl.run_scoped(fresh, plgpu.ACC(values.shape, values.dtype))
+        return values + products, *more
+
+    def in_place(refs):
+        add(refs[0])
+        for ref, value in zip(refs[1:], beside(), strict=True):
+            ref[...] = value
+
+    shapes = [] if beside is tuple else jax.eval_shape(beside)
+    more = [plgpu.layout_cast(jnp.zeros(x.shape, x.dtype), BY_ROW) for x in shapes]
+    return pl.run_state(in_place)((plgpu.ACC.init(values), *more))
 
 
 def spread(vector, shape: tuple[int, int], axis: int):

@@ -23,7 +23,8 @@ import numpy as np
 
 from jforge.ops import check
 from pallas_kernels.compat import jnp, launch, plgpu, swizzled, target
-from pallas_kernels.decode_attention_kernel import BOX, kernel
+from pallas_kernels.decode_attention_kernel import kernel
+from pallas_kernels.decode_common import BOX
 from pallas_kernels.merge_states import merge
 from pallas_kernels.plan import SMS, default_config, fill_splits, lookup, programs_per_sm
 
@@ -179,5 +180,7 @@ def run(q, k, v, lengths, page_table, sinks, facts):
         thread_name="warpgroup",
         kernel_name="decode_attention",
     )
-    out, lse = out.reshape(f.splits, B, T, N, -1), lse.reshape(f.splits, B, T, N)
-    return (out[0], lse[0]) if alone else merge(out, lse, f.V, f.out_dtype, sinks)
+    if alone:
+        return out.reshape(B, T, N, f.V), lse.reshape(B, T, N)
+    out, lse = out.reshape(f.splits, B, T * N, -1), lse.reshape(f.splits, B, T * N)
+    return merge(out, lse, (T, N, f.V), f.out_dtype, sinks)

@@ -12,6 +12,7 @@ from pallas_kernels.compat import BY_ROW, jnp, launch, lax, pl, plgpu
 LOG2E = math.log2(math.e)
 LOWEST = float(np.finfo(np.float32).min)
 GROUP = 32  # parts that one TMA copy brings in: 32 KB of float32 at 256 columns
+COLUMNS = 256  # of one program, the longest side of a TMA box
 
 
 def merge_states(outs, lses):
@@ -22,36 +23,35 @@ def merge_states(outs, lses):
     in the order of the parts, so the result is deterministic; out keeps the dtype of outs.
 
     Raises ValueError and TypeError from jforge.ops.check; NotImplementedError for float64 and for rows of V elements
-    that are not a multiple of 16 bytes (TMA) or longer than 256.
+    that are not a multiple of 16 bytes (TMA).
     """
     check.merge_states(outs, lses)
     if "float64" in (str(outs.dtype), str(lses.dtype)):
         raise NotImplementedError("outs or lses is float64; Mosaic GPU kernels accumulate in float32")
     V = outs.shape[-1]
-    if V > 256 or V * outs.dtype.itemsize % 16:
-        raise NotImplementedError(
-            f"outs has V={V} ({outs.dtype}); TMA needs rows of a multiple of 16 bytes and at most 256 elements"
-        )
+    if V * outs.dtype.itemsize % 16:
+        raise NotImplementedError(f"outs has V={V} ({outs.dtype}); TMA needs rows of a multiple of 16 bytes")
     return _merge_jit(outs, lses)
 
 
 @jax.jit
 def _merge_jit(outs, lses):
-    return merge(outs, lses, outs.shape[-1], outs.dtype)
+    P, B, T, N, V = outs.shape
+    return merge(outs.reshape(P, B, T * N, V), lses.reshape(P, B, T * N), (T, N, V), outs.dtype)
 
 
-def merge(outs, lses, V, out_dtype, sinks=None):
-    """The merge inside a jit: outs P B T N W with W >= V columns, of which the first V are kept.
+def merge(outs, lses, sizes, out_dtype, sinks=None):
+    """The merge inside a jit: outs P B X W with X >= T*N rows and W >= V columns, the rest of which is not read.
 
-    `sinks` (N, natural-log units) adds one logit per head to the denominator and to lse. Returns out in `out_dtype`
-    and float32 lse.
+    sizes: T, N, V. `sinks` (N, natural-log units) adds one logit per head to the denominator and to lse. Returns out
+    B T N V in `out_dtype` and float32 lse.
     """
-    P, B, T, N, _ = outs.shape
-    rows, width = B * T * N, -(-V // 64) * 64
+    (P, B, X, _), (T, N, V) = outs.shape, sizes
+    rows, width = B * T * N, min(-(-V // 64) * 64, COLUMNS)
     group, slots = min(P, GROUP), 1 if P <= GROUP else 2
-    operands = (outs.reshape(P, rows, -1), lses.reshape(P, rows)) + (() if sinks is None else (sinks,))
+    operands = (outs.reshape(P, B * X, -1), lses.reshape(P, B * X)) + (() if sinks is None else (sinks,))
     out, lse = launch(
-        functools.partial(_kernel, P, V, N, sinks is not None),
+        functools.partial(_kernel, P, (T * N, X), N, sinks is not None),
         *operands,
         out_type=[jax.ShapeDtypeStruct((rows, V), out_dtype), jax.ShapeDtypeStruct((rows,), jnp.float32)],
         scratch_types=[
@@ -59,30 +59,36 @@ def merge(outs, lses, V, out_dtype, sinks=None):
             plgpu.SMEM((1, width), out_dtype),
             plgpu.Barrier(num_barriers=slots),
         ],
-        grid=(rows,),
-        grid_names=("row",),
+        grid=(rows, -(-V // width)),
+        grid_names=("row", "column"),
         kernel_name="merge_states",
     )
     return out.reshape(B, T, N, V), lse.reshape(B, T, N)
 
 
-def _kernel(P, V, N, has_sinks, outs, lses, *refs):
-    """Running (numerator, maximum, denominator) over groups of parts; the sink enters the denominator last."""
+def _kernel(P, strides, N, has_sinks, outs, lses, *refs):
+    """Running (numerator, maximum, denominator) over groups of parts; the sink enters the denominator last.
+
+    strides: rows of one b in out and in outs.
+    """
     sinks, (out, lse, parts, staged, barriers) = refs[0] if has_sinks else None, refs[has_sinks:]
     slots, group, width = parts.shape
     groups = -(-P // group)
-    row = lax.axis_index("row")
+    V, row, column = out.shape[-1], lax.axis_index("row"), lax.axis_index("column")
+    columns = pl.ds(column * width, width)
+    kept, given = (jnp.int32(stride) for stride in strides)
+    source = row if strides[0] == strides[1] else lax.div(row, kept) * given + lax.rem(row, kept)
 
     def fetch(j):
         slot = lax.rem(j, jnp.int32(slots))
-        box = outs.at[pl.ds(j * group, group), row, pl.ds(0, width)]
+        box = outs.at[pl.ds(j * group, group), source, columns]
         plgpu.copy_gmem_to_smem(box, parts.at[slot], barriers.at[slot])
 
     def step(j, carry):
         if groups > 1:
             plgpu.commit_smem()  # the last reads of the other slot come before the copy that overwrites it
             pl.when(j + 1 < groups)(lambda: fetch(j + 1))
-        levels = [_part_lse(lses, j * group + i, P, row) for i in range(group)]
+        levels = [_part_lse(lses, j * group + i, P, source) for i in range(group)]
         slot = lax.rem(j, jnp.int32(slots))
         plgpu.barrier_wait(barriers.at[slot])
         return _fold(parts.at[slot], levels, carry)
@@ -96,16 +102,20 @@ def _kernel(P, V, N, has_sinks, outs, lses, *refs):
         total = total * jnp.full((width,), jnp.exp2(top - raised))
         mass = mass * jnp.exp2(top - raised) + jnp.exp2(sink - raised)
         top = raised
-    lse[row] = (top + jnp.log2(mass)) * math.log(2)
+    pl.when(column == 0)(lambda: _store(lse, row, (top + jnp.log2(mass)) * math.log(2)))
     share = jnp.where(mass > 0, 1 / mass, jnp.float32(0))
     result = (total * jnp.full((width,), share)).astype(out.dtype)
-    if V == width:
-        out.at[row][...] = result
+    if V % width == 0:
+        out.at[row, columns][...] = result
     else:  # TMA drops the columns past V
         staged.at[0][...] = result
         plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(staged, out.at[pl.ds(row, 1), pl.ds(0, width)])
+        plgpu.copy_smem_to_gmem(staged, out.at[pl.ds(row, 1), columns])
         plgpu.wait_smem_to_gmem(0)
+
+
+def _store(ref, at, value):
+    ref[at] = value
 
 
 def _part_lse(lses, part, P, row):

@@ -82,11 +82,12 @@ def lookup(op, dtype, head_dim, value_dim, group, batch_heads, length, device) -
     return Config(**min(near, key=distance)["config"]) if near else None
 
 
-def fill_splits(programs: int, tiles: int, slots: int) -> int:
+def fill_splits(programs: int, tiles: int, slots: int, part: float = 0.0) -> int:
     """Number of splits with the least modelled time; programs = B*K*row blocks, tiles of one row, slots on the card.
 
     Time of a plan in tiles: waves of programs, each as long as its tiles plus one for start and end, plus the merge
-    kernel, which costs about one tile and one more for every 32 parts.
+    kernel, which costs about one tile and one more for every 32 parts. `part` is the time to write and merge one
+    program's partial result, where that is not small against a tile.
     """
 
     tiles = max(tiles, 1)
@@ -94,6 +95,6 @@ def fill_splits(programs: int, tiles: int, slots: int) -> int:
     def time(splits):
         per = -(-tiles // splits)
         waves = -(-programs * -(-tiles // per) // slots)
-        return waves * (per + 1) + (1 + splits / 32 if splits > 1 else 0)
+        return waves * (per + 1) + (1 + splits / 32 + waves * part if splits > 1 else 0)
 
     return min(range(1, min(tiles, MOST_SPLITS) + 1), key=time)

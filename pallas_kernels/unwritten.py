@@ -5,12 +5,6 @@ def _unwritten(op: str):
     raise NotImplementedError(f"pallas_kernels.{op} has no kernel yet; jforge.ops.{op} computes the same function")
 
 
-def decode_mla(q_latent, q_rope, latent, k_rope, lengths, *, scale, window=None, sinks=None, page_table=None,
-               latent_scale=None, chunk=None, out_dtype=None):  # fmt: skip
-    """Absorbed latent attention over a latent cache: (out_latent, lse). Raises NotImplementedError."""
-    _unwritten("decode_mla")
-
-
 def decode_block_sparse(q, k, v, block_indices, lengths, *, block_size, scale, sinks=None, softcap=None,
                         page_table=None, k_scale=None, v_scale=None, out_dtype=None):  # fmt: skip
     """Attention over the listed blocks of the cache: (out, lse). Raises NotImplementedError."""

@@ -74,7 +74,13 @@ BAD = [
     ("softcap", {}, {"softcap": -1.0}, ValueError, "softcap"),
     ("chunk", {}, {"chunk": 0}, ValueError, "chunk"),
     ("sinks", {}, {"sinks": np.zeros(3, np.float32)}, ValueError, "sinks"),
-    ("one scale", {}, {"k_scale": np.ones((2, 128, 2), np.float32)}, ValueError, "v_scale"),
+    (
+        "one scale",
+        {"k": np.zeros(K, np.int8), "v": np.zeros(V, np.int8)},
+        {"k_scale": np.ones((2, 128, 2), np.float32)},
+        TypeError,
+        "v_scale",
+    ),
 ]
 
 
@@ -102,8 +108,8 @@ def test_mix_takes_only_what_is_unwritten():
 
     mixed = jforge.ops.mix(pallas_kernels, fallback=jforge.ops)
     assert mixed.decode_attention is pallas_kernels.decode_attention
-    assert mixed.decode_mla is jforge.ops.decode_mla
-    assert "decode_mla" in repr(mixed) and "decode_attention" not in repr(mixed)
+    assert mixed.decode_linear is jforge.ops.decode_linear
+    assert "decode_linear" in repr(mixed) and "decode_attention" not in repr(mixed)
     assert hash(mixed) == hash(jforge.ops.mix(pallas_kernels, fallback=jforge.ops))
 
 
@@ -132,11 +138,12 @@ def paged(k, page: int, seed: int):
 def test_paged_equals_contiguous_and_skips_unread_pages():
     rng = np.random.default_rng(0)
     q, k, v = (rng.standard_normal(s).astype(np.float32) for s in (Q, K, V))
-    lengths = jnp.array([17, 33], jnp.int32)
-    want = jforge.ops.decode_attention(q, k, v, lengths, scale=0.1)
+    q, lengths = jnp.asarray(q), jnp.array([17, 33], jnp.int32)
+    want = jforge.ops.decode_attention(q, jnp.asarray(k), jnp.asarray(v), lengths, scale=0.1)
     (k_pool, table), (v_pool, _) = paged(k, 16, 1), paged(v, 16, 1)
     table[0, 2:], table[1, 3:] = -7, 10**6  # past ceil(length / page): never followed
-    got = jforge.ops.decode_attention(q, k_pool, v_pool, lengths, scale=0.1, page_table=jnp.asarray(table))
+    pools = jnp.asarray(k_pool), jnp.asarray(v_pool)
+    got = jforge.ops.decode_attention(q, *pools, lengths, scale=0.1, page_table=jnp.asarray(table))
     np.testing.assert_allclose(got[0], want[0], rtol=1e-6)
     np.testing.assert_allclose(got[1], want[1], rtol=1e-6)
 
@@ -144,7 +151,7 @@ def test_paged_equals_contiguous_and_skips_unread_pages():
 @pytest.mark.parametrize("stored", ["int8", "float8_e4m3fn"])
 def test_quantised_values_mean_stored_times_scale(stored):
     rng = np.random.default_rng(0)
-    q = rng.standard_normal(Q).astype(np.float32)
+    q = jnp.asarray(rng.standard_normal(Q), jnp.float32)
     k, v = (jnp.asarray(4 * rng.standard_normal(s)).astype(stored) for s in (K, V))
     scales = [jnp.asarray(rng.uniform(0.5, 2, K[:3]), jnp.float32) for _ in "kv"]
     lengths = jnp.array([128, 9], jnp.int32)

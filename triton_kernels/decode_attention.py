@@ -20,16 +20,15 @@ import triton.language as tl
 from torch_ref.ops import check
 from triton_kernels import runtime
 from triton_kernels.merge_states import (
-    FIXED_BLOCK_P,
     LN2,
     LOG2E,
-    MAX_BLOCK_P,
     finite_or_zero,
-    launch_merge,
+    merge_parts,
+    part_buffers,
     safe_log2,
     sink_factor,
 )
-from triton_kernels.plan import block_rows, default_config, fill_splits, lookup, pow2_ceil, split_dim, value_chunks
+from triton_kernels.plan import block_rows, default_config, fill_splits, lookup, split_dim, value_chunks
 
 MAX_HEAD_DIM = 256
 
@@ -86,6 +85,28 @@ def key_range(length, block, split, n_splits, chunk, window, T: tl.constexpr, G:
         size = tl.cdiv(tl.cdiv(high - low, n_splits), BLOCK_N) * BLOCK_N
     start = low + split * size
     return start, tl.minimum(start + size, high)
+
+
+@triton.jit
+def close_rows(peak, total, lse, index, real, sinks, n, HAS_SINK: tl.constexpr, SPLIT: tl.constexpr):
+    """Store the lse of every row; returns its output's two factors, and which rows of the output are to be stored.
+
+    A part of a split keeps its lse in base 2 and leaves the sink to the merge. Otherwise the sink shrinks the output in
+    a second multiplication, as in the merge: a row's bits must not depend on how many splits the grid has.
+    """
+    # Test for 0, not for > 0: a NaN among the visible keys must reach the output.
+    factor = 1.0 / tl.where(total == 0.0, 1.0, total)
+    lse2 = safe_log2(finite_or_zero(peak), total)
+    shrink = tl.full(peak.shape, 1.0, tl.float32)
+    keep = real
+    if SPLIT:
+        tl.store(lse + index, lse2, mask=real)
+        keep = real & (total != 0.0)  # the merge does not read empty parts
+    else:
+        if HAS_SINK:
+            shrink, lse2 = sink_factor(lse2, tl.load(sinks + n, mask=real, other=0.0).to(tl.float32) * LOG2E)
+        tl.store(lse + index, lse2 * LN2, mask=real)
+    return factor, shrink, keep
 
 
 @triton.jit(do_not_specialize=["window", "chunk"])
@@ -165,27 +186,11 @@ def decode_kernel(
             v2 = load_tile(v_tile, v_offsets, inside, V1, V2, V, False)
             acc2 = tl.dot(p, v2, acc2 * alpha[:, None], input_precision="ieee")
 
-    # Test for 0, not for > 0: a NaN among the visible keys must reach the output.
-    factor = 1.0 / tl.where(total == 0.0, 1.0, total)
-    lse2 = safe_log2(finite_or_zero(peak), total)
     index = ((batch * T + t) * HEADS + n).to(tl.int64) * n_splits + split
-    keep = real
-    if SPLIT:
-        tl.store(lse + index, lse2, mask=real)
-        keep = real & (total != 0.0)  # the merge does not read empty parts
-    acc1 = acc1 * factor[:, None]
+    factor, shrink, keep = close_rows(peak, total, lse, index, real, sinks, n, HAS_SINK, SPLIT)
+    store_tile(out, index, keep, acc1 * factor[:, None] * shrink[:, None], 0, V1, V)
     if V2 > 0:
-        acc2 = acc2 * factor[:, None]
-    if not SPLIT:
-        if HAS_SINK:  # in the merge's own steps: a row's bits must not depend on how many splits the grid has
-            shrink, lse2 = sink_factor(lse2, tl.load(sinks + n, mask=real, other=0.0).to(tl.float32) * LOG2E)
-            acc1 = acc1 * shrink[:, None]
-            if V2 > 0:
-                acc2 = acc2 * shrink[:, None]
-        tl.store(lse + index, lse2 * LN2, mask=real)
-    store_tile(out, index, keep, acc1, 0, V1, V)
-    if V2 > 0:
-        store_tile(out, index, keep, acc2, V1, V2, V)
+        store_tile(out, index, keep, acc2 * factor[:, None] * shrink[:, None], V1, V2, V)
 
 
 def specialise(tokens, group, heads, head_dim, value_dim, config, *, window, sink, softcap, fixed, split):
@@ -228,15 +233,11 @@ def run(q, k, v, lengths, *, scale, window=None, sinks=None, softcap=None, chunk
     span = slots if window is None else min(slots, window + tokens - 1)
     chunk = None if chunk is None else min(int(chunk), max(slots, 1))
     config, n_splits = _plan(q, k, v, span, chunk, config)
-    for axis, size in (("B", batch), ("the number of splits, S / chunk,", n_splits)):
-        if size > runtime.MAX_GRID_YZ:
-            raise ValueError(f"decode_attention: {axis} is {size}; the grid takes at most {runtime.MAX_GRID_YZ}")
+    runtime.check_grid("decode_attention", batch, n_splits)
     split = n_splits > 1
     part, part_lse = out, lse
-    if split:  # one buffer for the parts [row, split, V] and their lses [row, split]
-        size = lse.numel() * n_splits
-        work = torch.empty(size * (value_dim + 1), dtype=torch.float32, device=q.device)
-        part, part_lse = work[: size * value_dim], work[size * value_dim :]
+    if split:
+        part, part_lse = part_buffers(lse, value_dim, n_splits)
     sinks = None if sinks is None else sinks.contiguous()
     flags = dict(window=window is not None, sink=sinks is not None, softcap=softcap is not None)
     flags |= dict(fixed=chunk is not None, split=split)
@@ -248,9 +249,7 @@ def run(q, k, v, lengths, *, scale, window=None, sinks=None, softcap=None, chunk
         **constants, num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
     if split:
-        block_p = FIXED_BLOCK_P if chunk is not None else min(MAX_BLOCK_P, pow2_ceil(n_splits))
-        numbering = dict(n_parts=n_splits, part_stride=1, row_stride=n_splits)
-        launch_merge(part, part_lse, sinks, out, lse, **numbering, block_p=block_p, natural=False)
+        merge_parts(part, part_lse, sinks, out, lse, n_splits=n_splits, fixed=chunk is not None)
     return out, lse
 
 

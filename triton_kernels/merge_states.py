@@ -16,6 +16,7 @@ import triton.language as tl
 
 from torch_ref.ops import check
 from triton_kernels import runtime
+from triton_kernels.plan import pow2_ceil
 
 LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
@@ -128,6 +129,20 @@ def launch_merge(parts, lses, sinks, out, lse, *, n_parts, part_stride, row_stri
         NATURAL=natural,
         num_warps=merge_warps(block_p),
     )
+
+
+def part_buffers(lse, width, n_splits):
+    """Float32 parts [row, split, width] and their lses [row, split] for `n_splits` splits: one allocation, flat."""
+    size = lse.numel() * n_splits
+    work = torch.empty(size * (width + 1), dtype=torch.float32, device=lse.device)
+    return work[: size * width], work[size * width :]
+
+
+def merge_parts(part, part_lse, sinks, out, lse, *, n_splits, fixed):
+    """Merge what a split kernel wrote into `part_buffers`; `fixed`: with bits that do not depend on `n_splits`."""
+    block_p = FIXED_BLOCK_P if fixed else min(MAX_BLOCK_P, pow2_ceil(n_splits))
+    numbering = dict(n_parts=n_splits, part_stride=1, row_stride=n_splits)
+    launch_merge(part, part_lse, sinks, out, lse, **numbering, block_p=block_p, natural=False)
 
 
 def merge_states(outs, lses):

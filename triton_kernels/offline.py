@@ -24,8 +24,10 @@ from triton.compiler import ASTSource
 
 from triton_kernels import runtime
 from triton_kernels.decode_attention import decode_kernel, specialise
+from triton_kernels.decode_mla import mla_kernel
+from triton_kernels.decode_mla import specialise as specialise_mla
 from triton_kernels.merge_states import BLOCK_V, FIXED_BLOCK_P, MAX_BLOCK_P, merge_kernel, merge_warps
-from triton_kernels.plan import Config, block_rows, default_config, table
+from triton_kernels.plan import Config, MlaConfig, block_rows, default_config, default_mla_config, table
 
 SM90 = GPUTarget("cuda", 90, 32)
 MAX_SHARED = 227 * 1024
@@ -79,6 +81,40 @@ DECODES = (
     Decode(dtype="float32", head_dim=256, value_dim=256, group=8),
     Decode(dtype="float32", head_dim=256, value_dim=256, tokens=4, group=16),
 )
+
+
+@dataclass(frozen=True)
+class Mla:
+    """One compiled variant of `mla_kernel`."""
+
+    heads: int = 128
+    dtype: str = "bfloat16"
+    latent_dim: int = 512
+    rope_dim: int = 64
+    tokens: int = 1
+    page: int = 0
+    window: bool = False
+    sink: bool = False
+    fixed: bool = False
+    split: bool = False
+
+    def __str__(self):
+        flags = [name for name in ("window", "sink", "fixed", "split") if getattr(self, name)]
+        page = [f"page {self.page}"] if self.page else []
+        shape = f"{self.dtype} {self.latent_dim}+{self.rope_dim} T{self.tokens} N{self.heads}"
+        return " ".join(["mla", shape, *page, *flags])
+
+
+MLAS = (
+    Mla(),
+    Mla(page=64, sink=True),
+    Mla(split=True, page=64),
+    Mla(tokens=2, window=True, sink=True, page=64),
+    Mla(16, split=True),
+    Mla(16, split=True, page=64, window=True, fixed=True),
+    Mla(32),
+    Mla(128, "float32", page=64),
+)
 MERGES = (("bfloat16", 128, 4, False), ("float32", 128, MAX_BLOCK_P, True), ("bfloat16", 192, FIXED_BLOCK_P, True))
 
 
@@ -127,6 +163,21 @@ def compile_decode(case, config=None):
     return measure(str(case), compiled, **launch)
 
 
+def compile_mla(case, config=None):
+    """As `compile_decode`, for an `Mla` case."""
+    config = config or default_mla_config(BYTES[case.dtype], case.latent_dim, case.tokens, case.heads)
+    flags = {name: getattr(case, name) for name in ("window", "sink", "fixed", "split")}
+    shape = (case.tokens, case.heads, case.latent_dim, case.rope_dim)
+    constants = specialise_mla(shape, (case.latent_dim, case.rope_dim), case.page, config, **flags)
+    data = POINTER[case.dtype]
+    types = {name: data for name in ("q_latent", "q_rope", "latent", "k_rope")} | {"lengths": "*i32"}
+    types |= {"page_table": "*i32", "sinks": "*fp32", "lse": "*fp32", "scale2": "fp32"}
+    types["out"] = "*fp32" if case.split else data
+    compiled = compile_kernel(mla_kernel, types, constants, config.num_warps, config.num_stages)
+    launch = {"block_n": config.block_n, "warps": config.num_warps, "stages": config.num_stages}
+    return measure(str(case), compiled, **launch)
+
+
 def compile_merge(dtype, value_dim, block_p, sink):
     constants = {"HEADS": 32, "V": value_dim, "BLOCK_V": BLOCK_V, "BLOCK_P": block_p, "HAS_SINK": sink}
     types = {"parts": "*fp32", "lses": "*fp32", "sinks": "*fp32", "out": POINTER[dtype], "lse": "*fp32"}
@@ -136,12 +187,18 @@ def compile_merge(dtype, value_dim, block_p, sink):
 
 
 def tuned():
-    """The kernels that the tuning table asks for, each once: (case, Config) pairs."""
+    """The kernels that the tuning tables ask for, each once: (function, (case, Config)) pairs."""
     pairs = {}
     for entry in table("decode_attention"):
         case = Decode(entry["dtype"], entry["head_dim"], entry["value_dim"], group=entry["group"])
         config = Config(**entry["config"])
-        pairs.setdefault((case, config.block_n, config.num_warps, config.num_stages), (case, config))
+        pairs.setdefault((case, config.block_n, config.num_warps, config.num_stages), (compile_decode, (case, config)))
+    for entry in table("decode_mla"):
+        rope_dim = entry["head_dim"] - entry["value_dim"]
+        case = Mla(entry["group"], entry["dtype"], entry["value_dim"], rope_dim)
+        config = MlaConfig(**entry["config"])
+        tile = (config.block_n, config.num_warps, config.num_stages, config.rows, config.early)
+        pairs.setdefault((case, *tile), (compile_mla, (case, config)))
     return list(pairs.values())
 
 
@@ -162,8 +219,8 @@ def main():
     header = ("registers", "spills", "shared", "block_n", "warps", "stages", "hmma", "hgmma", "ldgsts")
     if not arguments.json:
         print(f"{'kernel':56}", *(f"{name:>9}" for name in header))
-    jobs = [(compile_decode, (case,)) for case in DECODES] + [(compile_decode, pair) for pair in tuned()]
-    jobs += [(compile_merge, case) for case in MERGES]
+    jobs = [(compile_decode, (case,)) for case in DECODES] + [(compile_mla, (case,)) for case in MLAS]
+    jobs += tuned() + [(compile_merge, case) for case in MERGES]
     for function, case in jobs:
         row = function(*case)
         line = json.dumps(row) if arguments.json else f"{row['name']:56}"

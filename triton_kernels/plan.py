@@ -1,9 +1,9 @@
 """Launch plans: tile sizes from a checked-in table or a safe default, and the number of splits of a cache.
 
-A table `tuning/<op>.json` lists measured configurations under the key (dtype, head dim, group, batch*heads bucket,
-length bucket, device). Buckets are powers of two. A lookup never measures anything: dtype, head dim, device and the MMA
-rows that the group fills must match, the nearest buckets win, and without a match the default is used, which fits every
-supported shape.
+A table `tuning/<op>.json` lists measured configurations under the key (dtype, head dim, value dim, group, batch*heads
+bucket, length bucket, device); for decode_mla the head dim is C + R, the value dim C, the group N, and there is one
+head. Buckets are powers of two. A lookup never measures anything: dtype, dims, device and the MMA rows that the group
+fills must match, the nearest buckets win, and without a match the default is used, which fits every supported shape.
 """
 
 import json
@@ -24,6 +24,14 @@ class Config:
     num_stages: int
     ctas_per_sm: int  # programs that fit one SM; sizes a wave for the split plan
     min_split: int  # smallest split worth a program, in keys
+
+
+@dataclass(frozen=True)
+class MlaConfig(Config):
+    """A `Config` that also chooses the query rows of a program, and when it copies."""
+
+    rows: int
+    early: bool = False  # copy the next tile before the softmax of this one; for 64 rows, whose MMAs read shared memory
 
 
 def pow2_ceil(n):
@@ -69,6 +77,22 @@ def default_config(dtype_bytes, head_dim, value_dim, rows):
     return Config(block_n, 8 if wide else 4, 3, ctas_per_sm, 2 * block_n)
 
 
+def default_mla_config(dtype_bytes, latent_dim, tokens, heads):
+    """As `default_config`, for T*N query rows that share one latent; they fill blocks of 16, 32 or 64 rows.
+
+    64 rows run on warpgroup MMAs with 8 warps, which share the accumulator's columns. For C = 512, q and two tiles of
+    64 keys or four of 32 fill the shared memory; 64 keys and the mask of several tokens would spill.
+    """
+    rows, wide = block_rows(tokens * heads), latent_dim > 256
+    if dtype_bytes == 4:  # IEEE float32 products run on FMA units and keep their operands in registers
+        return MlaConfig(16, 8 if wide else 4, 2, 1, 64, rows=16)
+    if rows < 64:
+        return MlaConfig(32, 8 if wide and rows == 32 else 4, 3, 2, 128, rows=rows)
+    if wide and tokens > 1:
+        return MlaConfig(32, 8, 4, 1, 128, rows=64)
+    return MlaConfig(64, 8, 2, 1, 128, rows=64, early=True)
+
+
 @lru_cache
 def table(op):
     """Entries of a tuning table: dicts with the key's fields and `config`."""
@@ -76,9 +100,8 @@ def table(op):
     return tuple(json.loads(path.read_text())["entries"]) if path.exists() else ()
 
 
-@lru_cache
-def lookup(op, dtype, dtype_bytes, head_dim, value_dim, rows, group, batch_heads, length, device):
-    """The table's nearest configuration, or the default.
+def nearest(op, dtype, head_dim, value_dim, rows, group, batch_heads, length, device):
+    """The fields of the table's nearest configuration, or None.
 
     dtype is a name, group the query rows of one KV head (T*G), batch_heads B*K, length S; device a device name, which
     matches an entry when it contains the entry's (an entry for "H100" serves "NVIDIA H100 80GB HBM3").
@@ -95,9 +118,14 @@ def lookup(op, dtype, dtype_bytes, head_dim, value_dim, rows, group, batch_heads
         and block_rows(entry["group"]) == rows
         and entry["device"] in device
     ]
-    if not matching:
-        return default_config(dtype_bytes, head_dim, value_dim, rows)
-    return Config(**min(matching, key=distance)["config"])
+    return min(matching, key=distance)["config"] if matching else None
+
+
+@lru_cache
+def lookup(op, dtype, dtype_bytes, head_dim, value_dim, rows, group, batch_heads, length, device):
+    """The table's nearest configuration, or the default; arguments as for `nearest`."""
+    found = nearest(op, dtype, head_dim, value_dim, rows, group, batch_heads, length, device)
+    return Config(**found) if found else default_config(dtype_bytes, head_dim, value_dim, rows)
 
 
 @lru_cache

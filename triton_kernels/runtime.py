@@ -45,6 +45,13 @@ def check_device(op, name, device):
         )
 
 
+def check_grid(op, batch, n_splits):
+    """Raise ValueError if a batch or a number of splits does not fit the second or third grid axis."""
+    for axis, size in (("B", batch), ("the number of splits, S / chunk,", n_splits)):
+        if size > MAX_GRID_YZ:
+            raise ValueError(f"{op}: {axis} is {size}; the grid takes at most {MAX_GRID_YZ}")
+
+
 def check_float(op, name, dtype):
     """Raise TypeError unless `dtype` is float16, bfloat16 or float32."""
     if dtype not in FLOAT_DTYPES:

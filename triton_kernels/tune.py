@@ -1,29 +1,35 @@
-"""Measure launch configurations on the GPU at hand and write `tuning/decode_attention.json`.
+"""Measure launch configurations on the GPU at hand and write `tuning/<op>.json`.
 
-    python -m triton_kernels.tune                      every shape of SHAPES
-    python -m triton_kernels.tune --only 64x32x8x8192  one of them (B x N x K x S, every dtype and head dim listed)
+    python -m triton_kernels.tune                                     decode_attention, every shape of SHAPES
+    python -m triton_kernels.tune --only 64x32x8x8192                 one of them (B x N x K x S, every head dim listed)
+    python -m triton_kernels.tune --op decode_mla                     every shape of MLA_SHAPES
+    python -m triton_kernels.tune --op decode_mla --only 128x128x4096 --page 64
+                                                                      one of them (B x N x S), in pages: table unchanged
 
 A configuration is timed as device time of one whole call, merge included: a CUDA graph of CALLS calls that rotate over
-enough input sets to miss the L2 cache, median of SAMPLES replays. It is tried only if its machine code has no spills
-and fits in shared memory, and counts only if its output agrees with the default configuration's. Entries of other
-devices, and of shapes that were not measured, stay in the table.
+enough input sets to miss the L2 cache, median of SAMPLES replays. It counts only if its output agrees with the default
+configuration's. For decode_attention it is tried only if its machine code has no spills and fits in shared memory; the
+few of decode_mla are listed in MLA_CONFIGS. Entries of other devices, and of shapes that were not measured, stay in the
+table.
 """
 
 import argparse
 import itertools
 import json
+import math
 import statistics
 from dataclasses import asdict, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import torch
+import triton
 
 from triton_kernels import runtime
 from triton_kernels.decode_attention import run
+from triton_kernels.decode_mla import run as run_mla
 from triton_kernels.offline import BYTES, MAX_SHARED, Decode, compile_decode
-from triton_kernels.plan import TUNING, Config, block_rows, default_config, pow2_ceil
+from triton_kernels.plan import TUNING, Config, MlaConfig, block_rows, default_config, default_mla_config, pow2_ceil
 
-OP = "decode_attention"
 CALLS, SAMPLES, WARMUP = 20, 30, 5
 SETS_BYTES = 256 * 2**20  # several times the L2 of an H100 or H200
 AGREE = 1e-2
@@ -46,12 +52,45 @@ SHAPES = (
 )
 
 
+# dtype, C, R, B, N, S
+MLA_SHAPES = (
+    ("bfloat16", 512, 64, 128, 128, 4096),
+    ("bfloat16", 512, 64, 16, 128, 16384),
+    ("bfloat16", 512, 64, 1, 128, 4096),
+    ("bfloat16", 512, 64, 64, 64, 8192),
+    ("bfloat16", 512, 64, 128, 16, 4096),
+    ("bfloat16", 512, 64, 1, 16, 4096),
+)
+
+# by query rows of a program, the default first; the offline list says that none of them spills for T = 1
+MLA_CONFIGS = {
+    16: (
+        MlaConfig(32, 4, 3, 2, 128, rows=16),
+        MlaConfig(32, 4, 2, 2, 128, rows=16),
+        MlaConfig(32, 4, 4, 1, 128, rows=16),
+        MlaConfig(64, 8, 2, 2, 256, rows=16),
+        MlaConfig(64, 8, 3, 1, 256, rows=16),
+    ),
+    64: (
+        MlaConfig(64, 8, 2, 1, 128, rows=64, early=True),
+        MlaConfig(32, 8, 4, 1, 128, rows=64),
+        MlaConfig(32, 8, 4, 1, 128, rows=64, early=True),
+        MlaConfig(32, 8, 3, 1, 128, rows=64, early=True),
+        MlaConfig(64, 8, 2, 1, 128, rows=64),
+    ),
+}
+
+
+def set_count(cache_bytes):
+    """Argument sets that a rotation needs in order to read from memory, not from L2."""
+    return max(1, min(CALLS, -(-SETS_BYTES // cache_bytes)))
+
+
 def inputs(dtype, head_dim, value_dim, batch, heads, kv_heads, slots):
-    """Argument sets of one shape, enough that a rotation over them reads from memory, not from L2."""
+    """Argument sets of one shape of decode_attention."""
     kind = {"dtype": getattr(torch, dtype), "device": "cuda"}
-    cache_bytes = batch * slots * kv_heads * (head_dim + value_dim) * BYTES[dtype]
     sets = []
-    for _ in range(max(1, min(CALLS, -(-SETS_BYTES // cache_bytes)))):
+    for _ in range(set_count(batch * slots * kv_heads * (head_dim + value_dim) * BYTES[dtype])):
         q = torch.randn(batch, 1, heads, head_dim, **kind)
         k = torch.randn(batch, slots, kv_heads, head_dim, **kind)
         v = torch.randn(batch, slots, kv_heads, value_dim, **kind)
@@ -59,14 +98,27 @@ def inputs(dtype, head_dim, value_dim, batch, heads, kv_heads, slots):
     return sets
 
 
-def microseconds(sets, config):
-    """Median device time of one call."""
-    scale = sets[0][0].shape[-1] ** -0.5
-    run(*sets[0], scale=scale, config=config)  # compiles outside the capture
+def mla_inputs(dtype, latent_dim, rope_dim, batch, heads, slots, page=0):
+    """Argument sets of one shape of decode_mla, and of each its page table (None without pages)."""
+    kind = {"dtype": getattr(torch, dtype), "device": "cuda"}
+    cache = (batch * slots // page, page) if page else (batch, slots)
+    sets = []
+    for _ in range(set_count(batch * slots * (latent_dim + rope_dim) * BYTES[dtype])):
+        queries = [torch.randn(batch, 1, heads, width, **kind) for width in (latent_dim, rope_dim)]
+        caches = [torch.randn(*cache, width, **kind) for width in (latent_dim, rope_dim)]
+        lengths = torch.full((batch,), slots, dtype=torch.int32, device="cuda")
+        table = torch.randperm(cache[0], device="cuda").int().view(batch, -1) if page else None
+        sets.append((*queries, *caches, lengths, table))
+    return sets
+
+
+def microseconds(sets, call):
+    """Median device time of one call(*set)."""
+    call(*sets[0])  # compiles outside the capture
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         for args, _ in zip(itertools.cycle(sets), range(CALLS), strict=False):
-            run(*args, scale=scale, config=config)
+            call(*args)
     samples = []
     for index in range(WARMUP + SAMPLES):
         start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -102,65 +154,95 @@ def plans(config):
         yield replace(config, ctas_per_sm=ctas, min_split=count * config.block_n)
 
 
-def tune(shape):
-    """(best Config, its time, the default's time) for one shape."""
-    dtype, head_dim, value_dim, _, heads, kv_heads, _ = shape
-    sets = inputs(*shape)
-    default = default_config(BYTES[dtype], head_dim, value_dim, block_rows(heads // kv_heads))
-    scale = head_dim**-0.5
-    expected = run(*sets[0], scale=scale, config=default)[0].float()
-    times = {default: microseconds(sets, default)}
+def search(sets, call, default, configs):
+    """(best Config, {Config: time}) of call(*set, config=...); the three best configs are tried with other plans."""
+    expected = call(*sets[0], config=default)[0].float()
+    times = {default: microseconds(sets, partial(call, config=default))}
 
     def measure(config):
         if config in times:
             return
-        out = run(*sets[0], scale=scale, config=config)[0].float()
+        try:
+            out = call(*sets[0], config=config)[0].float()
+        except triton.runtime.errors.OutOfResources:
+            return
         if (out - expected).norm() <= AGREE * expected.norm():
-            times[config] = microseconds(sets, config)
+            times[config] = microseconds(sets, partial(call, config=config))
 
-    for config in tiles(Decode(dtype, head_dim, value_dim, group=heads // kv_heads)):
+    for config in configs:
         measure(config)
     for config in sorted(times, key=times.get)[:3]:
         for plan in plans(config):
             measure(plan)
-    best = min(times, key=times.get)
-    return best, times[best], times[default]
+    return min(times, key=times.get), times
 
 
-def entry_of(shape, config, device):
+def tune(shape):
+    """(entry fields, best Config, times, default Config) for one shape of decode_attention."""
     dtype, head_dim, value_dim, batch, heads, kv_heads, slots = shape
-    key = {"dtype": dtype, "head_dim": head_dim, "value_dim": value_dim, "group": pow2_ceil(heads // kv_heads)}
-    key |= {"batch_heads": pow2_ceil(batch * kv_heads), "length": pow2_ceil(slots), "device": device}
+    group = heads // kv_heads
+    default = default_config(BYTES[dtype], head_dim, value_dim, block_rows(group))
+    configs = tiles(Decode(dtype, head_dim, value_dim, group=group))
+    best, times = search(inputs(*shape), partial(run, scale=head_dim**-0.5), default, configs)
+    return (dtype, head_dim, value_dim, group, batch * kv_heads, slots), best, times, default
+
+
+def tune_mla(shape, page=0):
+    """(entry fields, best Config, times, default Config) for one shape of decode_mla."""
+    dtype, latent_dim, rope_dim, batch, heads, slots = shape
+
+    def call(*args, config):
+        return run_mla(*args[:-1], page_table=args[-1], scale=(latent_dim + rope_dim) ** -0.5, config=config)
+
+    default = default_mla_config(BYTES[dtype], latent_dim, 1, heads)
+    best, times = search(mla_inputs(*shape, page), call, default, MLA_CONFIGS[block_rows(heads)])
+    return (dtype, latent_dim + rope_dim, latent_dim, heads, batch, slots), best, times, default
+
+
+def entry_of(fields, config, device):
+    """The table's entry for what `tune` or `tune_mla` measured."""
+    dtype, head_dim, value_dim, group, batch_heads, slots = fields
+    key = {"dtype": dtype, "head_dim": head_dim, "value_dim": value_dim, "group": pow2_ceil(group)}
+    key |= {"batch_heads": pow2_ceil(batch_heads), "length": pow2_ceil(slots), "device": device}
     return key | {"config": asdict(config)}
 
 
-def write(entries):
-    """Put entries into the table, in the place of those with the same key."""
+def write(op, entries):
+    """Put entries into an op's table, in the place of those with the same key."""
 
     def key(entry):
         return tuple(str(value) for name, value in entry.items() if name != "config")
 
-    path = TUNING / f"{OP}.json"
+    path = TUNING / f"{op}.json"
     table = {key(entry): entry for entry in json.loads(path.read_text())["entries"]} if path.exists() else {}
     table |= {key(entry): entry for entry in entries}
     lines = ",\n".join("    " + json.dumps(entry) for entry in table.values())
-    path.write_text(f'{{\n  "op": "{OP}",\n  "entries": [\n{lines}\n  ]\n}}\n')
+    path.write_text(f'{{\n  "op": "{op}",\n  "entries": [\n{lines}\n  ]\n}}\n')
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", help="BxNxKxS of the shapes to measure")
+    parser.add_argument("--op", choices=("decode_attention", "decode_mla"), default="decode_attention")
+    parser.add_argument("--only", help="BxNxKxS (decode_mla: BxNxS) of the shapes to measure")
+    parser.add_argument("--page", type=int, default=0, help="decode_mla in pages of this size; writes no table")
     arguments = parser.parse_args()
     if runtime.INTERPRETED or not torch.cuda.is_available():
         parser.error("tuning needs a CUDA device, and TRITON_INTERPRET unset")
-    device = torch.cuda.get_device_name()
+    mla = arguments.op == "decode_mla"
+    if arguments.page and not mla:
+        parser.error("--page goes with --op decode_mla")
     entries = []
-    for shape in SHAPES:
-        if arguments.only in (None, "x".join(map(str, shape[3:]))):
-            config, best, default = tune(shape)
-            entries.append(entry_of(shape, config, device))
-            print(*shape, f"best {best:.1f} us, default {default:.1f} us, {config}", flush=True)
-            write(entries)
+    for shape in MLA_SHAPES if mla else SHAPES:
+        if arguments.only not in (None, "x".join(map(str, shape[3:]))):
+            continue
+        fields, best, times, default = tune_mla(shape, arguments.page) if mla else tune(shape)
+        entries.append(entry_of(fields, best, torch.cuda.get_device_name()))
+        print(*shape, f"best {times[best]:.1f} us, default {times[default]:.1f} us, {best}", flush=True)
+        if mla:
+            for config in MLA_CONFIGS[block_rows(shape[4])]:
+                print(f"    {times.get(config, math.nan):9.1f} us  {config}", flush=True)
+        if not arguments.page:
+            write(arguments.op, entries)
     if not entries:
         parser.error(f"no shape is {arguments.only}")
 

@@ -5,25 +5,6 @@ def _unwritten(op):
     raise NotImplementedError(f"triton_kernels.{op} has no kernel yet; torch_ref.ops.{op} computes the same function")
 
 
-def decode_mla(
-    q_latent,
-    q_rope,
-    latent,
-    k_rope,
-    lengths,
-    *,
-    scale,
-    window=None,
-    sinks=None,
-    page_table=None,
-    latent_scale=None,
-    chunk=None,
-    out_dtype=None,
-):
-    """Absorbed latent attention over a latent cache: (out_latent, lse). Raises NotImplementedError."""
-    _unwritten("decode_mla")
-
-
 def decode_block_sparse(
     q,
     k,

@@ -124,8 +124,76 @@ def bench_dense(shapes=DENSE_SHAPES, *, samples: int = 50, seed: int = 0) -> Ite
         inputs = [_inputs(shape, seed + i) for i in range(sets)]
         want = [jax.jit(_reference)(*arrays) for arrays in inputs[:1]]
         for call in _implementations(shape, inputs):
-            yield _row(call, shape, sets, want[0], samples, ceiling)
+            yield _row("decode_attention", call, shape, sets, want[0], samples, ceiling)
         del inputs, want
+
+
+class LatentShape(NamedTuple):
+    """One absorbed MLA decode call with DeepSeek's sizes: every row holds S tokens."""
+
+    B: int
+    N: int
+    S: int
+    C: int = 512
+    R: int = 64
+
+    @property
+    def bytes_moved(self) -> int:
+        """bf16 bytes of both queries, the cache and out."""
+        return 2 * self.B * (self.S * (self.C + self.R) + self.N * (2 * self.C + self.R))
+
+
+LATENT_SHAPES = tuple(
+    LatentShape(*sizes)
+    for sizes in (
+        (128, 16, 4096),
+        (128, 64, 4096),
+        (128, 128, 4096),
+        (16, 128, 16384),
+        (1, 128, 131072),
+        (1, 128, 4096),
+    )
+)
+
+
+def bench_mla(shapes=LATENT_SHAPES, *, samples: int = 50, seed: int = 0) -> Iterator[dict]:
+    """Rows for every shape, both packages, bf16; the first row is the read ceiling. Needs an NVIDIA GPU."""
+    ceiling = read_ceiling()
+    yield {"what": "ceiling", "GB_per_s": ceiling, "samples": samples}
+    for shape in shapes:
+        sets = min(64, max(1, math.ceil(4 * L2_BYTES / shape.bytes_moved)))
+        inputs = [_latent_inputs(shape, seed + i) for i in range(sets)]
+        want = jax.jit(_latent_reference)(*inputs[0])
+        for call in _latent_implementations(shape, inputs):
+            yield _row("decode_mla", call, shape, sets, want, samples, ceiling)
+        del inputs, want
+
+
+def _latent_inputs(shape: LatentShape, seed: int) -> tuple[jax.Array, ...]:
+    B, N, S, C, R = shape
+    keys = jax.random.split(jax.random.key(seed), 4)
+    sizes = ((B, 1, N, C), (B, 1, N, R), (B, S, C), (B, S, R))
+    arrays = [jax.random.normal(key, size, jnp.bfloat16) for key, size in zip(keys, sizes, strict=True)]
+    return (*arrays, jnp.full((B,), S, jnp.int32))
+
+
+def _latent_reference(*arrays):
+    return jforge.ops.decode_mla(*arrays, scale=LATENT_SCALE, out_dtype=jnp.float32)[0]
+
+
+LATENT_SCALE = 192**-0.5  # of the expanded heads: nope 128 + rope 64
+
+
+def _latent_implementations(shape: LatentShape, inputs) -> Iterator[Call]:
+    import torch
+
+    import pallas_kernels
+    import triton_kernels
+
+    yield _jax_call("pallas", lambda *a: pallas_kernels.decode_mla(*a, scale=LATENT_SCALE)[0], inputs)
+    tensors = [[torch.from_dlpack(a) for a in arrays] for arrays in inputs]
+    wait = torch.cuda.synchronize
+    yield Call("triton", lambda i: triton_kernels.decode_mla(*tensors[i], scale=LATENT_SCALE)[0], wait)
 
 
 def _inputs(shape: Shape, seed: int) -> tuple[jax.Array, ...]:
@@ -140,9 +208,9 @@ def _reference(q, k, v, lengths):
     return jforge.ops.decode_attention(q, k, v, lengths, scale=q.shape[-1] ** -0.5, out_dtype=jnp.float32)[0]
 
 
-def _row(call: Call, shape: Shape, sets: int, want, samples: int, ceiling: float) -> dict:
+def _row(what: str, call: Call, shape, sets: int, want, samples: int, ceiling: float) -> dict:
     """Gate, then time. A refusal or a failed gate is a row without a time."""
-    row = {"what": "decode_attention", "implementation": call.name, "dtype": "bfloat16", **shape._asdict()}
+    row = {"what": what, "implementation": call.name, "dtype": "bfloat16", **shape._asdict()}
     try:
         got = call.run(0)
         call.synchronise()
@@ -232,7 +300,7 @@ def read_ceiling(megabytes: int = 2048) -> float:
     return best
 
 
-OPS = ("decode_attention",)
+OPS = ("decode_attention", "decode_mla")
 
 
 def run(ops=OPS, *, samples: int = 50) -> Iterator[dict]:
@@ -240,6 +308,8 @@ def run(ops=OPS, *, samples: int = 50) -> Iterator[dict]:
     dense = bench_dense if jax.default_backend() == "gpu" else bench_cpu
     if "decode_attention" in ops:
         yield from dense(samples=samples)
+    if "decode_mla" in ops and dense is bench_dense:  # on a CPU the two interpreters would be timed
+        yield from bench_mla(samples=samples)
 
 
 def append(path: str | Path, rows: list[dict], where: dict) -> None:

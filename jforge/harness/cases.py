@@ -41,15 +41,27 @@ def build(case: Case, dtype: str, seed: int = 0) -> Inputs:
 
 def _decode_attention(case: Case, dtype: np.dtype, rng: np.random.Generator) -> Inputs:
     B, T, N, K, S, H, V = (case.sizes[axis] for axis in "BTNKSHV")
-    arrays = {"q": (B, T, N, H), "k": (B, S, K, H), "v": (B, S, K, V)}
-    arrays = {name: rng.standard_normal(shape).astype(dtype) for name, shape in arrays.items()}
+    shapes = {"q": (B, T, N, H), "k": (B, S, K, H), "v": (B, S, K, V)}
+    return _over_a_cache(case, dtype, rng, shapes, ("k", "v"), H**-0.5)
+
+
+def _decode_mla(case: Case, dtype: np.dtype, rng: np.random.Generator) -> Inputs:
+    B, T, N, S, C, R = (case.sizes[axis] for axis in "BTNSCR")
+    shapes = {"q_latent": (B, T, N, C), "q_rope": (B, T, N, R), "latent": (B, S, C), "k_rope": (B, S, R)}
+    return _over_a_cache(case, dtype, rng, shapes, ("latent", "k_rope"), (C + R) ** -0.5)
+
+
+def _over_a_cache(case: Case, dtype, rng, shapes: dict, caches: tuple[str, ...], scale: float) -> Inputs:
+    """Normal draws of these shapes, NaN in every slot of `caches` (B S ...) that no query of the case may read."""
+    arrays = {name: rng.standard_normal(shape).astype(dtype) for name, shape in shapes.items()}
+    T, S, N = (case.sizes[axis] for axis in "TSN")
     window = case.options.get("window") or S
     for row, length in enumerate(case.lengths):
         unread = np.ones(S, bool)
         unread[max(0, length - T + 1 - window) : length] = False
-        arrays["k"][row, unread] = np.nan
-        arrays["v"][row, unread] = np.nan
-    options = {"scale": H**-0.5, **case.options}
+        for name in caches:
+            arrays[name][row, unread] = np.nan
+    options = {"scale": scale, **case.options}
     if options.pop("sinks", False):
         options["sinks"] = rng.standard_normal(N).astype(np.float32)
     return Inputs({**arrays, "lengths": np.array(case.lengths, np.int32)}, options)
@@ -65,12 +77,17 @@ def _merge_states(case: Case, dtype: np.dtype, rng: np.random.Generator) -> Inpu
     return Inputs({"outs": outs, "lses": lses}, {})
 
 
-_BUILD = {"decode_attention": _decode_attention, "merge_states": _merge_states}
+_BUILD = {"decode_attention": _decode_attention, "decode_mla": _decode_mla, "merge_states": _merge_states}
 
 
 def _attention(name, B, N, K, H, S, lengths, *tags, T=1, V=None, **options) -> Case:
     sizes = {"B": B, "T": T, "N": N, "K": K, "S": S, "H": H, "V": V or H}
     return Case(name, "decode_attention", sizes, lengths, options, frozenset(tags))
+
+
+def _mla(name, B, N, S, lengths, *tags, T=1, C=512, R=64, **options) -> Case:
+    sizes = {"B": B, "T": T, "N": N, "S": S, "C": C, "R": R}
+    return Case(name, "decode_mla", sizes, lengths, options, frozenset(tags))
 
 
 def _merge(name, P, B, T, N, V, lengths, *tags) -> Case:
@@ -102,6 +119,14 @@ CASES: tuple[Case, ...] = (
     _attention("head_96", 2, 8, 2, 96, 128, (128, 31)),
     _attention("head_192_128", 2, 8, 2, 192, 128, (128, 31), V=128),
     _attention("head_256", 2, 8, 2, 256, 128, (128, 31)),
+    _mla("mla_16_heads", 2, 16, 128, (128, 70), "basic"),
+    _mla("mla_128_heads", 1, 128, 128, (100,), "basic"),
+    _mla("mla_empty_rows", 4, 16, 128, (0, 1, 64, 65), C=128),
+    _mla("mla_one_head", 2, 1, 128, (128, 3), C=128),
+    _mla("mla_64_heads", 2, 64, 192, (192, 0), C=128),
+    _mla("mla_two_queries", 2, 16, 128, (128, 1), T=2, C=128),
+    _mla("mla_window_sinks", 2, 32, 256, (256, 40), C=128, window=70, sinks=True),
+    _mla("mla_chunked", 3, 16, 256, (256, 130, 0), C=128, chunk=64),
     _merge("merge_two", 2, 2, 1, 8, 128, (2, 1), "basic", "demo"),
     _merge("merge_many", 5, 3, 2, 4, 64, (5, 0, 3), "basic"),
 )

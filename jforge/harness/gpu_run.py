@@ -2,7 +2,7 @@
 
 cases: every case in every dtype on every backend, twice (the second result must be bitwise the first).
 invariance: with a fixed chunk a row's bits are those of the row alone, in 50 random batches.
-bench: the ten dense shapes, both packages and their peers.
+bench: the shapes of jforge bench, both packages and their peers.
 Appends JSON lines with the environment; exits 1 if a case is wrong. Uninitialised torch memory is NaN.
 """
 
@@ -97,7 +97,7 @@ def main() -> int:
         print(*rows, sep="\n", flush=True)
         good &= all(row["ok"] for row in rows)
     if args.only in (None, "bench"):
-        for row in bench.bench_dense():
+        for row in bench.run():
             bench.append(args.path, [row], where)
             print({k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()}, flush=True)
     return 0 if good else 1

@@ -27,6 +27,14 @@ def decode_attention(q, k, v, lengths, *, scale, window=None, sinks=None, softca
     return out, lse
 
 
+def decode_mla(q_latent, q_rope, latent, k_rope, lengths, **options):
+    """(out, lse) in float64: decode_attention with one key head, [latent | k_rope], whose values are the latent."""
+    q_latent, q_rope, latent, k_rope = (np.asarray(a, np.float64) for a in (q_latent, q_rope, latent, k_rope))
+    q = np.concatenate([q_latent, q_rope], axis=-1)
+    k = np.concatenate([latent, k_rope], axis=-1)[:, :, None]
+    return decode_attention(q, k, latent[:, :, None], lengths, **options)
+
+
 def merge_states(outs, lses):
     """(out, lse) in float64; see jforge.ops.merge_states."""
     outs, lses = np.asarray(outs, np.float64), np.asarray(lses, np.float64)

@@ -4,6 +4,7 @@ Every backend exports exactly these names with these signatures. `mix` combines 
 """
 
 from jforge.ops.decode_attention import decode_attention
+from jforge.ops.decode_mla import decode_mla
 from jforge.ops.merge_states import merge_states
 from jforge.ops.mix import mix
 from jforge.ops.topk_indices import topk_indices
@@ -11,7 +12,6 @@ from jforge.ops.unwritten import (
     block_index_scores,
     decode_block_sparse,
     decode_linear,
-    decode_mla,
     decode_sparse_mla,
     index_scores,
 )

@@ -86,7 +86,7 @@ def _values_and_scales(q, k, v, k_scale, v_scale, pool: str, sizes: dict[str, in
     """q, k and v share a float dtype, or k and v are quantised and both have scales."""
     if (k_scale is None) != (v_scale is None):
         missing = "k_scale" if k_scale is None else "v_scale"
-        raise ValueError(f"{missing} is None; k_scale and v_scale come together")
+        raise TypeError(f"{missing} is None; k_scale and v_scale come together, with quantised k and v")
     if k_scale is None:
         same_float(q=q, k=k, v=v)
         return

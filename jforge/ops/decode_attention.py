@@ -42,24 +42,20 @@ def decode_attention(
         k_scale=k_scale, v_scale=v_scale, chunk=chunk, out_dtype=out_dtype,
     )  # fmt: skip
     if page_table is not None:
-        k, v, k_scale, v_scale = (x if x is None else _pages(x, page_table) for x in (k, v, k_scale, v_scale))
-    T, S = q.shape[1], k.shape[1]
+        k, v, k_scale, v_scale = (x if x is None else pages(x, page_table) for x in (k, v, k_scale, v_scale))
+    S = k.shape[1]
     check.length_values(lengths, S)
     if k_scale is not None:
         wide = accumulation_dtype(q)
         k = k.astype(wide) * k_scale[..., None]
         v = v.astype(wide) * v_scale[..., None]
 
-    q_pos = lengths[:, None] - T + jnp.arange(T)
-    k_pos = jnp.arange(S)
-    visible = masks.causal(q_pos[..., None], k_pos)
-    if window is not None:
-        visible &= masks.window(q_pos[..., None], k_pos, window)
+    visible = masks.decode(lengths, q.shape[1], S, window)
     out, lse = attend(q, k, v, visible, scale=scale, cap=softcap, sinks=sinks)
     return out.astype(out_dtype or q.dtype), lse
 
 
-def _pages(pool: Array, page_table: Int[Array, "B P"]) -> Array:
+def pages(pool: Array, page_table: Int[Array, "B P"]) -> Array:
     """Lay the pages of each row end to end. Entries that no length reaches may be anything, so they are clipped."""
     B, P = page_table.shape
     rows = jnp.take(pool, jnp.clip(page_table, 0, pool.shape[0] - 1), axis=0)

@@ -1,11 +1,6 @@
 """Ops that have a contract but no implementation in this package yet: each call raises before any work."""
 
 
-def decode_mla(q_latent, q_rope, latent, k_rope, lengths, *, scale, window=None, sinks=None, page_table=None,
-               latent_scale=None, chunk=None, out_dtype=None):  # fmt: skip
-    raise NotImplementedError("decode_mla is not written yet")
-
-
 def decode_block_sparse(q, k, v, block_indices, lengths, *, block_size, scale, sinks=None, softcap=None,
                         page_table=None, k_scale=None, v_scale=None, out_dtype=None):  # fmt: skip
     raise NotImplementedError("decode_block_sparse is not written yet")

@@ -28,6 +28,13 @@ def decode_attention(q, k, v, lengths, *, scale, window=None, sinks=None, softca
     return out, lse
 
 
+def decode_mla(q_latent, q_rope, latent, k_rope, lengths, **options):
+    """Attention of every head over one KV head whose keys are latents and rope keys, and whose values are latents."""
+    latent, k_rope, *queries = (np.asarray(x, np.float64) for x in (latent, k_rope, q_latent, q_rope))
+    keys = np.concatenate([latent, k_rope], axis=-1)
+    return decode_attention(np.concatenate(queries, axis=-1), keys[:, :, None], latent[:, :, None], lengths, **options)
+
+
 def merge_states(outs, lses):
     """Weighted mean of the parts that are not empty."""
     outs, lses = np.asarray(outs, np.float64), np.asarray(lses, np.float64)
@@ -80,13 +87,16 @@ class Case:
         shapes = (B, self.T, self.N, self.H), (B, self.S, self.K, self.H), (B, self.S, self.K, V)
         q, k, v = (rng.normal(size=shape) for shape in shapes)
         lengths = np.array(self.lengths, np.int32)
-        slot = np.arange(self.S)
-        dead = slot >= lengths[:, None]
-        if "window" in self.options:
-            dead |= slot < lengths[:, None] - self.T + 1 - self.options["window"]
-        k[dead], v[dead] = np.nan, np.nan
+        k[self.dead], v[self.dead] = np.nan, np.nan
         sinks = jnp.asarray(rng.normal(size=self.N), jnp.float32) if self.sinks else None
         return tuple(jnp.asarray(x, self.dtype) for x in (q, k, v)) + (jnp.asarray(lengths),), sinks
+
+    @property
+    def dead(self):
+        """Slots that no query may read: B S."""
+        lengths, slot = np.array(self.lengths)[:, None], np.arange(self.S)
+        window = self.options.get("window")
+        return (slot >= lengths) | (False if window is None else slot < lengths - self.T + 1 - window)
 
     def paged(self, k, v, seed=0):
         """Pools in which the pages of all rows lie in random order among pages of NaN, and the page table, whose
@@ -109,5 +119,34 @@ class Case:
 
     def __str__(self):
         shape = f"{self.dtype}-B{len(self.lengths)}T{self.T}N{self.N}K{self.K}S{self.S}H{self.H}V{self.V or self.H}"
+        extra = [f"{name}{value}" for name, value in (("splits", self.splits), ("page", self.page)) if value]
+        return "-".join([shape, *extra, *["sinks"] * self.sinks, *(f"{a}{b}" for a, b in self.options.items())])
+
+
+@dataclass(frozen=True)
+class MlaCase(Case):
+    """Shapes and options of one call of decode_mla; K, H and V are unused."""
+
+    C: int = 128
+    R: int = 64
+
+    def arrays(self, seed=0):
+        """(q_latent, q_rope, latent, k_rope, lengths) with NaN in the dead slots, and the sinks or None."""
+        rng = np.random.default_rng(seed)
+        B = len(self.lengths)
+        shapes = [(B, self.T, self.N, width) for width in (self.C, self.R)]
+        shapes += [(B, self.S, width) for width in (self.C, self.R)]
+        q_latent, q_rope, latent, k_rope = (rng.normal(size=shape) for shape in shapes)
+        latent[self.dead], k_rope[self.dead] = np.nan, np.nan
+        sinks = jnp.asarray(rng.normal(size=self.N), jnp.float32) if self.sinks else None
+        arrays = (jnp.asarray(x, self.dtype) for x in (q_latent, q_rope, latent, k_rope))
+        return (*arrays, jnp.array(self.lengths, jnp.int32)), sinks
+
+    @property
+    def scale(self):
+        return (self.C + self.R) ** -0.5
+
+    def __str__(self):
+        shape = f"{self.dtype}-B{len(self.lengths)}T{self.T}N{self.N}S{self.S}C{self.C}R{self.R}"
         extra = [f"{name}{value}" for name, value in (("splits", self.splits), ("page", self.page)) if value]
         return "-".join([shape, *extra, *["sinks"] * self.sinks, *(f"{a}{b}" for a, b in self.options.items())])

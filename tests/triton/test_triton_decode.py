@@ -22,23 +22,7 @@ DEVICE = "cpu" if tk.runtime.INTERPRETED else "cuda"
 DTYPES = [F16, F32] if tk.runtime.INTERPRETED else [F16, F32, BF16]
 
 
-@pytest.fixture(autouse=True)
-def device():
-    """Tensors are made where the kernels run."""
-    with torch.device(DEVICE):
-        yield
-
-
-@pytest.fixture(autouse=True)
-def poisoned_memory(monkeypatch):
-    """Every buffer that an op allocates starts as NaN."""
-    empty = torch.empty
-
-    def poisoned(*args, **kwargs):
-        tensor = empty(*args, **kwargs)
-        return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor
-
-    monkeypatch.setattr(torch, "empty", poisoned)
+pytestmark = pytest.mark.usefixtures("device", "poisoned_memory")
 
 
 def make(lengths, *, slots, heads=2, kv_heads=1, dim=64, value_dim=None, tokens=1, dtype=F16, window=None, seed=0):
@@ -170,7 +154,7 @@ def test_chunk_is_batch_invariant(window, tokens):
 
 def test_merge_is_skipped_for_one_split(monkeypatch):
     launches = []
-    monkeypatch.setattr(module, "launch_merge", lambda *args, **kwargs: launches.append(kwargs["n_parts"]))
+    monkeypatch.setattr(module, "merge_parts", lambda *args, **kwargs: launches.append(kwargs["n_splits"]))
     for slots in (40, 400):
         q, k, v, lengths = make([slots], slots=slots)
         tk.decode_attention(q, k, v, lengths, scale=1.0)

@@ -29,7 +29,7 @@ def test_signatures_are_the_contract():
         assert kinds[0] == kinds[1], name
 
 
-@pytest.mark.parametrize("name", [n for n in OPS if n not in ("decode_attention", "merge_states")])
+@pytest.mark.parametrize("name", [n for n in OPS if n not in ("decode_attention", "decode_mla", "merge_states")])
 def test_unwritten_ops_say_so(name):
     required = [p for p in inspect.signature(getattr(tk, name)).parameters.values() if p.default is p.empty]
     positional = [None for p in required if p.kind is p.POSITIONAL_OR_KEYWORD]
@@ -61,6 +61,50 @@ def test_wrong_arguments(changes, error, word, monkeypatch):
         tk.decode_attention(**case(**changes))
 
 
+MLA_TENSORS = ("q_latent", "q_rope", "latent", "k_rope")
+
+
+def mla_case(**changes):
+    given = dict(q_latent=torch.ones(2, 1, 4, 32), q_rope=torch.ones(2, 1, 4, 8))
+    given |= dict(latent=torch.ones(2, 64, 32), k_rope=torch.ones(2, 64, 8))
+    return given | dict(lengths=torch.ones(2, dtype=torch.int32), scale=1.0) | changes
+
+
+def pools(page):
+    table = torch.zeros(2, 2, dtype=torch.int32)
+    return dict(latent=torch.ones(4, page, 32), k_rope=torch.ones(4, page, 8), page_table=table)
+
+
+@pytest.mark.parametrize(
+    "changes, error, word",
+    [
+        (dict(k_rope=torch.ones(2, 64, 16)), ValueError, "k_rope|q_rope"),
+        (dict(latent=torch.ones(2, 64, 32).half()), TypeError, "latent"),
+        (dict(lengths=torch.ones(2)), TypeError, "lengths"),
+        (dict(window=0), ValueError, "window"),
+        (dict(chunk=0), ValueError, "chunk"),
+        (dict(sinks=torch.ones(3)), ValueError, "sinks"),
+        (dict(out_dtype=torch.float64), TypeError, "out_dtype"),
+        ({name: x.double() for name, x in mla_case().items() if name in MLA_TENSORS}, TypeError, "q_latent"),
+        (dict(q_latent=torch.ones(2, 1, 4, 576), latent=torch.ones(2, 64, 576)), NotImplementedError, "C=576"),
+        (dict(q_rope=torch.ones(2, 1, 4, 80), k_rope=torch.ones(2, 64, 80)), NotImplementedError, "R=80"),
+        (pools(48), NotImplementedError, "page size is 48"),
+        (pools(8), NotImplementedError, "page size is 8"),
+        (dict(k_rope=torch.ones(2, 8, 64).transpose(1, 2)), ValueError, "k_rope"),
+    ],
+)  # fmt: skip
+def test_wrong_mla_arguments(changes, error, word, monkeypatch):
+    monkeypatch.setattr(runtime, "launch", lambda *args, **kwargs: pytest.fail("launched"))
+    with pytest.raises(error, match=word):
+        tk.decode_mla(**mla_case(**changes))
+
+
+def test_quantised_latent_is_refused():
+    int8 = mla_case()["latent"].to(torch.int8)
+    with pytest.raises(NotImplementedError, match="latent_scale"):
+        tk.decode_mla(**mla_case(latent=int8, latent_scale=torch.ones(2, 64)))
+
+
 def test_merge_arguments():
     with pytest.raises(TypeError, match="lses"):
         tk.merge_states(torch.ones(2, 1, 1, 1, 8), torch.ones(2, 1, 1, 1, dtype=torch.float64))
@@ -73,13 +117,14 @@ def test_cpu_tensors_need_the_interpreter():
         "import torch, triton_kernels as tk\n"
         "q, n = torch.ones(1, 1, 1, 16), torch.ones(1, dtype=torch.int32)\n"
         "for call in (lambda: tk.decode_attention(q, q, q, n, scale=1.0),\n"
+        "             lambda: tk.decode_mla(q, q, q[0], q[0], n, scale=1.0),\n"
         "             lambda: tk.merge_states(q[None], q[None, ..., 0])):\n"
         "    try: call()\n"
         "    except TypeError as error: print('TRITON_INTERPRET=1' in str(error))\n"
     )
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
-    assert done.stdout.split() == ["True", "True"]
+    assert done.stdout.split() == ["True", "True", "True"]
 
 
 def test_split_dims():
@@ -119,10 +164,11 @@ def test_table_lookup(monkeypatch):
 
 def test_compiled_kernels_fit_sm90():
     rows = offline.report()
-    assert len(rows) == len(offline.DECODES) + len(offline.tuned()) + len(offline.MERGES) <= 40
+    cases = [*offline.DECODES, *offline.MLAS, *offline.tuned(), *offline.MERGES]
+    assert len(rows) == len(cases) <= 40
     for row in rows:
         assert row["spills"] == 0, row
         assert row["shared"] <= offline.MAX_SHARED, row
         assert row["registers"] <= 255, row
-        if "float16" in row["name"] and row["name"].startswith("decode"):
+        if "float16" in row["name"] and not row["name"].startswith("merge"):
             assert row["hmma"] + row["hgmma"] > 0 and row["ldgsts"] > 0, row

@@ -1,6 +1,7 @@
 """Float64 NumPy definitions for the Triton tests, written from the equations, one query at a time."""
 
 import numpy as np
+import torch
 
 
 def decode_attention(q, k, v, lengths, *, scale, window=None, sinks=None, softcap=None):
@@ -23,6 +24,27 @@ def decode_attention(q, k, v, lengths, *, scale, window=None, sinks=None, softca
             out[b, t, n] = np.exp(x - peak) @ v[b, start:stop, n // group] / total
             lse[b, t, n] = peak + np.log(total)
     return out, lse
+
+
+def decode_mla(q_latent, q_rope, latent, k_rope, lengths, *, page_table=None, **options):
+    """(out_latent, lse) of the op, float64: one KV head, keys [latent, k_rope], values the latent.
+
+    Of a page table only the entries below ceil(length / page) are followed; the cache past them stays NaN.
+    """
+    if page_table is not None:
+        page = latent.shape[1]
+        pages = [table[: -(-int(n) // page)].long() for table, n in zip(page_table, lengths, strict=True)]
+        latent, k_rope = (gather(pool, pages, page_table.shape[1] * page) for pool in (latent, k_rope))
+    q, k = torch.cat([q_latent, q_rope], -1), torch.cat([latent, k_rope], -1)[:, :, None]
+    return decode_attention(q, k, latent[:, :, None], lengths, **options)
+
+
+def gather(pool, pages, slots):
+    """A contiguous cache B S width from a pool and every row's pages; NaN where a row has no page."""
+    cache = torch.full((len(pages), slots, pool.shape[-1]), float("nan"), dtype=pool.dtype)
+    for row, index in zip(cache, pages, strict=True):
+        row[: len(index) * pool.shape[1]] = pool[index].flatten(0, 1)
+    return cache
 
 
 def merge_states(outs, lses):

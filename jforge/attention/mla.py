@@ -1,0 +1,286 @@
+"""Multi-head latent attention (MLA): the cache holds one latent and one rotary key a token, shared by all heads.
+
+    c_q = norm(x Wq_a)                 q = c_q Wq_b  (or q = x Wq)      per head [q_nope | q_rope]
+    [latent | k_rope] = x Wkv_a        latent <- norm(latent)           k_rope is not normed
+    q_rope, k_rope <- RoPE
+    naive:     k_sn = [latent_s Wk_b_n | k_rope_s]    v_sn = latent_s Wv_b_n    out_n = softmax(scale q_n . k_n) v_n
+    absorbed:  logits (Wk_b_n^T q_nope_n) . latent_s + q_rope_n . k_rope_s      out_n = (softmax latent) Wv_b_n
+    y = out Wo
+
+The two forms are equal in exact arithmetic. forward and prefill take the naive one, 2(nope + R) + 2V flops a pair of
+query and key; decode the absorbed one, 2(C + R) + 2C, which reads the cache as it lies: (C + R) elements a token.
+Sources: DeepSeek-V2 (arXiv 2405.04434), V3 (2412.19437), Kimi-K2; without RoPE the full layers of Kimi-Linear.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from jforge import ops as jax_ops
+from jforge.core import masks, rope
+from jforge.core.attend import attend, einsum
+from jforge.core.attention import Attention, init_cache_from, no_selection, no_tokens
+from jforge.core.config import FrozenDict, one_of, positive, positive_int
+from jforge.core.norm import rms_norm
+from jforge.core.spec import Buffer, CacheSpec, cache_class
+from jforge.core.step import append, begin, check_input, end, one_token
+from jforge.cost import Cost, step_cost
+
+Params = dict[str, Array]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Field names follow Hugging Face's deepseek_v3."""
+
+    hidden_size: int
+    num_attention_heads: int
+    q_lora_rank: int | None = None  # None: q straight from x (V2-Lite, Kimi-Linear)
+    kv_lora_rank: int
+    qk_nope_head_dim: int
+    qk_rope_head_dim: int
+    v_head_dim: int
+    attention_bias: bool = False  # on wq_a, wkv_a and wo
+    rms_norm_eps: float = 1e-6  # of the latent norms: Hugging Face uses 1e-6 there whatever the model's eps
+    rope_parameters: Mapping[str, Any] | None = None  # None: the rope slice exists and is not rotated (NoPE)
+    rope_layout: str = "interleaved"
+    scaling: float | None = None  # (nope + R) ** -0.5 * m ** 2, m from yarn's mscale_all_dim
+
+    def __post_init__(self):
+        for name in ("hidden_size", "num_attention_heads", "kv_lora_rank"):
+            positive_int(name, getattr(self, name))
+        for name in ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"):
+            positive_int(name, getattr(self, name))
+        if self.q_lora_rank is not None:
+            positive_int("q_lora_rank", self.q_lora_rank)
+        positive("rms_norm_eps", self.rms_norm_eps)
+        one_of("rope_layout", self.rope_layout, rope.LAYOUTS)
+        object.__setattr__(self, "rope_parameters", rope.freeze(self.rope_parameters))
+        if self.rope_parameters is not None:
+            rope.rotary_dim(self.rope_parameters, self.qk_rope_head_dim)
+        if self.scaling is None:
+            object.__setattr__(self, "scaling", self._softmax_scale())
+        positive("scaling", self.scaling)
+
+    def _softmax_scale(self) -> float:
+        """DeepSeek scales the logits by m^2 and, as mscale = mscale_all_dim there, cos and sin by 1."""
+        plain = (self.qk_nope_head_dim + self.qk_rope_head_dim) ** -0.5
+        p = self.rope_parameters or {}
+        if p.get("rope_type", "default") == "default" or not p.get("mscale_all_dim"):
+            return plain
+        return plain * rope.yarn_magnitude(p["factor"], p["mscale_all_dim"]) ** 2
+
+
+@cache_class
+class LatentCache:
+    """Latents after their norm, rotary keys after RoPE; slot s holds token s."""
+
+    latent: jax.Array  # B S C
+    k_rope: jax.Array  # B S R
+    length: jax.Array  # int32[B]
+
+
+def shapes(cfg: Config) -> dict[str, tuple[int, ...]]:
+    """{parameter: shape} of a Config."""
+    D, N, C, R, V = cfg.hidden_size, cfg.num_attention_heads, cfg.kv_lora_rank, cfg.qk_rope_head_dim, cfg.v_head_dim
+    nope, L = cfg.qk_nope_head_dim, cfg.q_lora_rank
+    if L is None:
+        out = {"wq": (D, N, nope + R)}
+    else:
+        out = {"wq_a": (D, L), "q_norm": (L,), "wq_b": (L, N, nope + R)}
+    out |= {"wkv_a": (D, C + R), "kv_norm": (C,), "wk_b": (C, N, nope), "wv_b": (C, N, V), "wo": (N, V, D)}
+    if cfg.attention_bias:
+        out |= {"bkv_a": (C + R,), "bo": (D,)} | ({} if L is None else {"bq_a": (L,)})
+    return out
+
+
+def init_params(key: Array, cfg: Config, dtype=jnp.float32) -> Params:
+    """Random parameters: weights of variance 1/fan_in, biases and norms off their neutral values."""
+    params = {}
+    for (name, shape), k in zip(shapes(cfg).items(), jax.random.split(key, len(shapes(cfg))), strict=True):
+        value = jax.random.normal(k, shape, dtype)
+        if name.startswith("w"):
+            params[name] = value * (math.prod(shape[:-1]) if name == "wo" else shape[0]) ** -0.5
+        else:
+            params[name] = (name.endswith("norm") + 0.1 * value).astype(dtype)
+    return params
+
+
+def project(params: Params, cfg: Config, x: Float[Array, "B T D"], positions) -> tuple[Array, Array, Array, Array]:
+    """q_nope: B T N nope, q_rope: B T N R, latent: B T C, k_rope: B T R of the new tokens, normed and rotated."""
+    if cfg.q_lora_rank is None:
+        q = einsum("btd,dnq->btnq", x, params["wq"])
+    else:
+        down = einsum("btd,dl->btl", x, params["wq_a"]) + (params["bq_a"] if cfg.attention_bias else 0)
+        q = einsum("btl,lnq->btnq", rms_norm(down, params["q_norm"], eps=cfg.rms_norm_eps), params["wq_b"])
+    q_nope, q_rope = jnp.split(q, [cfg.qk_nope_head_dim], axis=-1)
+    down = einsum("btd,dc->btc", x, params["wkv_a"]) + (params["bkv_a"] if cfg.attention_bias else 0)
+    latent, k_rope = jnp.split(down, [cfg.kv_lora_rank], axis=-1)
+    latent = rms_norm(latent, params["kv_norm"], eps=cfg.rms_norm_eps)
+    q_rope = rope.apply_rope(q_rope, positions, cfg.rope_parameters, cfg.rope_layout)
+    k_rope = rope.apply_rope(k_rope[:, :, None], positions, cfg.rope_parameters, cfg.rope_layout)[:, :, 0]
+    return q_nope, q_rope, latent, k_rope
+
+
+def attend_naive(
+    params: Params,
+    cfg: Config,
+    q_nope: Float[Array, "B T N nope"],
+    q_rope: Float[Array, "B T N R"],
+    latent: Float[Array, "B S C"],
+    k_rope: Float[Array, "B S R"],
+    mask: Bool[Array, "B T S"],
+) -> Float[Array, "B T N V"]:
+    """Attention over the keys and values of every head, expanded from the latents. Unseen slots may be NaN."""
+    readable = mask.any(axis=1)[..., None]  # blank before expanding: the gradient of wk_b sums over all slots
+    latent, k_rope = jnp.where(readable, latent, 0), jnp.where(readable, k_rope, 0)
+    k_nope = einsum("bsc,cnh->bsnh", latent, params["wk_b"])
+    shared = jnp.broadcast_to(k_rope[:, :, None], (*k_nope.shape[:3], k_rope.shape[-1]))
+    k = jnp.concatenate([k_nope, shared.astype(k_nope.dtype)], axis=-1)
+    v = einsum("bsc,cnv->bsnv", latent, params["wv_b"])
+    out, _ = attend(jnp.concatenate([q_nope, q_rope], axis=-1), k, v, mask, scale=cfg.scaling)
+    return out
+
+
+def attend_absorbed(
+    params: Params,
+    cfg: Config,
+    q_nope: Float[Array, "B T N nope"],
+    q_rope: Float[Array, "B T N R"],
+    cache: LatentCache,
+    ops=jax_ops,
+    out_dtype=None,
+) -> Float[Array, "B T N V"]:
+    """The same over the latents as they lie in the cache, through `ops.decode_mla`: no key or value is expanded."""
+    dtype = cache.latent.dtype
+    q_latent = einsum("btnh,cnh->btnc", q_nope, params["wk_b"]).astype(dtype)
+    out, _ = ops.decode_mla(
+        q_latent,
+        q_rope.astype(dtype),
+        cache.latent,
+        cache.k_rope,
+        cache.length,
+        scale=cfg.scaling,
+        out_dtype=out_dtype,
+    )
+    return einsum("btnc,cnv->btnv", out, params["wv_b"])
+
+
+def project_out(params: Params, cfg: Config, out: Float[Array, "B T N V"]) -> Float[Array, "B T D"]:
+    y = einsum("btnv,nvd->btd", out, params["wo"])
+    return y + params["bo"] if cfg.attention_bias else y
+
+
+def visible(cfg: Config, q_pos: Array, k_pos: Array) -> Array:
+    """Every token up to the query's own."""
+    return masks.causal(q_pos, k_pos)
+
+
+def forward(params: Params, cfg: Config, x: Float[Array, "B T D"], positions=None) -> Float[Array, "B T D"]:
+    """The definition, in the naive form. `positions` (int B T, default 0..T-1) feed RoPE only."""
+    check_input(x, cfg.hidden_size)
+    B, T, _ = x.shape
+    order = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (B, T))
+    parts = project(params, cfg, x, order if positions is None else positions)
+    out = attend_naive(params, cfg, *parts, visible(cfg, order[..., None], order[:, None]))
+    return project_out(params, cfg, out).astype(x.dtype)
+
+
+def prefill(
+    params: Params, cfg: Config, x: Float[Array, "B T D"], cache: LatentCache, lengths=None
+) -> tuple[Float[Array, "B T D"], LatentCache]:
+    """Append T tokens (row b its first lengths[b]); naive form over the stored, so rounded, latents."""
+    cache_spec(cfg).check(cache)
+    S = cache.latent.shape[1]
+    step = begin(x, cache.length, lengths, cfg.hidden_size, S)
+    q_nope, q_rope, latent, k_rope = project(params, cfg, step.x, step.positions)
+    cache = LatentCache(append(cache.latent, latent, step), append(cache.k_rope, k_rope, step), step.length)
+    mask = visible(cfg, step.positions[..., None], jnp.arange(S)) & step.keep[..., None]
+    q_nope, q_rope = q_nope.astype(cache.latent.dtype), q_rope.astype(cache.latent.dtype)
+    out = attend_naive(params, cfg, q_nope, q_rope, cache.latent, cache.k_rope, mask)
+    return end(step, project_out(params, cfg, out), x.dtype), cache
+
+
+def decode(
+    params: Params, cfg: Config, x: Float[Array, "B 1 D"], cache: LatentCache, ops=jax_ops
+) -> tuple[Float[Array, "B 1 D"], LatentCache]:
+    """Append one token a row and attend in the absorbed form through `ops.decode_mla`."""
+    cache_spec(cfg).check(cache)
+    step = begin(one_token(x), cache.length, None, cfg.hidden_size, cache.latent.shape[1])
+    q_nope, q_rope, latent, k_rope = project(params, cfg, step.x, step.positions)
+    cache = LatentCache(append(cache.latent, latent, step), append(cache.k_rope, k_rope, step), step.length)
+    out = attend_absorbed(params, cfg, q_nope, q_rope, cache, ops, x.dtype)
+    return end(step, project_out(params, cfg, out), x.dtype), cache
+
+
+def cache_spec(cfg: Config) -> CacheSpec:
+    return CacheSpec(
+        LatentCache,
+        {
+            "latent": Buffer(("B", "S", "C"), (cfg.kv_lora_rank,)),
+            "k_rope": Buffer(("B", "S", "R"), (cfg.qk_rope_head_dim,)),
+        },
+    )
+
+
+def cost(
+    cfg: Config, *, context: int, batch: int = 1, capacity: int | None = None, dtype=jnp.bfloat16, closing: bool = False
+) -> Cost:
+    """One step writes C + R elements, reads all of them once, and spends 2 N ((C + R) + C) flops on each token."""
+    return step_cost(
+        cache_spec(cfg),
+        context=context,
+        batch=batch,
+        capacity=capacity,
+        dtype=dtype,
+        read={"latent": context, "k_rope": context},
+        written={"latent": 1, "k_rope": 1},
+        flops=2 * cfg.num_attention_heads * (2 * cfg.kv_lora_rank + cfg.qk_rope_head_dim) * context,
+        entries_read=context,
+    )
+
+
+_YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 1e4,
+    "factor": 40.0,
+    "original_max_position_embeddings": 4096,
+    "mscale": 1.0,
+    "mscale_all_dim": 1.0,
+}
+_V3 = {"kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128}
+
+mla = Attention(
+    summary="one latent and one rotary key a token for all heads (DeepSeek-V2/V3, Kimi-K2)",
+    Config=Config,
+    init_params=init_params,
+    init_cache=init_cache_from(cache_spec),
+    forward=forward,
+    prefill=prefill,
+    decode=decode,
+    visible=visible,
+    select=no_selection,
+    tokens_of=no_tokens,
+    cache_spec=cache_spec,
+    cost=cost,
+    models=FrozenDict(
+        {
+            "DeepSeek-V3": Config(
+                hidden_size=7168, num_attention_heads=128, q_lora_rank=1536, rope_parameters=_YARN, **_V3
+            ),
+            "Kimi-Linear": Config(hidden_size=2304, num_attention_heads=32, **_V3),
+        }
+    ),
+    examples=(
+        Config(hidden_size=22, num_attention_heads=3, q_lora_rank=10, kv_lora_rank=12, qk_nope_head_dim=7,
+               qk_rope_head_dim=6, v_head_dim=5, attention_bias=True,
+               rope_parameters={**_YARN, "factor": 4.0, "original_max_position_embeddings": 64, "mscale": 0.7}),
+        Config(hidden_size=20, num_attention_heads=4, kv_lora_rank=9, qk_nope_head_dim=5, qk_rope_head_dim=4,
+               v_head_dim=6),
+    ),
+)  # fmt: skip

@@ -1,0 +1,137 @@
+"""MLA beyond the laws: the two forms, the size of what absorbed decode makes, published bytes and scales, mutants."""
+
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jforge
+import torch_ref
+from jforge.attention import mla
+from jforge.harness import compare
+from jforge.harness.backends import to_torch
+from jforge.harness.frameworks import against_torch
+
+ATT = jforge.get("mla")
+LORA, PLAIN = ATT.examples
+
+
+@pytest.mark.parametrize("cfg", ATT.examples, ids=["q-lora", "NoPE"])
+def test_naive_equals_absorbed(cfg, untyped):
+    with jax.enable_x64(True):
+        params = ATT.init_params(jax.random.key(0), cfg, jnp.float64)
+        x = jax.random.normal(jax.random.key(1), (2, 6, cfg.hidden_size), jnp.float64)
+        _, cache = ATT.prefill(params, cfg, x, ATT.init_cache(cfg, 2, 6, jnp.float64))
+        q_nope, q_rope, _, _ = mla.project(params, cfg, x[:, 5:], jnp.full((2, 1), 5))
+        naive = mla.attend_naive(params, cfg, q_nope, q_rope, cache.latent, cache.k_rope, jnp.ones((2, 1, 6), bool))
+        absorbed = mla.attend_absorbed(params, cfg, q_nope, q_rope, cache)
+        assert compare.relative(absorbed, naive) <= compare.OUT["float64"]
+
+
+def test_absorbed_decode_never_expands_the_cache():
+    """No value in the traced step has B*S*N*H elements or more, and a step writes C + R elements."""
+    B, S = 2, 64
+    params = jax.eval_shape(lambda: ATT.init_params(jax.random.key(0), PLAIN))
+    cache = jax.eval_shape(lambda: ATT.init_cache(PLAIN, B, S, jnp.float32))
+    x = jax.ShapeDtypeStruct((B, 1, PLAIN.hidden_size), jnp.float32)
+    jaxpr = jax.make_jaxpr(lambda p, x, c: ATT.decode(p, PLAIN, x, c))(params, x, cache)
+    smallest_head = min(PLAIN.qk_nope_head_dim, PLAIN.v_head_dim)
+    assert max(_sizes(jaxpr.jaxpr)) < B * S * PLAIN.num_attention_heads * smallest_head
+    naive = jax.make_jaxpr(lambda p, x: ATT.forward(p, PLAIN, x))(
+        params, jax.ShapeDtypeStruct((B, S, PLAIN.hidden_size), jnp.float32)
+    )
+    assert max(_sizes(naive.jaxpr)) >= B * S * PLAIN.num_attention_heads * smallest_head
+    written = ATT.cost(PLAIN, context=S, dtype=jnp.float32).written
+    assert sum(written.values()) == 4 * (PLAIN.kv_lora_rank + PLAIN.qk_rope_head_dim)
+
+
+def _sizes(jaxpr):
+    for eqn in jaxpr.eqns:
+        yield from (v.aval.size for v in eqn.outvars)
+        for inner in jax.tree.leaves(list(eqn.params.values()), is_leaf=lambda p: hasattr(p, "jaxpr")):
+            if hasattr(inner, "jaxpr"):
+                yield from _sizes(inner.jaxpr)
+
+
+def test_deepseek_v3_bytes():
+    """mechanisms.md 2.4: 1152 B a token and layer in bfloat16, 70,272 B for 61 layers, 81,920 B a layer expanded."""
+    cfg = ATT.models["DeepSeek-V3"]
+    cost = ATT.cost(cfg, context=4096)
+    assert cost.per_token == 1152 and (61 * cost).per_token == 70272
+    expanded = cfg.num_attention_heads * (cfg.qk_nope_head_dim + cfg.qk_rope_head_dim + cfg.v_head_dim) * 2
+    assert expanded == 81920
+    assert sum(cost.read.values()) == 1152 * 4096
+
+
+def test_softmax_scales():
+    """192^-1/2 m^2: DeepSeek-V3 with mscale_all_dim 1, V2 with 0.707."""
+    v3 = ATT.models["DeepSeek-V3"]
+    assert v3.scaling == pytest.approx(0.1352338, abs=1e-7)
+    fields = {f: getattr(v3, f) for f in v3.__dataclass_fields__ if f != "scaling"}
+    v2 = {**v3.rope_parameters, "mscale": 0.707, "mscale_all_dim": 0.707}
+    assert ATT.Config(**{**fields, "rope_parameters": v2}).scaling == pytest.approx(0.1147214, abs=1e-7)
+    assert ATT.models["Kimi-Linear"].scaling == pytest.approx(192**-0.5)
+
+
+@pytest.mark.parametrize("field,value", [("kv_lora_rank", 0), ("q_lora_rank", -1), ("rope_layout", "neox")])
+def test_config_names_the_bad_field(field, value, untyped):
+    fields = {f: getattr(LORA, f) for f in LORA.__dataclass_fields__}
+    with pytest.raises(ValueError, match=f"{field} is {value!r}"):
+        ATT.Config(**{**fields, field: value})
+
+
+def _judged_by_torch(cfg=LORA) -> float:
+    return max(against_torch(ATT, torch_ref.get("mla"), cfg).values())
+
+
+right_project = mla.project
+
+
+def _latent_not_normed(params, cfg, x, positions):
+    q_nope, q_rope, _, k_rope = right_project(params, cfg, x, positions)
+    down = x @ params["wkv_a"] + params["bkv_a"]
+    return q_nope, q_rope, down[..., : cfg.kv_lora_rank], k_rope
+
+
+def _rope_slice_normed(params, cfg, x, positions):
+    q_nope, q_rope, latent, k_rope = right_project(params, cfg, x, positions)
+    return q_nope, q_rope, latent, mla.rms_norm(k_rope, jnp.ones(k_rope.shape[-1]), eps=1e-6)
+
+
+def _query_order_swapped(params, cfg, x, positions):
+    R = cfg.qk_rope_head_dim
+    swapped = {**params, "wq_b": jnp.roll(params["wq_b"], R, axis=-1)}
+    return right_project(swapped, cfg, x, positions)
+
+
+@pytest.mark.parametrize("mutant", [_latent_not_normed, _rope_slice_normed, _query_order_swapped])
+def test_torch_ref_catches(mutant, monkeypatch, untyped):
+    assert _judged_by_torch() <= compare.OUT["float32"]
+    monkeypatch.setattr(mla, "project", mutant)
+    assert _judged_by_torch() > compare.OUT["float32"]
+
+
+def test_torch_ref_catches_mscale_applied_once(monkeypatch, untyped):
+    """torch_ref has its own rule for scaling=None; a Config that applies m once disagrees with it."""
+    plain = (LORA.qk_nope_head_dim + LORA.qk_rope_head_dim) ** -0.5
+    fields = {f: getattr(LORA, f) for f in LORA.__dataclass_fields__}
+    once = ATT.Config(**{**fields, "scaling": (LORA.scaling * plain) ** 0.5})
+    theirs = SimpleNamespace(**{**fields, "scaling": None})
+    params = ATT.init_params(jax.random.key(0), LORA)
+    x = np.asarray(jax.random.normal(jax.random.key(1), (1, 5, LORA.hidden_size)))
+    weights = {k: to_torch(np.asarray(v)) for k, v in params.items()}
+    want = torch_ref.get("mla").forward(weights, theirs, to_torch(x)).numpy()
+    assert compare.relative(ATT.forward(params, LORA, x), want) <= compare.OUT["float32"]
+    assert compare.relative(ATT.forward(params, once, x), want) > compare.OUT["float32"]
+
+
+def test_laws_catch_keys_and_values_counted_apart():
+    def cost(cfg, **sizes):
+        right = ATT.cost(cfg, **sizes)
+        fields = {f: getattr(right, f) for f in right.__dataclass_fields__}
+        return type(right)(**{**fields, "read": {**right.read, "latent": 2 * right.read["latent"]}})
+
+    assert jforge.check(ATT, LORA, laws=("L8",)).ok
+    assert not jforge.check(ATT._replace(cost=cost), LORA, laws=("L8",)).ok
