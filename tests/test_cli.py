@@ -5,10 +5,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax.numpy as jnp
 import pytest
 
 import jforge
 from jforge import cli, report
+from jforge.harness import bench
 
 CONFIG = Path(jforge.__file__).parent / "configs" / "llama-3.1-8b.json"
 
@@ -81,6 +83,8 @@ BAD = [
     (("cost", "gqa", "--config", "rope.json"), "rope_type"),
     (("cost", "gqa", "--config", "alien.json"), "alien"),
     (("check", "nope"), "'nope'"),
+    (("bench", "decode_everything"), "'decode_everything'"),
+    (("bench", "--plot", "out.jpg"), "out.jpg"),
     (("check", "no_such_module:x"), "no_such_module"),
     (("check", "json:nothing"), "nothing"),
     (("check", "json:dumps"), "jforge.Attention"),
@@ -99,6 +103,24 @@ def test_a_mistake_is_one_line_and_exit_code_2(capsys, monkeypatch, tmp_path, ar
     code, out, err = run(capsys, *argv)
     assert code == 2 and out == ""
     assert err.count("\n") == 1 and err.startswith("jforge") and named in err
+
+
+def test_bench_on_a_cpu_records_and_draws(capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(bench, "CPU_SHAPES", (bench.Shape(1, 4, 2, 64),))
+    monkeypatch.setattr(bench.bench_cpu, "__defaults__", (bench.CPU_SHAPES,))
+    out, png = tmp_path / "rows.jsonl", tmp_path / "rates.png"
+    code, shown, _ = run(capsys, "bench", "decode_attention", "--samples", "2", "--out", str(out), "--plot", str(png))
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert code == 0 and {row["implementation"] for row in rows} == {"jforge (XLA)", "torch_ref"}
+    assert all(row["median"] > 0 and row["error"] <= 1e-5 and row["device"] == "cpu" for row in rows)
+    assert "jforge (XLA)" in shown and png.read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_wrong_kernel_gets_no_time(monkeypatch):
+    """The gate: a row whose output is wrong is refused, not timed."""
+    call = bench.Call("wrong", lambda i: jnp.zeros((1, 1, 2, 4)), lambda: None)
+    row = bench._row("decode_attention", call, bench.Shape(1, 2, 1, 8, 4), 1, jnp.ones((1, 1, 2, 4)), 5, 3000.0)
+    assert row["refused"] == "wrong result" and "median" not in row
 
 
 def test_json_has_no_infinity():
