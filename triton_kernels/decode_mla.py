@@ -165,6 +165,8 @@ def _plan(q_latent, rope_dim, slots, span, chunk, config):
     default = default_mla_config(q_latent.element_size(), latent_dim, tokens, heads)
     if chunk is not None:
         return config or default, max(1, -(-span // chunk))
+    if config is None and tokens > 1:
+        config = default  # tables are measured with one token; the mask of several takes more registers
     if config is None:
         key = (latent_dim + rope_dim, latent_dim, block_rows(queries), queries, batch, slots)
         found = nearest(OP, runtime.FLOAT_DTYPES[q_latent.dtype], *key, runtime.device_name(q_latent.device))

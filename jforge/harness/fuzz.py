@@ -68,14 +68,19 @@ def settings(examples: int, **more):
     )
 
 
-def fuzz(backend: Backend, op: str, examples: int, *, seed: int | None = None) -> collections.Counter:
-    """Judge `examples` drawn cases; AssertionError with the smallest bad case. seed None: the same draws every time.
+def fuzz(
+    backend: Backend, op: str, examples: int, *, seed: int | None = None, shrink: bool = True
+) -> collections.Counter:
+    """Judge `examples` drawn cases; AssertionError with a bad one, the smallest found when `shrink`.
 
-    Returns how many were judged, by dtype. A refusal is an error: every drawn case is one that all backends accept.
+    seed None: the same draws every time. Returns how many were judged, by dtype. A refusal is an error: every drawn
+    case is one that all backends accept.
     """
     judged: collections.Counter = collections.Counter()
 
-    @settings(examples, derandomize=seed is None)
+    phases = [p for p in hypothesis.Phase if shrink or p is not hypothesis.Phase.shrink]
+
+    @settings(examples, derandomize=seed is None, phases=phases)
     @hypothesis.given(drawn(op), st.sampled_from(backend.dtypes), st.integers(0, 2**16))
     def one(case: Case, dtype: str, values: int) -> None:
         errors = judge(backend, case, dtype, seed=values)
