@@ -80,7 +80,7 @@ def environment(commit: str | None = None) -> dict:
             **{m.__name__: m.__version__ for m in (jax, torch, triton)},
         },
         "commit": commit or shell("git", "rev-parse", "--short", "HEAD") or None,
-        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": " ".join(Path(word).name if "/" in word else word for word in sys.argv),
     }
 
 
