@@ -44,9 +44,8 @@ def decode_times(att, name: str, cfg) -> list[dict]:
     params = att.init_params(jax.random.key(0), cfg)
     x = jax.random.normal(jax.random.key(1), (1, 1, cfg.hidden_size))
     tokens = jnp.array([DEMO_CONTEXT - 1], jnp.int32)
-    fill = lambda shape: jax.random.normal(jax.random.key(2), shape)  # noqa: E731
     spec = att.cache_spec(cfg)
-    leaves = {n: fill(b.full_shape(1, DEMO_CONTEXT)) for n, b in spec.items()}
+    leaves = {n: jax.random.normal(jax.random.key(2), b.full_shape(1, DEMO_CONTEXT)) for n, b in spec.items()}
     twin, torch_params = torch_ref.get(name), {k: to_torch(np.asarray(v)) for k, v in params.items()}
     torch_cache = {k: to_torch(np.asarray(v)) for k, v in leaves.items()} | {"length": to_torch(np.asarray(tokens))}
     torch_x = to_torch(np.asarray(x))

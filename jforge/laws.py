@@ -269,7 +269,10 @@ def _l9(b: Bench):
         return b.att.decode(params, cfg, x, cache)
 
     cache = b.empty()
-    kind = lambda c: (jax.tree.structure(c), [(a.shape, a.dtype) for a in jax.tree.leaves(c)])  # noqa: E731
+
+    def kind(c):
+        return jax.tree.structure(c), [(a.shape, a.dtype) for a in jax.tree.leaves(c)]
+
     before = kind(cache)
     for t in range(3):
         _, cache = step(b.params(), b.x()[:, t : t + 1], cache, b.cfg)

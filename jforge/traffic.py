@@ -46,10 +46,8 @@ class Traffic:
 
 def decode_traffic(att, cfg, context: int, dtype=jnp.bfloat16, *, closing: bool = False) -> Traffic:
     """The traffic of `att.decode` for one row whose cache holds exactly `context` tokens after the step."""
-    shape = lambda f, *a: jax.eval_shape(f, *a)  # noqa: E731
-    key = jax.eval_shape(lambda: jax.random.key(0))
-    params = shape(lambda k: att.init_params(k, cfg, dtype), key)
-    cache = shape(lambda: att.init_cache(cfg, 1, context, dtype))
+    params = jax.eval_shape(lambda: att.init_params(jax.random.key(0), cfg, dtype))
+    cache = jax.eval_shape(lambda: att.init_cache(cfg, 1, context, dtype))
     x = jax.ShapeDtypeStruct((1, 1, cfg.hidden_size), jnp.dtype(dtype))
     return traffic(lambda p, x, c: att.decode(p, cfg, x, c), params, x, cache, closing=closing)
 
@@ -85,7 +83,10 @@ class _Walk:
 
     def run(self, jaxpr, views: Sequence[View | None]) -> list[View | None]:
         known = dict(zip(jaxpr.invars, views, strict=True))
-        look = lambda atom: None if isinstance(atom, jex.Literal) else known.get(atom)  # noqa: E731
+
+        def look(atom) -> View | None:
+            return None if isinstance(atom, jex.Literal) else known.get(atom)
+
         for eqn in jaxpr.eqns:
             inputs = [look(atom) for atom in eqn.invars]
             if any(inputs):

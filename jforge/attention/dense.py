@@ -10,7 +10,6 @@ Sources: Vaswani et al. 2017 (MHA), Shazeer 2019 (MQA), Ainslie et al. 2023 (GQA
 modules of llama, qwen2, qwen3, qwen3_next, gemma2, gemma3, olmo2, falcon and minimax_m2.
 """
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -25,6 +24,7 @@ from jforge.core.attend import attend, einsum
 from jforge.core.attention import Attention, init_cache_from, no_selection, no_tokens
 from jforge.core.config import FrozenDict, one_of, positive, positive_int, reject
 from jforge.core.norm import rms_norm
+from jforge.core.params import random_params
 from jforge.core.spec import Buffer, CacheSpec, cache_class
 from jforge.core.step import append, begin, check_input, end, one_token
 from jforge.cost import Cost, step_cost
@@ -143,17 +143,7 @@ def shapes(cfg: Config) -> dict[str, tuple[int, ...]]:
 
 
 def init_params(key: Array, cfg: Config, dtype=jnp.float32) -> Params:
-    """Random parameters: weights of variance 1/fan_in, and non-neutral biases and norms, so that tests see them."""
-    params = {}
-    for (name, shape), k in zip(shapes(cfg).items(), jax.random.split(key, len(shapes(cfg))), strict=True):
-        value = jax.random.normal(k, shape, dtype)
-        if name.startswith("w"):
-            fan_in = math.prod(shape[:-1]) if name == "wo" else shape[0]
-            params[name] = value * fan_in**-0.5
-        else:
-            center = 1 - cfg.norm_offset if name.endswith("norm") else 0
-            params[name] = (center + 0.1 * value).astype(dtype)
-    return params
+    return random_params(key, shapes(cfg), dtype, norm_center=1 - cfg.norm_offset)
 
 
 def project(params: Params, cfg: Config, x: Float[Array, "B T D"], positions) -> tuple[Array, Array, Array]:

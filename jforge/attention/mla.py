@@ -12,7 +12,6 @@ query and key; decode the absorbed one, 2(C + R) + 2C, which reads the cache as 
 Sources: DeepSeek-V2 (arXiv 2405.04434), V3 (2412.19437), Kimi-K2; without RoPE the full layers of Kimi-Linear.
 """
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -27,6 +26,7 @@ from jforge.core.attend import attend, einsum
 from jforge.core.attention import Attention, init_cache_from, no_selection, no_tokens
 from jforge.core.config import FrozenDict, one_of, positive, positive_int
 from jforge.core.norm import rms_norm
+from jforge.core.params import random_params
 from jforge.core.spec import Buffer, CacheSpec, cache_class
 from jforge.core.step import append, begin, check_input, end, one_token
 from jforge.cost import Cost, step_cost
@@ -100,15 +100,7 @@ def shapes(cfg: Config) -> dict[str, tuple[int, ...]]:
 
 
 def init_params(key: Array, cfg: Config, dtype=jnp.float32) -> Params:
-    """Random parameters: weights of variance 1/fan_in, biases and norms off their neutral values."""
-    params = {}
-    for (name, shape), k in zip(shapes(cfg).items(), jax.random.split(key, len(shapes(cfg))), strict=True):
-        value = jax.random.normal(k, shape, dtype)
-        if name.startswith("w"):
-            params[name] = value * (math.prod(shape[:-1]) if name == "wo" else shape[0]) ** -0.5
-        else:
-            params[name] = (name.endswith("norm") + 0.1 * value).astype(dtype)
-    return params
+    return random_params(key, shapes(cfg), dtype)
 
 
 def project(params: Params, cfg: Config, x: Float[Array, "B T D"], positions) -> tuple[Array, Array, Array, Array]:

@@ -56,7 +56,10 @@ def caches(spec, cfg, got, want) -> float:
     if (np.asarray(got.length) != np.asarray(want.length)).any():
         return math.inf
     used = spec.used(cfg, want)
-    blank = lambda cache, name: np.where(used[name], np.asarray(getattr(cache, name), np.float64), 0)  # noqa: E731
+
+    def blank(cache, name: str) -> np.ndarray:
+        return np.where(used[name], np.asarray(getattr(cache, name), np.float64), 0)
+
     return max((relative(blank(got, n), blank(want, n)) for n in spec), default=0.0)
 
 

@@ -56,7 +56,10 @@ def invariance(backend, batches: int = 50, seed: int = 0) -> dict:
     """One row among random others: the same bits as alone, whatever the batch size, its place and their lengths."""
     rng = np.random.default_rng(seed)
     K, N, H, S, length = 2, 8, 128, 1024, 777
-    draw = lambda *shape: rng.standard_normal(shape).astype(DTYPES["bfloat16"])  # noqa: E731
+
+    def draw(*shape: int) -> np.ndarray:
+        return rng.standard_normal(shape).astype(DTYPES["bfloat16"])
+
     row = draw(1, 1, N, H), draw(1, S, K, H), draw(1, S, K, H)
     options = {"scale": H**-0.5, "chunk": 128}
     names = ("q", "k", "v", "lengths")

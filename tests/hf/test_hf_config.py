@@ -13,7 +13,7 @@ from jforge.attention import REGISTRY
 from jforge.harness.tiny_models import LLAMA3, MODELS
 from jforge.hf_config import layer, layers, load
 
-EXAMPLES = Path(__file__).parents[2] / "examples" / "configs"
+EXAMPLES = Path(hf_config.__file__).parent / "configs"
 SHAPE = {"hidden_size": 64, "num_attention_heads": 4, "num_hidden_layers": 6, "max_position_embeddings": 256}
 TINY = {"model_type": "llama", "num_key_value_heads": 2, **SHAPE}
 
