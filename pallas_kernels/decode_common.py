@@ -55,6 +55,13 @@ def sources(f, where, pages, tile):
     return pieces
 
 
+def hidden_zero(i):
+    """0 for a loop counter below 2**30, which the compiler does not know. An operand of an MMA indexed by it has its
+    addresses computed in the loop; those of 36 products, computed before the loop, take more registers than there are.
+    """
+    return lax.shift_right_logical(i, jnp.int32(30))
+
+
 def matmul(a, b, shape):
     """a @ b of shared-memory operands into a fresh float32 accumulator."""
 
@@ -81,8 +88,10 @@ def visible(f, where, start, keys_first=True):
 def blank(f, where, start, values):
     """Zero the value rows that no query may read: they can hold NaN, and 0 * NaN in P V is NaN."""
     columns = math.gcd(f.V, 64)  # no wider: V = 96 must lie in 32-column tiles, and slices are what tells the layouts
-    for column in range(0, values.shape[-1], columns):
-        part = values.at[:, pl.ds(column, columns)]
+
+    @pl.loop(0, values.shape[-1] // columns)
+    def _(piece):
+        part = values.at[:, pl.ds(piece * columns, columns)]
         key = plgpu.broadcasted_iota(jnp.int32, (f.block, columns), 0, layout=TILE) + start
         read = key < where.n
         if f.window is not None:

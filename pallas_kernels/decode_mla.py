@@ -143,8 +143,8 @@ def make_facts(sizes, dtype, out_dtype, *, scale, window=None, chunk=None, confi
     span = S if window is None else min(S, window + T - 1 + default.block)
     if chunk is None:
         config = config or lookup("decode_mla", str(dtype), C, R, T * N, B, S, target().device_kind) or default
-        parts = BOX * boxes / 16
-        splits = config.splits or fill_splits(B * row_blocks, -(-span // config.block), SMS, parts)
+        part = BOX * boxes / 16
+        splits = config.splits or fill_splits(B * row_blocks, -(-span // config.block), SMS, part)
     else:  # nothing that could differ between batches, so never the table
         config = default
         chunk = -(-chunk // config.block) * config.block
@@ -185,8 +185,8 @@ def _few(f, body, alone, q_latent, q_rope, *operands):
         *(*queries, *operands),
         out_type=[jax.ShapeDtypeStruct((*heads, f.C), out_dtype), jax.ShapeDtypeStruct(heads, jnp.float32)],
         scratch_types=dict(
-            ql_s=plgpu.SMEM((f.rows, f.C), dtype, transforms=tiles),
-            qr_s=plgpu.SMEM((f.rows, f.rope), dtype, transforms=tiles),
+            ql_s=plgpu.SMEM((1, f.rows, f.C), dtype, transforms=tiles),
+            qr_s=plgpu.SMEM((1, f.rows, f.rope), dtype, transforms=tiles),
             l_s=plgpu.SMEM((f.stages, f.block, f.C), dtype, transforms=tiles),
             r_s=plgpu.SMEM((f.stages, f.block, f.rope), dtype, transforms=tiles),
             p_s=plgpu.SMEM((f.rows, f.block), dtype, transforms=tiles),

@@ -10,7 +10,7 @@ where K is a tile's latents L beside its rope keys. L lies in shared memory once
 import math
 
 from pallas_kernels.compat import BY_COLUMN, TILE, TILE_T, accumulate, jnp, lax, pl, plgpu, spread
-from pallas_kernels.decode_common import BOX, Place, blank, load_sinks, sources, store_rows, visible
+from pallas_kernels.decode_common import BOX, Place, blank, hidden_zero, load_sinks, sources, store_rows, visible
 from pallas_kernels.merge_states import LOG2E, LOWEST
 
 COLUMNS = 128  # of the result that are staged at a time
@@ -45,8 +45,8 @@ def _produce(f, where, pages, q_latent, q_rope, latent, k_rope, *, ql_s, qr_s, l
     for j in range(f.boxes):
         t, unit, _ = where.box(f, j)
         at, rows = (where.b, t, unit, pl.ds(0, BOX)), pl.ds(j * BOX, BOX)
-        plgpu.copy_gmem_to_smem(q_latent.at[at], ql_s.at[rows], q_full)
-        plgpu.copy_gmem_to_smem(q_rope.at[(*at, pl.ds(0, f.rope))], qr_s.at[rows], q_full)
+        plgpu.copy_gmem_to_smem(q_latent.at[at], ql_s.at[0, rows], q_full)
+        plgpu.copy_gmem_to_smem(q_rope.at[(*at, pl.ds(0, f.rope))], qr_s.at[0, rows], q_full)
 
     @pl.loop(0, where.steps)
     def _(i):
@@ -72,13 +72,13 @@ def _consume(f, where, sinks, out, lse, *, ql_s, qr_s, l_s, r_s, p_s, q_full, fu
 
     def step(i, carry):
         acc, top, mass = carry
-        slot = lax.rem(i, jnp.int32(f.stages))
+        slot, zero = lax.rem(i, jnp.int32(f.stages)), hidden_zero(i)
         start = (where.first + i) * f.block
         plgpu.barrier_wait(full.at[slot])
 
         def scores(accumulator):
-            plgpu.wgmma(accumulator, l_s.at[slot], ql_s.transpose((1, 0)))
-            plgpu.wgmma(accumulator, r_s.at[slot], qr_s.transpose((1, 0)))
+            plgpu.wgmma(accumulator, l_s.at[slot], ql_s.at[zero].transpose((1, 0)))
+            plgpu.wgmma(accumulator, r_s.at[slot], qr_s.at[zero].transpose((1, 0)))
             return accumulator[...]
 
         x = pl.run_scoped(scores, plgpu.ACC(keys_by_rows, jnp.float32)) * (f.scale * LOG2E)

@@ -16,7 +16,7 @@ The split of the channels over two warpgroups is FlashMLA's and TileLang's (deep
 import math
 
 from pallas_kernels.compat import BY_ROW, TILE, accumulate, jnp, lax, pl, plgpu, spread
-from pallas_kernels.decode_common import Place, blank, load_sinks, sources, visible
+from pallas_kernels.decode_common import Place, blank, hidden_zero, load_sinks, sources, visible
 from pallas_kernels.merge_states import LOG2E, LOWEST
 
 
@@ -105,7 +105,7 @@ def _consume(f, where, w, sinks, out, lse, *, ql_s, qr_s, l_s, r_s, top_s, row_s
     def step(pair, carry):
         acc, top, mass = carry
         even, odd = 2 * pair, 2 * pair + 1
-        slots = [lax.rem(i, jnp.int32(f.stages)) for i in (even, odd)]
+        slots = [lax.rem(i, jnp.int32(f.stages)) + hidden_zero(pair) for i in (even, odd)]
         x = _scores(f, where, w, (even, odd)[w], slots[w], ql_s, qr_s, l_s, r_s, full)
         if w == 0:
             first, own = publish(even, slots[0], x, top)
@@ -136,8 +136,7 @@ def _consume(f, where, w, sinks, out, lse, *, ql_s, qr_s, l_s, r_s, top_s, row_s
 
 def _scores(f, where, w, i, slot, ql_s, qr_s, l_s, r_s, full):
     """Q K^T of tile i in base-2 units: [rows, block]. Anything for a tile that does not exist."""
-    # 0, but not for the compiler: it would compute the 36 addresses of Q before the loop, and spill them.
-    zero = lax.shift_right_logical(i, jnp.int32(30))
+    zero = hidden_zero(i)
 
     def wait(part):
         pl.when(i < where.steps)(lambda: plgpu.barrier_wait(full.at[slot * 3 + part]))

@@ -2,10 +2,12 @@
 
 import os
 
+import jax
 import jaxtyping
 import pytest
 
 os.environ.setdefault("TRITON_INTERPRET", "1")
+jax.config.update("jax_disable_most_optimizations", True)  # most of the suite's time is XLA's, on tiny programs
 jaxtyping.install_import_hook(["jforge"], "typecheck.check")
 
 

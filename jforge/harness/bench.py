@@ -167,6 +167,7 @@ def bench_mla(shapes=LATENT_SHAPES, *, samples: int = 50, seed: int = 0) -> Iter
         for call in _latent_implementations(shape, inputs):
             yield _row("decode_mla", call, shape, sets, want, samples, ceiling)
         del inputs, want
+        yield _expanded_row(shape, samples, ceiling, seed)
 
 
 def _latent_inputs(shape: LatentShape, seed: int) -> tuple[jax.Array, ...]:
@@ -194,6 +195,41 @@ def _latent_implementations(shape: LatentShape, inputs) -> Iterator[Call]:
     tensors = [[torch.from_dlpack(a) for a in arrays] for arrays in inputs]
     wait = torch.cuda.synchronize
     yield Call("triton", lambda i: triton_kernels.decode_mla(*tensors[i], scale=LATENT_SCALE)[0], wait)
+
+
+def _expanded_row(shape: LatentShape, samples: int, ceiling: float, seed: int) -> dict:
+    """The naive peer: torch's attention over the keys and values of every head (nope 128 + rope 64, values 128), as a
+    cache of expanded heads would hold them. Its rate counts the bytes of that cache; one buffer, as it exceeds L2.
+    """
+    import torch
+    import torch.nn.functional as F
+
+    B, N, S, C, R = shape
+    keys, values = 128 + R, 128
+    moved = 2 * B * N * (S + 1) * (keys + values)
+    if moved > EXPANDED_BYTES:
+        row = {"what": "decode_mla", "implementation": "sdpa (expanded)", "dtype": "bfloat16", **shape._asdict()}
+        return {**row, "refused": f"the expanded cache takes {moved / 1e9:.0f} GB"}
+    generator = torch.Generator("cuda").manual_seed(seed)
+    q, k, v = (
+        torch.randn(B, N, *size, generator=generator, device="cuda", dtype=torch.bfloat16)
+        for size in ((1, keys), (S, keys), (S, values))
+    )
+
+    def run():
+        return F.scaled_dot_product_attention(q, k, v, scale=LATENT_SCALE)
+
+    first = (a[:1].float() for a in (q, k, v))
+    want = F.scaled_dot_product_attention(*first, scale=LATENT_SCALE).transpose(1, 2).cpu().numpy()
+    call = Call("sdpa (expanded)", lambda _: run()[:1].transpose(1, 2), torch.cuda.synchronize)
+    row = _row("decode_mla", call, shape, 1, want, samples, ceiling)
+    if "median" in row:
+        row["GB_per_s"] = moved / row["median"] / 1e3
+        row["of_ceiling"] = row["GB_per_s"] / ceiling
+    return row
+
+
+EXPANDED_BYTES = 48e9  # of one call that still fits an 80 GB card beside the rest
 
 
 def _inputs(shape: Shape, seed: int) -> tuple[jax.Array, ...]:

@@ -42,14 +42,14 @@ MANY = [
     # Odd and even numbers of tiles, more of them than stages, one split and several, both dtypes.
     MlaCase(EDGES, S=136, N=64, dtype="bfloat16", splits=1),
     MlaCase((330,), S=336, N=64, splits=1),
-    MlaCase((330, 64), S=336, N=64, splits=2),
+    MlaCase((250, 64), S=256, N=40, splits=2),
     MlaCase((70,), S=72, N=128, dtype="bfloat16", sinks=True, splits=1),
     # At the model's widths, in pages of one tile.
     MlaCase((330,), S=384, N=64, C=512, dtype="bfloat16", page=64, splits=1),
     # Blocks of 64 rows that are not full: final in 16 bits, final in float32, partial.
     MlaCase((70,), S=72, N=48, sinks=True),
     MlaCase((70,), S=72, N=40, C=256, R=32, options=dict(out_dtype="float32")),
-    MlaCase((150,), S=152, N=40, T=1, sinks=True, splits=2),
+    MlaCase((150,), S=152, N=40, sinks=True, splits=2),
     MlaCase((70,), S=72, N=64, splits=1, options=dict(out_dtype="float32")),
     # Several queries, windows within a tile and across tiles, pages that are no tile, fixed split size.
     MlaCase((1, 250), S=264, N=64, T=2, splits=1, options=dict(window=70)),
@@ -95,13 +95,13 @@ def test_lowers_for_cuda(case):
     assert "stablehlo.pad" not in text and "stablehlo.slice" not in text and "stablehlo.transpose" not in text
 
 
-@pytest.mark.parametrize("rows", [(N, T) for N in (1, 8, 16, 32, 64, 128) for T in (1, 2, 4)], ids=str)
-def test_model_shapes_lower(rows):
-    """C = 512 and R = 64 fit shared memory for every number of rows, as final and as partial results."""
-    (N, T), B, S = rows, 2, 256
+@pytest.mark.parametrize("N, T", [(1, 1), (8, 2), (12, 2), (16, 2), (128, 1)])
+def test_model_shapes_lower(N, T):
+    """C = 512 and R = 64 fit shared memory for every number of rows of a program, as final and as partial results."""
+    B, S = 2, 256
     shapes = (B, T, N, 512), (B, T, N, 64), (B, S, 512), (B, S, 64)
     args = [jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in shapes] + [jax.ShapeDtypeStruct((B,), jnp.int32)]
-    for options in (dict(chunk=S), dict(chunk=S, out_dtype="float32"), dict(chunk=64)):
+    for options in (dict(chunk=S), dict(chunk=64)):
         with compat.lowering_for_cuda():
             call = functools.partial(pallas_kernels.decode_mla, scale=1.0, **options)
             jax.jit(call).trace(*args).lower(lowering_platforms=("cuda",))
@@ -110,7 +110,7 @@ def test_model_shapes_lower(rows):
 @pytest.mark.parametrize("N", [8, 40])
 def test_fixed_chunk_is_bitwise_batch_invariant(N, no_races):
     """A row alone and the same row among others of other lengths give the same bits."""
-    op, args, _, _ = call(MlaCase((130, 30), S=136, N=N, options=dict(chunk=64)))
+    op, args, _, _ = call(MlaCase((100, 30), S=104, N=N, options=dict(chunk=64)))
     out, lse = op(*args)
     one, one_lse = op(*(x[:1] for x in args))
     assert np.array_equal(np.asarray(out[:1]), np.asarray(one))
