@@ -3,8 +3,8 @@
     att, cfg, params = convert(model.config, model.state_dict(), layer=0)
     y = att.forward(params, cfg, hidden_states)          # what layers[0].self_attn makes of its hidden_states
 
-torch keeps a Linear as [out, in] with the heads inside `out`; jforge keeps "D N H" (attention.dense.shapes). q and k
-rows are used as they are: Hugging Face checkpoints are in the `half` RoPE layout already. torch is never imported.
+torch keeps a Linear as [out, in] with the heads inside `out`; jforge keeps "D N H" (`shapes` of the mechanism). Rows
+are used as they are: the Config names the RoPE layout of the checkpoint. torch is never imported.
 """
 
 import re
@@ -18,6 +18,7 @@ import numpy as np
 from jforge import hf_config
 from jforge.attention import REGISTRY
 from jforge.core.attention import Attention
+from jforge.core.step import X_DTYPES
 
 Params = dict[str, jax.Array]
 
@@ -33,11 +34,12 @@ def convert(config: Any, state_dict: Mapping[str, Any], layer: int) -> tuple[Att
     state_dict: the whole model's, {name: array}; torch tensors, NumPy or JAX arrays, with any module prefix.
     layer:      0 .. num_hidden_layers - 1.
     Params keep the weights' dtype. Raises ValueError for a layer outside the model, and for a weight that is missing,
-    of another shape, or without a place in the Config (a bias, a quantisation scale), naming the key;
-    NotImplementedError as hf_config.layer does.
+    of another shape, or without a place in the Config (a bias, a quantisation scale), TypeError for a quantised one,
+    naming the key; NotImplementedError as hf_config.layer does.
     """
     name, cfg = hf_config.layer(config, layer)
-    split = _SPLITS.get(hf_config.text_config(config)["model_type"], _split_projections)
+    model = hf_config.text_config(config)["model_type"]
+    split = _SPLITS.get(model) or _SPLITS.get(name) or _split_projections
     weights = _Weights(state_dict, layer)
     params = split(weights, cfg)
     weights.check_all_used()
@@ -58,6 +60,9 @@ class _Weights:
         value = self.found[name]
         if tuple(value.shape) != shape:
             raise ValueError(f"{key} has shape {tuple(value.shape)}; it must be {shape}")
+        dtype = str(value.dtype).removeprefix("torch.")
+        if dtype not in X_DTYPES:
+            raise TypeError(f"{key} has dtype {dtype}; it must be dequantised to one of {', '.join(X_DTYPES)}")
         self.used.add(name)
         return _numpy(value)
 
@@ -106,11 +111,11 @@ def _heads_last(weight: np.ndarray, heads: int) -> jax.Array:
     return _jax(weight.T.reshape(weight.shape[1], heads, -1))
 
 
-def _output(weights: _Weights, cfg: Any, name: str) -> Params:
+def _output(weights: _Weights, cfg: Any, name: str, bias: bool) -> Params:
     """The output projection: [D, N * V] -> N V D, and its bias."""
     D, N, V = cfg.hidden_size, cfg.num_attention_heads, cfg.v_head_dim
     params = {"wo": _jax(weights.take(f"{name}.weight", (D, N * V)).T.reshape(N, V, D))}
-    if cfg.attention_output_bias:
+    if bias:
         params["bo"] = _jax(weights.take(f"{name}.bias", (D,)))
     return params
 
@@ -138,7 +143,7 @@ def _split_projections(weights: _Weights, cfg: Any) -> Params:
         for x, heads in (("q", N), ("k", K)):
             norm = weights.take(f"{x}_norm.weight", (heads * H,) if flat else (H,))
             params[f"{x}_norm"] = _jax(norm.reshape(heads, H) if flat else norm)
-    return params | _output(weights, cfg, "o_proj")
+    return params | _output(weights, cfg, "o_proj", cfg.attention_output_bias)
 
 
 def _split_fused(weights: _Weights, cfg: Any) -> Params:
@@ -158,7 +163,31 @@ def _split_fused(weights: _Weights, cfg: Any) -> Params:
     if cfg.attention_bias:
         bias = weights.take("query_key_value.bias", ((N + 2 * K) * H,)).reshape(K, G + 2, H)
         params |= {"bq": _jax(bias[:, :G].reshape(N, H)), "bk": _jax(bias[:, G]), "bv": _jax(bias[:, G + 1])}
-    return params | _output(weights, cfg, "dense")
+    return params | _output(weights, cfg, "dense", cfg.attention_output_bias)
 
 
-_SPLITS: dict[str, Callable[[_Weights, Any], Params]] = {"falcon": _split_fused}
+def _split_latent(weights: _Weights, cfg: Any) -> Params:
+    """MLA: q holds, head by head, [nope | rope]; kv_a [latent | rope]; kv_b, head by head, [key | value]."""
+    D, N, L = cfg.hidden_size, cfg.num_attention_heads, cfg.q_lora_rank
+    C, nope, R, V = cfg.kv_lora_rank, cfg.qk_nope_head_dim, cfg.qk_rope_head_dim, cfg.v_head_dim
+    if L is None:
+        params = {"wq": _heads_last(weights.take("q_proj.weight", (N * (nope + R), D)), N)}
+    else:
+        params = {
+            "wq_a": _jax(weights.take("q_a_proj.weight", (L, D)).T),
+            "q_norm": _jax(weights.take("q_a_layernorm.weight", (L,))),
+            "wq_b": _heads_last(weights.take("q_b_proj.weight", (N * (nope + R), L)), N),
+        }
+    params["wkv_a"] = _jax(weights.take("kv_a_proj_with_mqa.weight", (C + R, D)).T)
+    params["kv_norm"] = _jax(weights.take("kv_a_layernorm.weight", (C,)))
+    both = weights.take("kv_b_proj.weight", (N * (nope + V), C)).T.reshape(C, N, nope + V)
+    params |= {"wk_b": _jax(both[..., :nope]), "wv_b": _jax(both[..., nope:])}
+    if cfg.attention_bias:
+        params["bkv_a"] = _jax(weights.take("kv_a_proj_with_mqa.bias", (C + R,)))
+        if L is not None:
+            params["bq_a"] = _jax(weights.take("q_a_proj.bias", (L,)))
+    return params | _output(weights, cfg, "o_proj", cfg.attention_bias)
+
+
+_SPLITS: dict[str, Callable[[_Weights, Any], Params]] = {"falcon": _split_fused, "mla": _split_latent}
+"""By model_type or by mechanism; _split_projections for all others."""

@@ -30,6 +30,23 @@ LINEAR = {"rope_type": "linear", "rope_theta": 1e6, "factor": 8.0}
 MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 SLIDING_FULL = ["sliding_attention", "full_attention"] * 2
 LINEAR_FULL = ["linear_attention", "full_attention"] * 2
+MLA = {
+    "q_lora_rank": 24,
+    "kv_lora_rank": 32,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 8,
+    "head_dim": 8,  # of the rotary tables: a head_dim that is given wins over the rope slice's
+    "v_head_dim": 12,
+    "num_key_value_heads": 4,
+    "n_routed_experts": 4,
+    "n_shared_experts": 1,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+    "n_group": 1,
+    "topk_group": 1,
+    "first_k_dense_replace": 1,
+}
+KIMI = MLA | {"q_lora_rank": None, "layer_types": LINEAR_FULL, "linear_head_dim": 16, "linear_num_heads": 4}
 
 
 @dataclass(frozen=True)
@@ -40,6 +57,7 @@ class Model:
     kwargs: dict = field(default_factory=dict)
     layers: tuple[int, ...] = (0, 1)  # those with full attention
     mechanism: str = "gqa"
+    pairs_apart: bool = False  # transformers caches the rotated pairs of the second buffer as evens, then odds
 
     def config(self) -> Any:
         kwargs = {
@@ -124,6 +142,39 @@ MODELS = {
         },
         layers=(1, 3),
     ),
+    "deepseek_v2": Model("DeepseekV2", MLA, mechanism="mla"),
+    "deepseek_v2, yarn, whole queries": Model(
+        "DeepseekV2",
+        MLA | {"q_lora_rank": None, "rope_parameters": YARN | {"mscale": 0.707, "mscale_all_dim": 0.707}},
+        mechanism="mla",
+    ),
+    "deepseek_v3": Model("DeepseekV3", MLA, mechanism="mla", pairs_apart=True),
+    "deepseek_v3, yarn, biases": Model(
+        "DeepseekV3",
+        MLA | {"rope_parameters": YARN | {"mscale": 1.0, "mscale_all_dim": 1.0}, "attention_bias": True},
+        mechanism="mla",
+        pairs_apart=True,
+    ),
+    "deepseek_v3, two mscales, whole queries, biases": Model(
+        "DeepseekV3",
+        MLA
+        | {
+            "q_lora_rank": None,
+            "rope_parameters": YARN | {"mscale": 0.7, "mscale_all_dim": 1.3},
+            "attention_bias": True,
+        },
+        mechanism="mla",
+        pairs_apart=True,
+    ),
+    "deepseek_v3, halves, yarn in one step": Model(
+        "DeepseekV3",
+        MLA | {"rope_interleave": False, "rope_parameters": YARN | {"beta_fast": 1.0, "beta_slow": 1.0}},  # Kimi-K2's
+        mechanism="mla",
+    ),
+    "kimi_linear": Model("KimiLinear", KIMI, layers=(1, 3), mechanism="mla"),
+    "kimi_linear, low-rank queries, biases": Model(
+        "KimiLinear", KIMI | {"q_lora_rank": 24, "attention_bias": True}, layers=(1, 3), mechanism="mla"
+    ),
 }
 
 
@@ -167,7 +218,8 @@ def run(model: Any, sizes: tuple[int, ...], use_cache: bool) -> tuple[list[list[
     def hook(index: int):
         def save(module, args, kwargs, output):
             x = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-            steps[-1][index] = Step(x.numpy().copy(), output[0].numpy().copy())
+            y = output[0] if isinstance(output, tuple) else output
+            steps[-1][index] = Step(x.numpy().copy(), y.numpy().copy())
 
         return save
 
@@ -216,7 +268,7 @@ def against_transformers(name: str) -> tuple[str, dict[str, float]]:
             steps, theirs = run(model, sizes, use_cache=True)
             error, ours = _follow(att, cfg, params, [step[layer] for step in steps])
             errors[split] = max(errors[split], error)
-            errors["cache"] = max(errors["cache"], _cache_error(ours, theirs.layers[layer]))
+            errors["cache"] = max(errors["cache"], _cache_error(att.cache_spec(cfg), ours, theirs.layers[layer], spec))
     return spec.mechanism, errors
 
 
@@ -231,11 +283,19 @@ def _follow(att, cfg, params, steps: list[Step]) -> tuple[float, Any]:
     return worst, ours
 
 
-def _cache_error(ours, theirs) -> float:
-    """transformers keeps B K S H; Falcon's new architecture keeps each key/value head G times."""
+def _cache_error(buffers, ours, theirs, spec: Model) -> float:
+    """Our two buffers, in the order of their spec, against transformers' `keys` and `values`.
+
+    It keeps B K S H, K = 1 for latents; Falcon's new architecture keeps each key/value head G times.
+    """
     worst = 0.0
-    for leaf, stored in ((ours.k, theirs.keys), (ours.v, theirs.values)):
+    for name, stored, apart in zip(buffers, (theirs.keys, theirs.values), (False, spec.pairs_apart), strict=True):
+        leaf = np.asarray(getattr(ours, name))[:, :TOKENS]
+        if leaf.ndim == 3:
+            leaf = leaf[:, :, None]
+        if apart:
+            leaf = np.concatenate([leaf[..., ::2], leaf[..., 1::2]], axis=-1)
         stored = stored.numpy().swapaxes(1, 2)
         repeats = stored.shape[2] // leaf.shape[2]
-        worst = max(worst, compare.worst_vector(np.repeat(leaf[:, :TOKENS], repeats, axis=2), stored))
+        worst = max(worst, compare.worst_vector(np.repeat(leaf, repeats, axis=2), stored))
     return worst

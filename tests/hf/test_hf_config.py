@@ -58,7 +58,8 @@ def test_minimax_m2():
 @pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.json")), ids=lambda path: path.stem)
 def test_example_reads_the_same_through_transformers(path):
     config = load(path)
-    theirs = transformers.AutoConfig.for_model(**config)
+    known_as = {"kimi_k2": "deepseek_v3"}.get(config["model_type"], config["model_type"])
+    theirs = transformers.AutoConfig.for_model(**config | {"model_type": known_as})
     assert layers(theirs) == layers(config)
 
 
@@ -142,6 +143,9 @@ def test_yarn_factor_null_is_the_ratio():
         ("falcon", {}),
         ("minimax_m2", {"num_attention_heads": 8}),
         ("qwen3_next", {}),
+        ("deepseek_v2", {}),
+        ("deepseek_v3", {"num_key_value_heads": 4}),
+        ("kimi_linear", {"num_key_value_heads": 4, "layer_types": ["full_attention"] * 6}),
     ],
 )
 def test_omitted_keys_mean_the_class_defaults(model_type, keys):
@@ -196,6 +200,9 @@ def kinds(config):
         ({"model_type": "minimax_m2", "attn_type_list": [1, 0] * 3}, ["F", "linear,"] * 3),
         ({"model_type": "llama", "layer_types": ["chunked_attention"] * 6}, ["chunked,"] * 6),
         ({"model_type": "llama", "layer_types": ["attention"] * 6}, ["F"] * 6),
+        ({"model_type": "deepseek_v3", "num_key_value_heads": 4}, ["F"] * 6),
+        ({"model_type": "deepseek_v3", "index_topk": 2048}, ["indexed,"] * 6),
+        ({"model_type": "kimi_k2", "layer_types": ["indexed_attention"] * 6}, ["indexed,"] * 6),
     ],
 )
 def test_layer_kinds(keys, expected):
@@ -212,7 +219,7 @@ def test_layers_raises_at_the_first_layer_without_a_mechanism():
 @pytest.mark.parametrize(
     "config, message",
     [
-        (TINY | {"model_type": "bert"}, "model_type 'bert' is not known; known are falcon, gemma2.*qwen3_next"),
+        (TINY | {"model_type": "bert"}, "model_type 'bert' is not known; known are deepseek_v2, .*qwen3_next"),
         (TINY | {"model_type": "falcon", "alibi": True}, "ALiBi"),
         (TINY | {"model_type": "gemma3_text", "use_bidirectional_attention": True}, "not causal"),
         (TINY | {"model_type": "gemma3_text", "attn_logit_softcapping": 50.0}, "attn_logit_softcapping"),
@@ -307,4 +314,4 @@ def test_imports_neither_transformers_nor_torch():
 
 def test_families_are_all_tested():
     tested = {spec.config().model_type for spec in MODELS.values()}
-    assert tested | {"gemma3"} == set(hf_config.FAMILIES)
+    assert tested | {"gemma3", "kimi_k2"} == set(hf_config.FAMILIES)

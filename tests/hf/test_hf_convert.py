@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 
-from jforge.attention import dense
 from jforge.harness.tiny_models import MODELS
 from jforge.hf import convert
 
@@ -43,7 +42,8 @@ def test_params_have_the_shapes_of_the_mechanism(name):
     spec = MODELS[name]
     model = spec.build()
     att, cfg, params = convert(model.config, model.state_dict(), spec.layers[-1])
-    assert {n: p.shape for n, p in params.items()} == dense.shapes(cfg)
+    own = jax.eval_shape(lambda key: att.init_params(key, cfg), jax.random.key(0))
+    assert {n: p.shape for n, p in params.items()} == {n: p.shape for n, p in own.items()}
     assert all(isinstance(p, jax.Array) for p in params.values())
 
 
@@ -126,7 +126,10 @@ def test_layer_outside_the_model(layer):
         convert(CONFIG, weights(), layer)
 
 
-@pytest.mark.parametrize("name, kind", [("gemma2", "sliding_attention"), ("qwen3_next", "linear_attention")])
+@pytest.mark.parametrize(
+    "name, kind",
+    [("gemma2", "sliding_attention"), ("qwen3_next", "linear_attention"), ("kimi_linear", "linear_attention")],
+)
 def test_layer_kind_without_a_mechanism(name, kind):
     spec = MODELS[name]
     with pytest.raises(NotImplementedError, match=f"layer 0 of {name} is {kind}"):
