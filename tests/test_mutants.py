@@ -92,7 +92,7 @@ def _append_late(buffer, new, at):
     return step.append(buffer, new, at._replace(positions=at.positions + 1))
 
 
-def _attend_unblanked(q, k, v, visible, *, scale, cap=None, sinks=None):
+def _attend_unblanked(q, k, v, visible, *, scale, softcap=None, sinks=None):
     """Masked scores, but values as they are: 0 * NaN."""
     B, T, N, H = q.shape
     K = k.shape[2]
@@ -117,12 +117,12 @@ def _interleave_heads(attend, q, k, v, visible, **options):
     return out[:, :, back], lse[:, :, back]
 
 
-def _cap_unscaled(attend, q, k, v, visible, *, scale, cap=None, sinks=None):
-    return attend(q, k, v, visible, scale=scale, cap=cap / scale if cap else None, sinks=sinks)
+def _cap_unscaled(attend, q, k, v, visible, *, scale, softcap=None, sinks=None):
+    return attend(q, k, v, visible, scale=scale, softcap=softcap / scale if softcap else None, sinks=sinks)
 
 
-def _sinks_scaled(attend, q, k, v, visible, *, scale, cap=None, sinks=None):
-    return attend(q, k, v, visible, scale=scale, cap=cap, sinks=None if sinks is None else sinks * scale)
+def _sinks_scaled(attend, q, k, v, visible, *, scale, softcap=None, sinks=None):
+    return attend(q, k, v, visible, scale=scale, softcap=softcap, sinks=None if sinks is None else sinks * scale)
 
 
 def _lse_base_2(attend, *args, **options):

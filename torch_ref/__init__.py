@@ -5,9 +5,42 @@ tensors, cfg is any object with the fields that the mechanism's file lists, and 
 """
 
 from . import ops
-from .attention import dense, mla
+from .attention import (
+    block_sparse,
+    csa,
+    dense,
+    dsa,
+    hca,
+    lightning,
+    mla,
+    moba,
+    msa,
+    nsa,
+    sinks,
+    sliding_window,
+    streaming,
+    v4_window,
+)
 
-REGISTRY = {"single_head": dense, "mha": dense, "mqa": dense, "gqa": dense, "mla": mla}
+REGISTRY = {
+    "single_head": dense,
+    "mha": dense,
+    "mqa": dense,
+    "gqa": dense,
+    "sliding_window": sliding_window,
+    "sinks": sinks,
+    "streaming": streaming,
+    "block_sparse": block_sparse,
+    "moba": moba,
+    "nsa": nsa,
+    "mla": mla,
+    "dsa": dsa,
+    "v4_window": v4_window,
+    "csa": csa,
+    "hca": hca,
+    "lightning": lightning,
+    "msa": msa,
+}
 
 __all__ = ["get", "names", "ops"]
 

@@ -5,13 +5,13 @@ raise TypeError. An op or option without a kernel raises NotImplementedError; no
 """
 
 from triton_kernels.decode_attention import decode_attention
+from triton_kernels.decode_block_sparse import decode_block_sparse
 from triton_kernels.decode_mla import decode_mla
+from triton_kernels.decode_sparse_mla import decode_sparse_mla
 from triton_kernels.merge_states import merge_states
 from triton_kernels.unwritten import (
     block_index_scores,
-    decode_block_sparse,
     decode_linear,
-    decode_sparse_mla,
     index_scores,
     topk_indices,
 )

@@ -1,39 +1,34 @@
 """Compile the kernels for sm_90 without a GPU and report registers, spills and shared memory.
 
-    python -m triton_kernels.offline            a table
-    python -m triton_kernels.offline --json     one JSON object a line
+    python -m triton_kernels.offline                     a table
+    python -m triton_kernels.offline --json              one JSON object a line
+    python -m triton_kernels.offline --op decode_mla     one op; can be given several times
 
-Triton and its bundled ptxas need no driver for this. It cannot run in a process that interprets kernels, so `report`
-starts a new one. A spill shows as STL/LDL instructions in the machine code; a kernel that asks for more than 227 KB of
-shared memory cannot be launched on an H100.
+This cannot run in a process that interprets kernels, so `report` starts a new one. What is measured: see `cubin`.
 """
 
 import argparse
 import json
 import os
-import re
 import subprocess
 import sys
-import tempfile
-from dataclasses import dataclass
-from pathlib import Path
-
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from dataclasses import dataclass, replace
 
 from triton_kernels import runtime
+from triton_kernels.cubin import BYTES, POINTER, compile_kernel, measure
 from triton_kernels.decode_attention import decode_kernel, specialise
 from triton_kernels.decode_mla import mla_kernel
 from triton_kernels.decode_mla import specialise as specialise_mla
 from triton_kernels.merge_states import BLOCK_V, FIXED_BLOCK_P, MAX_BLOCK_P, merge_kernel, merge_warps
+from triton_kernels.offline_sparse import (
+    BLOCK_SPARSES,
+    SPARSE_MLAS,
+    BlockSparse,
+    SparseMla,
+    compile_block_sparse,
+    compile_sparse_mla,
+)
 from triton_kernels.plan import Config, MlaConfig, block_rows, default_config, default_mla_config, table
-
-SM90 = GPUTarget("cuda", 90, 32)
-MAX_SHARED = 227 * 1024
-POINTER = {"float16": "*fp16", "bfloat16": "*bf16", "float32": "*fp32"}
-BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
-TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
 @dataclass(frozen=True)
@@ -118,36 +113,6 @@ MLAS = (
 MERGES = (("bfloat16", 128, 4, False), ("float32", 128, MAX_BLOCK_P, True), ("bfloat16", 192, FIXED_BLOCK_P, True))
 
 
-def compile_kernel(kernel, types, constants, num_warps, num_stages):
-    """Compile with pointers and strides that are multiples of 16, as in real calls: without that, copies shrink."""
-    signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in kernel.arg_names}
-    attrs = {
-        (i,): [["tt.divisibility", 16]]
-        for i, name in enumerate(kernel.arg_names)
-        if signature[name].startswith("*") or "stride" in name
-    }
-    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attrs)
-    return triton.compile(source, target=SM90, options={"num_warps": num_warps, "num_stages": num_stages})
-
-
-def measure(name, compiled, **launch):
-    """Registers, spill instructions, shared memory and MMA instructions of a compiled kernel."""
-    with tempfile.TemporaryDirectory() as folder:
-        cubin = Path(folder) / "kernel.cubin"
-        cubin.write_bytes(compiled.asm["cubin"])
-        usage = subprocess.check_output([TOOLS / "cuobjdump", "--dump-resource-usage", cubin], text=True)
-        sass = subprocess.check_output([TOOLS / "cuobjdump", "-sass", cubin], text=True)
-    count = {op: len(re.findall(rf"\b{op}\b", sass)) for op in ("STL", "LDL", "HMMA", "HGMMA", "LDGSTS")}
-    return {
-        "name": name,
-        **launch,
-        "registers": int(re.search(r"REG:(\d+)", usage).group(1)),
-        "spills": count["STL"] + count["LDL"],
-        "shared": compiled.metadata.shared,
-        **{op.lower(): count[op] for op in ("HMMA", "HGMMA", "LDGSTS")},
-    }
-
-
 def compile_decode(case, config=None):
     """Measurements of one `Decode` case under `config`, by default the one that a call without a table entry takes."""
     rows = block_rows(case.tokens * case.group)
@@ -186,26 +151,47 @@ def compile_merge(dtype, value_dim, block_p, sink):
     return measure(f"merge {dtype} {value_dim} parts {block_p}{' sink' if sink else ''}", compiled, warps=warps)
 
 
-def tuned():
-    """The kernels that the tuning tables ask for, each once: (function, (case, Config)) pairs."""
+def tuned_case(op, entry):
+    """The case of an op's list that a table entry was measured with, or the nearest to it."""
+    dtype, width, value_dim, group = (entry[name] for name in ("dtype", "head_dim", "value_dim", "group"))
+    if op == "decode_attention":
+        return Decode(dtype, width, value_dim, group=group)
+    if op == "decode_block_sparse":
+        return BlockSparse(128, dtype, width, value_dim, group)
+    return {"decode_mla": Mla, "decode_sparse_mla": SparseMla}[op](group, dtype, value_dim, width - value_dim)
+
+
+def tuned(op):
+    """The kernels that an op's tuning table asks for, each once: (case, Config) pairs."""
     pairs = {}
-    for entry in table("decode_attention"):
-        case = Decode(entry["dtype"], entry["head_dim"], entry["value_dim"], group=entry["group"])
-        config = Config(**entry["config"])
-        pairs.setdefault((case, config.block_n, config.num_warps, config.num_stages), (compile_decode, (case, config)))
-    for entry in table("decode_mla"):
-        rope_dim = entry["head_dim"] - entry["value_dim"]
-        case = Mla(entry["group"], entry["dtype"], entry["value_dim"], rope_dim)
-        config = MlaConfig(**entry["config"])
-        tile = (config.block_n, config.num_warps, config.num_stages, config.rows, config.early)
-        pairs.setdefault((case, *tile), (compile_mla, (case, config)))
+    for entry in table(op):
+        config = (MlaConfig if "rows" in entry["config"] else Config)(**entry["config"])
+        pair = tuned_case(op, entry), config
+        pairs.setdefault((pair[0], replace(config, ctas_per_sm=1, min_split=1)), pair)
     return list(pairs.values())
 
 
-def report():
-    """All measurements, from a process that compiles: a list of dicts. Raises CalledProcessError if one fails."""
+OPS = {
+    "decode_attention": (compile_decode, DECODES),
+    "decode_mla": (compile_mla, MLAS),
+    "decode_block_sparse": (compile_block_sparse, BLOCK_SPARSES),
+    "decode_sparse_mla": (compile_sparse_mla, SPARSE_MLAS),
+    "merge_states": (compile_merge, MERGES),
+}
+
+
+def jobs(ops):
+    """(function, arguments) of every compilation for these ops: the listed cases, then the tuning tables'."""
+    for op in ops:
+        function, cases = OPS[op]
+        yield from ((function, case if isinstance(case, tuple) else (case,)) for case in cases)
+        yield from ((function, pair) for pair in tuned(op))
+
+
+def report(*ops):
+    """All measurements for some ops, from a process that compiles: a list of dicts. Raises CalledProcessError."""
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "triton_kernels.offline", "--json"]
+    command = [sys.executable, "-m", "triton_kernels.offline", "--json", *(f"--op={op}" for op in ops)]
     done = subprocess.run(command, env=env, check=True, stdout=subprocess.PIPE, text=True)
     return [json.loads(line) for line in done.stdout.splitlines()]
 
@@ -213,17 +199,16 @@ def report():
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", action="store_true", help="one JSON object a line")
+    parser.add_argument("--op", action="append", choices=OPS, help="only this op; can be given several times")
     arguments = parser.parse_args()
     if runtime.INTERPRETED:
         parser.error("unset TRITON_INTERPRET: an interpreting process cannot compile")
     header = ("registers", "spills", "shared", "block_n", "warps", "stages", "hmma", "hgmma", "ldgsts")
     if not arguments.json:
-        print(f"{'kernel':56}", *(f"{name:>9}" for name in header))
-    jobs = [(compile_decode, (case,)) for case in DECODES] + [(compile_mla, (case,)) for case in MLAS]
-    jobs += tuned() + [(compile_merge, case) for case in MERGES]
-    for function, case in jobs:
+        print(f"{'kernel':68}", *(f"{name:>9}" for name in header))
+    for function, case in jobs(arguments.op or OPS):
         row = function(*case)
-        line = json.dumps(row) if arguments.json else f"{row['name']:56}"
+        line = json.dumps(row) if arguments.json else f"{row['name']:68}"
         print(line, *([] if arguments.json else (f"{row.get(name, '-'):>9}" for name in header)), flush=True)
 
 

@@ -8,7 +8,7 @@ fills must match, the nearest buckets win, and without a match the default is us
 
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -75,6 +75,12 @@ def default_config(dtype_bytes, head_dim, value_dim, rows):
     stage = block_n * (sum(split_dim(head_dim)) + sum(value_chunks(value_dim))) * dtype_bytes
     ctas_per_sm = max(1, min(4, 220 * 1024 // (2 * stage + 8192)))
     return Config(block_n, 8 if wide else 4, 3, ctas_per_sm, 2 * block_n)
+
+
+def default_block_config(dtype_bytes, head_dim, value_dim, rows):
+    """As `default_config`, for lists of blocks: these are short, so programs fill an SM before a list is split."""
+    config = default_config(dtype_bytes, head_dim, value_dim, rows)
+    return replace(config, ctas_per_sm=min(2, config.ctas_per_sm))
 
 
 def default_mla_config(dtype_bytes, latent_dim, tokens, heads):

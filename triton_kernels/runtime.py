@@ -70,6 +70,21 @@ def check_last_dim(op, **tensors):
             )
 
 
+def check_inputs(op, widths, out_dtype, **tensors):
+    """What a kernel asks of its float tensors beyond the contract; the first one is the query, None is skipped.
+
+    widths: {letter: (width, the most that the kernel takes)}.
+    """
+    name, query = next(iter(tensors.items()))
+    check_float(op, name, query.dtype)
+    check_float(op, "out_dtype", out_dtype or query.dtype)
+    for letter, (width, most) in widths.items():
+        if width > most:
+            raise NotImplementedError(f"{op}: {letter}={width} needs more registers than a program has; at most {most}")
+    check_last_dim(op, **tensors)
+    check_device(op, name, query.device)
+
+
 @lru_cache
 def _cuda_properties(index):
     properties = torch.cuda.get_device_properties(index)

@@ -5,18 +5,19 @@
     python -m triton_kernels.tune --op decode_mla                     every shape of MLA_SHAPES
     python -m triton_kernels.tune --op decode_mla --only 128x128x4096 --page 64
                                                                       one of them (B x N x S), in pages: table unchanged
+    python -m triton_kernels.tune --op decode_block_sparse            every shape of BLOCK_SHAPES
+    python -m triton_kernels.tune --op decode_sparse_mla              every shape of SPARSE_MLA_SHAPES
 
 A configuration is timed as device time of one whole call, merge included: a CUDA graph of CALLS calls that rotate over
 enough input sets to miss the L2 cache, median of SAMPLES replays. It counts only if its output agrees with the default
-configuration's. For decode_attention it is tried only if its machine code has no spills and fits in shared memory; the
-few of decode_mla are listed in MLA_CONFIGS. Entries of other devices, and of shapes that were not measured, stay in the
-table.
+configuration's. For caches of k and v it is tried only if its machine code has no spills and fits in shared memory; the
+few for latent caches are listed in MLA_CONFIGS. Entries of other devices, and of shapes that were not measured, stay in
+the table.
 """
 
 import argparse
 import itertools
 import json
-import math
 import statistics
 from dataclasses import asdict, replace
 from functools import lru_cache, partial
@@ -25,14 +26,27 @@ import torch
 import triton
 
 from triton_kernels import runtime
+from triton_kernels.cubin import BYTES, MAX_SHARED
 from triton_kernels.decode_attention import run
+from triton_kernels.decode_block_sparse import run as run_block_sparse
 from triton_kernels.decode_mla import run as run_mla
-from triton_kernels.offline import BYTES, MAX_SHARED, Decode, compile_decode
-from triton_kernels.plan import TUNING, Config, MlaConfig, block_rows, default_config, default_mla_config, pow2_ceil
+from triton_kernels.decode_sparse_mla import run as run_sparse_mla
+from triton_kernels.offline import BlockSparse, Decode, compile_block_sparse, compile_decode
+from triton_kernels.plan import (
+    TUNING,
+    Config,
+    MlaConfig,
+    block_rows,
+    default_block_config,
+    default_config,
+    default_mla_config,
+    pow2_ceil,
+)
 
 CALLS, SAMPLES, WARMUP = 20, 30, 5
 SETS_BYTES = 256 * 2**20  # several times the L2 of an H100 or H200
 AGREE = 1e-2
+SHOWN = 6
 
 # dtype, head dim, value dim, B, N, K, S
 SHAPES = (
@@ -62,7 +76,26 @@ MLA_SHAPES = (
     ("bfloat16", 512, 64, 1, 16, 4096),
 )
 
-# by query rows of a program, the default first; the offline list says that none of them spills for T = 1
+# dtype, head dim, value dim, B, N, K, S, block size, L
+BLOCK_SHAPES = (
+    ("bfloat16", 128, 128, 64, 64, 4, 131072, 128, 16),
+    ("bfloat16", 128, 128, 16, 64, 4, 131072, 128, 16),
+    ("bfloat16", 128, 128, 1, 64, 4, 131072, 128, 16),
+    ("bfloat16", 192, 128, 64, 64, 4, 65536, 64, 16),
+)
+
+# dtype, C, R, B, N, S, L; R = 0 is decode_block_sparse with v=None
+SPARSE_MLA_SHAPES = (
+    ("bfloat16", 512, 64, 64, 128, 32768, 2048),
+    ("bfloat16", 512, 64, 8, 128, 32768, 2048),
+    ("bfloat16", 512, 64, 1, 128, 32768, 2048),
+    ("bfloat16", 512, 64, 64, 64, 32768, 2048),
+    ("bfloat16", 512, 64, 64, 16, 32768, 2048),
+    ("bfloat16", 512, 0, 64, 64, 32768, 512),
+    ("bfloat16", 512, 0, 64, 128, 32768, 1024),
+)
+
+# by query rows of a program, the default first; none of them spills for T = 1
 MLA_CONFIGS = {
     16: (
         MlaConfig(32, 4, 3, 2, 128, rows=16),
@@ -112,6 +145,32 @@ def mla_inputs(dtype, latent_dim, rope_dim, batch, heads, slots, page=0):
     return sets
 
 
+def random_lists(batch, lists, blocks, entries):
+    """int32 B 1 lists L: distinct blocks in random order."""
+    return torch.rand(batch, 1, lists, blocks, device="cuda").topk(entries).indices.int()
+
+
+def block_inputs(dtype, head_dim, value_dim, batch, heads, kv_heads, slots, block_size, entries):
+    """Argument sets of one shape of decode_block_sparse: one cache, other lists."""
+    kind = {"dtype": getattr(torch, dtype), "device": "cuda"}
+    q = torch.randn(batch, 1, heads, head_dim, **kind)
+    k, v = (torch.randn(batch, slots, kv_heads, width, **kind) for width in (head_dim, value_dim))
+    lengths = torch.full((batch,), slots, dtype=torch.int32, device="cuda")
+    count = set_count(batch * kv_heads * entries * block_size * (head_dim + value_dim) * BYTES[dtype])
+    lists = (random_lists(batch, kv_heads, slots // block_size, entries) for _ in range(count))
+    return [(q, k, v, chosen, lengths) for chosen in lists]
+
+
+def sparse_mla_inputs(dtype, latent_dim, rope_dim, batch, heads, slots, entries):
+    """As `block_inputs`, for the kernel of decode_sparse_mla."""
+    kind = {"dtype": getattr(torch, dtype), "device": "cuda"}
+    latent = torch.randn(batch, slots, 1, latent_dim, **kind)
+    k_rope = torch.randn(batch, slots, rope_dim, **kind) if rope_dim else None
+    queries = [torch.randn(batch, 1, heads, width, **kind) if width else None for width in (latent_dim, rope_dim)]
+    count = set_count(batch * entries * (latent_dim + rope_dim) * BYTES[dtype])
+    return [(*queries, latent, k_rope, random_lists(batch, 1, slots, entries)) for _ in range(count)]
+
+
 def microseconds(sets, call):
     """Median device time of one call(*set)."""
     call(*sets[0])  # compiles outside the capture
@@ -132,7 +191,7 @@ def microseconds(sets, call):
 
 
 @lru_cache
-def tiles(case):
+def tiles(case, compile_case):
     """Tile shapes worth timing: no spills, and a pipeline that fits in shared memory."""
     width = (case.head_dim + case.value_dim) * BYTES[case.dtype]
     found = []
@@ -140,7 +199,7 @@ def tiles(case):
         config = Config(block_n, warps, stages, 1, 2 * block_n)
         if block_n * width * (stages - 1) > MAX_SHARED or (block_n, warps) == (32, 8):
             continue
-        measured = compile_decode(case, config)
+        measured = compile_case(case, config)
         shared = measured["shared"]
         if measured["spills"] == 0 and shared <= MAX_SHARED:
             registers = 65536 // (measured["registers"] * warps * 32)
@@ -182,7 +241,7 @@ def tune(shape):
     dtype, head_dim, value_dim, batch, heads, kv_heads, slots = shape
     group = heads // kv_heads
     default = default_config(BYTES[dtype], head_dim, value_dim, block_rows(group))
-    configs = tiles(Decode(dtype, head_dim, value_dim, group=group))
+    configs = tiles(Decode(dtype, head_dim, value_dim, group=group), compile_decode)
     best, times = search(inputs(*shape), partial(run, scale=head_dim**-0.5), default, configs)
     return (dtype, head_dim, value_dim, group, batch * kv_heads, slots), best, times, default
 
@@ -199,8 +258,28 @@ def tune_mla(shape, page=0):
     return (dtype, latent_dim + rope_dim, latent_dim, heads, batch, slots), best, times, default
 
 
+def tune_block_sparse(shape):
+    """(entry fields, best Config, times, default Config) for one shape of decode_block_sparse."""
+    dtype, head_dim, value_dim, batch, heads, kv_heads, _, block_size, entries = shape
+    group = heads // kv_heads
+    default = default_block_config(BYTES[dtype], head_dim, value_dim, block_rows(group))
+    configs = tiles(BlockSparse(block_size, dtype, head_dim, value_dim, group), compile_block_sparse)
+    call = partial(run_block_sparse, block_size=block_size, scale=head_dim**-0.5)
+    best, times = search(block_inputs(*shape), call, default, configs)
+    return (dtype, head_dim, value_dim, group, batch * kv_heads, entries * block_size), best, times, default
+
+
+def tune_sparse_mla(shape):
+    """(entry fields, best Config, times, default Config) for one shape of decode_sparse_mla's kernel."""
+    dtype, latent_dim, rope_dim, batch, heads, _, entries = shape
+    default = default_mla_config(BYTES[dtype], latent_dim, 1, heads)
+    call = partial(run_sparse_mla, scale=(latent_dim + rope_dim) ** -0.5)
+    best, times = search(sparse_mla_inputs(*shape), call, default, MLA_CONFIGS[block_rows(heads)])
+    return (dtype, latent_dim + rope_dim, latent_dim, heads, batch, entries), best, times, default
+
+
 def entry_of(fields, config, device):
-    """The table's entry for what `tune` or `tune_mla` measured."""
+    """The table's entry for what a tuner measured."""
     dtype, head_dim, value_dim, group, batch_heads, slots = fields
     key = {"dtype": dtype, "head_dim": head_dim, "value_dim": value_dim, "group": pow2_ceil(group)}
     key |= {"batch_heads": pow2_ceil(batch_heads), "length": pow2_ceil(slots), "device": device}
@@ -220,27 +299,34 @@ def write(op, entries):
     path.write_text(f'{{\n  "op": "{op}",\n  "entries": [\n{lines}\n  ]\n}}\n')
 
 
+TUNERS = {
+    "decode_attention": (SHAPES, tune),
+    "decode_mla": (MLA_SHAPES, tune_mla),
+    "decode_block_sparse": (BLOCK_SHAPES, tune_block_sparse),
+    "decode_sparse_mla": (SPARSE_MLA_SHAPES, tune_sparse_mla),
+}
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--op", choices=("decode_attention", "decode_mla"), default="decode_attention")
-    parser.add_argument("--only", help="BxNxKxS (decode_mla: BxNxS) of the shapes to measure")
+    parser.add_argument("--op", choices=TUNERS, default="decode_attention")
+    parser.add_argument("--only", help="the sizes of one shape, from B on and joined by x; other shapes are left out")
     parser.add_argument("--page", type=int, default=0, help="decode_mla in pages of this size; writes no table")
     arguments = parser.parse_args()
     if runtime.INTERPRETED or not torch.cuda.is_available():
         parser.error("tuning needs a CUDA device, and TRITON_INTERPRET unset")
-    mla = arguments.op == "decode_mla"
-    if arguments.page and not mla:
+    if arguments.page and arguments.op != "decode_mla":
         parser.error("--page goes with --op decode_mla")
     entries = []
-    for shape in MLA_SHAPES if mla else SHAPES:
+    shapes, tuner = TUNERS[arguments.op]
+    for shape in shapes:
         if arguments.only not in (None, "x".join(map(str, shape[3:]))):
             continue
-        fields, best, times, default = tune_mla(shape, arguments.page) if mla else tune(shape)
+        fields, best, times, default = tuner(shape, arguments.page) if arguments.page else tuner(shape)
         entries.append(entry_of(fields, best, torch.cuda.get_device_name()))
         print(*shape, f"best {times[best]:.1f} us, default {times[default]:.1f} us, {best}", flush=True)
-        if mla:
-            for config in MLA_CONFIGS[block_rows(shape[4])]:
-                print(f"    {times.get(config, math.nan):9.1f} us  {config}", flush=True)
+        for config in sorted(times, key=times.get)[:SHOWN]:
+            print(f"    {times[config]:9.1f} us  {config}", flush=True)
         if not arguments.page:
             write(arguments.op, entries)
     if not entries:

@@ -5,33 +5,6 @@ def _unwritten(op):
     raise NotImplementedError(f"triton_kernels.{op} has no kernel yet; torch_ref.ops.{op} computes the same function")
 
 
-def decode_block_sparse(
-    q,
-    k,
-    v,
-    block_indices,
-    lengths,
-    *,
-    block_size,
-    scale,
-    sinks=None,
-    softcap=None,
-    page_table=None,
-    k_scale=None,
-    v_scale=None,
-    out_dtype=None,
-):
-    """Attention over the listed blocks of the cache: (out, lse). Raises NotImplementedError."""
-    _unwritten("decode_block_sparse")
-
-
-def decode_sparse_mla(
-    q_latent, q_rope, latent, k_rope, indices, *, scale, sinks=None, latent_scale=None, out_dtype=None
-):
-    """Absorbed latent attention over the listed tokens: (out_latent, lse). Raises NotImplementedError."""
-    _unwritten("decode_sparse_mla")
-
-
 def index_scores(q_index, k_index, weights, lengths, *, k_scale=None):
     """Indexer scores sum_i weights_i relu(q_i . k): B T S. Raises NotImplementedError."""
     _unwritten("index_scores")

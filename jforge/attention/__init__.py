@@ -1,6 +1,6 @@
 """The mechanisms. A new one is a file here, its twin in torch_ref, and a line in REGISTRY."""
 
-from jforge.attention import dense, mla
+from jforge.attention import block_sparse, dense, lightning, mla, moba, msa, nsa, sinks, sliding_window, streaming
 
 REGISTRY = {
     "single_head": dense.single_head,
@@ -8,4 +8,12 @@ REGISTRY = {
     "mqa": dense.mqa,
     "gqa": dense.gqa,
     "mla": mla.mla,
+    "sliding_window": sliding_window.sliding_window,
+    "sinks": sinks.sinks,
+    "streaming": streaming.streaming,
+    "block_sparse": block_sparse.block_sparse,
+    "moba": moba.moba,
+    "nsa": nsa.nsa,
+    "lightning": lightning.lightning,
+    "msa": msa.msa,
 }

@@ -10,13 +10,13 @@ Sources: Vaswani et al. 2017 (MHA), Shazeer 2019 (MQA), Ainslie et al. 2023 (GQA
 modules of llama, qwen2, qwen3, qwen3_next, gemma2, gemma3, olmo2, falcon and minimax_m2.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from jforge import ops as jax_ops
 from jforge.core import masks, rope
@@ -146,17 +146,26 @@ def init_params(key: Array, cfg: Config, dtype=jnp.float32) -> Params:
     return random_params(key, shapes(cfg), dtype, norm_center=1 - cfg.norm_offset)
 
 
-def project(params: Params, cfg: Config, x: Float[Array, "B T D"], positions) -> tuple[Array, Array, Array]:
-    """q: B T N H, k: B T K H, v: B T K V of the new tokens, normed and rotated."""
+def qkv(params: Params, cfg: Config, x: Float[Array, "B T D"]) -> tuple[Array, Array, Array]:
+    """q: B T N H, k: B T K H, v: B T K V of the new tokens, normed, before RoPE."""
     q, k, v = (einsum("btd,dnh->btnh", x, params[w]) for w in ("wq", "wk", "wv"))
     if cfg.attention_bias:
         q, k, v = q + params["bq"], k + params["bk"], v + params["bv"]
     if cfg.qk_norm:
         q = rms_norm(q, params["q_norm"], eps=cfg.rms_norm_eps, offset=cfg.norm_offset)
         k = rms_norm(k, params["k_norm"], eps=cfg.rms_norm_eps, offset=cfg.norm_offset)
-    q = rope.apply_rope(q, positions, cfg.rope_parameters, cfg.rope_layout)
-    k = rope.apply_rope(k, positions, cfg.rope_parameters, cfg.rope_layout)
     return q, k, v
+
+
+def rotate(cfg: Config, x: Float[Array, "B T N H"], positions: Int[Array, "B T"]) -> Float[Array, "B T N H"]:
+    """RoPE of queries or keys at `positions`."""
+    return rope.apply_rope(x, positions, cfg.rope_parameters, cfg.rope_layout)
+
+
+def project(params: Params, cfg: Config, x: Float[Array, "B T D"], positions) -> tuple[Array, Array, Array]:
+    """q: B T N H, k: B T K H, v: B T K V of the new tokens, normed and rotated."""
+    q, k, v = qkv(params, cfg, x)
+    return rotate(cfg, q, positions), rotate(cfg, k, positions), v
 
 
 def project_out(params: Params, cfg: Config, x: Float[Array, "B T D"], out: Float[Array, "B T N V"]) -> Array:
@@ -172,15 +181,30 @@ def visible(cfg: Config, q_pos: Array, k_pos: Array) -> Array:
     return masks.causal(q_pos, k_pos)
 
 
+def in_order(cfg: Config, x: Float[Array, "B T D"], positions) -> tuple[Int[Array, "B T"], Int[Array, "B T"]]:
+    """(the index of each token in its row, the position RoPE gives it) of an x without a cache, checked."""
+    check_input(x, cfg.hidden_size)
+    order = jnp.broadcast_to(jnp.arange(x.shape[1], dtype=jnp.int32), x.shape[:2])
+    return order, order if positions is None else positions
+
+
 def forward(params: Params, cfg: Config, x: Float[Array, "B T D"], positions=None) -> Float[Array, "B T D"]:
     """The definition: causal attention of x over itself. `positions` (int B T, default 0..T-1) feed RoPE only."""
-    check_input(x, cfg.hidden_size)
-    B, T, _ = x.shape
-    order = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (B, T))
-    q, k, v = project(params, cfg, x, order if positions is None else positions)
+    return forward_under(visible, params, cfg, x, positions)
+
+
+def forward_under(visible: Callable, params: Params, cfg: Config, x: Float[Array, "B T D"], positions) -> Array:
+    """Attention of x over itself under the mask visible(cfg, q_pos, k_pos); `sinks` in params join the softmax."""
+    order, positions = in_order(cfg, x, positions)
+    q, k, v = project(params, cfg, x, positions)
     mask = visible(cfg, order[..., None], order[:, None])
-    out, _ = attend(q, k, v, mask, scale=cfg.scaling, cap=cfg.attn_logit_softcapping)
+    out, _ = attend(q, k, v, mask, **options(params, cfg))
     return project_out(params, cfg, x, out).astype(x.dtype)
+
+
+def options(params: Params, cfg: Config) -> dict[str, Any]:
+    """What `attend` and the decode ops are told beside their arrays."""
+    return {"scale": cfg.scaling, "softcap": cfg.attn_logit_softcapping, "sinks": params.get("sinks")}
 
 
 def prefill(
@@ -193,7 +217,7 @@ def prefill(
     q, k, v = project(params, cfg, step.x, step.positions)
     cache = KVCache(append(cache.k, k, step), append(cache.v, v, step), step.length)
     mask = visible(cfg, step.positions[..., None], jnp.arange(S)) & step.keep[..., None]
-    out, _ = attend(q.astype(cache.k.dtype), cache.k, cache.v, mask, scale=cfg.scaling, cap=cfg.attn_logit_softcapping)
+    out, _ = attend(q.astype(cache.k.dtype), cache.k, cache.v, mask, **options(params, cfg))
     return end(step, project_out(params, cfg, step.x, out), x.dtype), cache
 
 
@@ -205,15 +229,8 @@ def decode(
     step = begin(one_token(x), cache.length, None, cfg.hidden_size, cache.k.shape[1])
     q, k, v = project(params, cfg, step.x, step.positions)
     cache = KVCache(append(cache.k, k, step), append(cache.v, v, step), step.length)
-    out, _ = ops.decode_attention(
-        q.astype(cache.k.dtype),
-        cache.k,
-        cache.v,
-        cache.length,
-        scale=cfg.scaling,
-        softcap=cfg.attn_logit_softcapping,
-        out_dtype=x.dtype,
-    )
+    q = q.astype(cache.k.dtype)
+    out, _ = ops.decode_attention(q, cache.k, cache.v, cache.length, out_dtype=x.dtype, **options(params, cfg))
     return end(step, project_out(params, cfg, step.x, out), x.dtype), cache
 
 

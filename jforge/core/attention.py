@@ -33,7 +33,9 @@ class Attention(NamedTuple):
     select: Callable
     """(params, cfg, x, cache) -> the indices that decode would hand to its op for x; None where nothing is chosen."""
     tokens_of: Callable
-    """(cfg, selection, S) -> bool B T S: the tokens that those picks read; None where nothing is chosen."""
+    """(cfg, selection, S) -> bool B T S: the tokens that those picks read, whole blocks; None where nothing is chosen.
+
+    (cfg, None, S) -> bool 1 S S: the tokens that query t reads whatever is picked."""
     cache_spec: Callable
     """(cfg) -> CacheSpec."""
     cost: Callable

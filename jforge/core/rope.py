@@ -111,12 +111,19 @@ def _yarn_attention_factor(p: Mapping) -> float:
 
 
 def apply_rope(
-    x: Float[Array, "B T N H"], positions: Int[Array, "B T"], parameters: Mapping | None, layout: str = "half"
+    x: Float[Array, "B T N H"],
+    positions: Int[Array, "B T"],
+    parameters: Mapping | None,
+    layout: str = "half",
+    dim: int | None = None,
 ) -> Float[Array, "B T N H"]:
-    """Rotate the first r channels of every head by its token's position; None (NoPE) returns x."""
+    """Rotate the first r channels of every head by its token's position; None (NoPE) returns x.
+
+    dim: r, where it is not partial_rotary_factor * H (an indexer turns as many channels as the main heads).
+    """
     if parameters is None:
         return x
-    dim = rotary_dim(parameters, x.shape[-1])
+    dim = rotary_dim(parameters, x.shape[-1]) if dim is None else dim
     theta, factor = frequencies(parameters, dim)
     wide = accumulation_dtype(x)
     angle = (positions[..., None].astype(wide) * theta.astype(wide))[:, :, None]  # B T 1 dim/2

@@ -13,9 +13,9 @@ def accumulation_dtype(*arrays):
     return jnp.result_type(jnp.float32, *(a.dtype for a in arrays))
 
 
-def softcap(scores: Array, cap: float | None) -> Array:
-    """cap * tanh(scores / cap), on scaled scores and before the mask (Gemma 2). None leaves them alone."""
-    return scores if cap is None else cap * jnp.tanh(scores / cap)
+def cap(scores: Array, limit: float | None) -> Array:
+    """limit * tanh(scores / limit), on scaled scores and before the mask (Gemma 2). None leaves them alone."""
+    return scores if limit is None else limit * jnp.tanh(scores / limit)
 
 
 def masked_softmax(

@@ -15,19 +15,21 @@ CACHE_DTYPES = ("float16", "bfloat16", "float32", "float64")
 
 @dataclass(frozen=True)
 class Buffer:
-    """One leaf of a cache: batch, then slots, then `shape`.
+    """One leaf of a cache: batch, then slots, then `shape`. At least one slot, even if it never holds data.
 
     dims:  the axis letters, e.g. ("B", "S", "K", "H"); a buffer without a slot axis has no second letter "S" or "W".
     shape: sizes of the axes after the slots (after the batch when there are none).
     every: tokens per slot, 1 for one slot a token, m for one entry a block of m; None for a size that never grows.
+    first: tokens that the first slot needs, if not `every` (blocks that overlap).
     limit: most slots a row can use (a ring's window); None for no limit. every=None and limit=None: no slot axis.
     dtype: None follows the cache's dtype; "float32" means float32 or wider (states and running sums).
-    filled: how many leading slots hold data, from (cfg, length); None derives min(length // every, limit).
+    filled: how many leading slots hold data, from (cfg, length); None derives it from the fields above.
     """
 
     dims: tuple[str, ...]
     shape: tuple[int, ...]
     every: int | None = 1
+    first: int | None = None
     limit: int | None = None
     dtype: str | None = None
     filled: Callable[[Any, Array], Array] | None = None
@@ -40,16 +42,20 @@ class Buffer:
         """Slots of a row in a cache for `capacity` tokens."""
         if not self.has_slots:
             return 1
-        grown = self.limit if self.every is None else capacity // self.every
-        return grown if self.limit is None else min(grown, self.limit)
+        grown = capacity if self.every is None else self.entries(capacity)
+        return max(1, grown if self.limit is None else min(grown, self.limit))
+
+    def entries(self, tokens):
+        """Slots that `tokens` tokens (int or array) fill in a buffer that grows: 0 before the first is complete."""
+        first = self.every if self.first is None else self.first
+        count = (tokens - first) // self.every + 1
+        return max(0, count) if isinstance(count, int) else jnp.maximum(0, count)
 
     def valid(self, cfg, length: Int[Array, "B"]) -> Int[Array, "B"]:
         """How many leading slots of each row hold data after `length` tokens (before any cap by the capacity)."""
         if self.filled is not None:
             return self.filled(cfg, length)
-        if self.every is None:
-            return jnp.full_like(length, self.limit or 1)
-        count = length // self.every
+        count = length if self.every is None else self.entries(length)
         return count if self.limit is None else jnp.minimum(count, self.limit)
 
     def dtype_in(self, dtype) -> jnp.dtype:
@@ -103,8 +109,9 @@ class CacheSpec(Mapping):
                 capacity = shape[1] if capacity is None else capacity
             rest = shape[2:] if buffer.has_slots else shape[1:]
             good = len(shape) == len(buffer.dims) and shape[0] == cache.length.shape[0] and rest == buffer.shape
-            if good and buffer.has_slots and capacity is not None:
-                good = shape[1] == buffer.slots(capacity)
+            if good and buffer.has_slots:
+                known = capacity is not None
+                good = shape[1] == buffer.slots(capacity) if known else 1 <= shape[1] <= (buffer.limit or shape[1])
             if not good:
                 want = f"{' '.join(buffer.dims)} with {buffer.shape} after the slots and capacity {capacity}"
                 raise ValueError(f"cache.{name} has shape {shape}; it must be {want}")

@@ -76,7 +76,7 @@ def gpu() -> bool:
 
 def _jax_call(op: Callable, inputs: Inputs) -> tuple[np.ndarray, ...]:
     options = {k: jnp.asarray(v) if isinstance(v, np.ndarray) else v for k, v in inputs.options.items()}
-    results = op(*(jnp.asarray(a) for a in inputs.arrays.values()), **options)
+    results = op(*(a if a is None else jnp.asarray(a) for a in inputs.arrays.values()), **options)
     return tuple(np.asarray(r, np.float64) for r in results)
 
 
@@ -87,7 +87,7 @@ def _torch_call(op: Callable, inputs: Inputs) -> tuple[np.ndarray, ...]:
     options = {k: to_torch(v).to(device) if isinstance(v, np.ndarray) else v for k, v in inputs.options.items()}
     if isinstance(options.get("out_dtype"), str):
         options["out_dtype"] = getattr(torch, options["out_dtype"])
-    results = op(*(to_torch(a).to(device) for a in inputs.arrays.values()), **options)
+    results = op(*(a if a is None else to_torch(a).to(device) for a in inputs.arrays.values()), **options)
     return tuple(r.double().cpu().numpy() for r in results)
 
 

@@ -61,10 +61,41 @@ def _over_a_cache(case: Case, dtype, rng, shapes: dict, caches: tuple[str, ...],
         unread[max(0, length - T + 1 - window) : length] = False
         for name in caches:
             arrays[name][row, unread] = np.nan
-    options = {"scale": scale, **case.options}
-    if options.pop("sinks", False):
-        options["sinks"] = rng.standard_normal(N).astype(np.float32)
+    options = _with_sinks({"scale": scale, **case.options}, N, rng)
     return Inputs({**arrays, "lengths": np.array(case.lengths, np.int32)}, options)
+
+
+def _decode_block_sparse(case: Case, dtype: np.dtype, rng: np.random.Generator) -> Inputs:
+    """Lists of L distinct blocks each, a few of them -1, in random order. V = 0: the values are the keys. Lengths of
+    () are None. NaN in every slot of a head that no list of the head lets a query see.
+    """
+    B, T, N, K, S, H, V, X, L = (case.sizes[axis] for axis in "BTNKSHVXL")
+    size = case.options["block_size"]
+    count = -(-S // size)
+    arrays = {"q": rng.standard_normal((B, T, N, H)), "k": rng.standard_normal((B, S, K, H))}
+    arrays["v"] = rng.standard_normal((B, S, K, V)) if V else None
+    arrays = {name: None if a is None else a.astype(dtype) for name, a in arrays.items()}
+    lists = np.full((B, T, X, L), -1, np.int32)
+    for b, t, x in np.ndindex(B, T, X):
+        picks = rng.permutation(count)[: max(0, L - int(rng.integers(3)))]
+        lists[b, t, x, : len(picks)] = picks
+        rng.shuffle(lists[b, t, x])
+    read = np.zeros((B, S, K), bool)
+    for b, t, x in np.ndindex(B, T, X):
+        end = case.lengths[b] - T + t + 1 if case.lengths else S
+        seen = np.isin(np.arange(S) // size, lists[b, t, x]) & (np.arange(S) < end)
+        read[b, :, x // (X // K)] |= seen
+    for name in ("k", "v"):
+        if arrays[name] is not None:
+            arrays[name][~read] = np.nan
+    arrays |= {"block_indices": lists, "lengths": np.array(case.lengths, np.int32) if case.lengths else None}
+    return Inputs(arrays, _with_sinks({"scale": H**-0.5, **case.options}, N, rng))
+
+
+def _with_sinks(options: dict, heads: int, rng: np.random.Generator) -> dict:
+    if options.pop("sinks", False):
+        options["sinks"] = rng.standard_normal(heads).astype(np.float32)
+    return options
 
 
 def _merge_states(case: Case, dtype: np.dtype, rng: np.random.Generator) -> Inputs:
@@ -77,7 +108,12 @@ def _merge_states(case: Case, dtype: np.dtype, rng: np.random.Generator) -> Inpu
     return Inputs({"outs": outs, "lses": lses}, {})
 
 
-_BUILD = {"decode_attention": _decode_attention, "decode_mla": _decode_mla, "merge_states": _merge_states}
+_BUILD = {
+    "decode_attention": _decode_attention,
+    "decode_block_sparse": _decode_block_sparse,
+    "decode_mla": _decode_mla,
+    "merge_states": _merge_states,
+}
 
 
 def _attention(name, B, N, K, H, S, lengths, *tags, T=1, V=None, **options) -> Case:
@@ -88,6 +124,11 @@ def _attention(name, B, N, K, H, S, lengths, *tags, T=1, V=None, **options) -> C
 def _mla(name, B, N, S, lengths, *tags, T=1, C=512, R=64, **options) -> Case:
     sizes = {"B": B, "T": T, "N": N, "S": S, "C": C, "R": R}
     return Case(name, "decode_mla", sizes, lengths, options, frozenset(tags))
+
+
+def _blocks(name, B, N, K, H, S, size, L, lengths, *tags, T=1, V=None, X=None, **options) -> Case:
+    sizes = {"B": B, "T": T, "N": N, "K": K, "S": S, "H": H, "V": H if V is None else V, "X": X or K, "L": L}
+    return Case(name, "decode_block_sparse", sizes, lengths, {"block_size": size, **options}, frozenset(tags))
 
 
 def _merge(name, P, B, T, N, V, lengths, *tags) -> Case:
@@ -127,6 +168,19 @@ CASES: tuple[Case, ...] = (
     _mla("mla_two_queries", 2, 16, 128, (128, 1), T=2, C=128),
     _mla("mla_window_sinks", 2, 32, 256, (256, 40), C=128, window=70, sinks=True),
     _mla("mla_chunked", 3, 16, 256, (256, 130, 0), C=128, chunk=64),
+    _blocks("blocks_of_64", 2, 8, 2, 128, 512, 64, 4, (512, 300), "basic"),
+    _blocks("blocks_of_128", 1, 16, 2, 128, 1024, 128, 5, (1000,), "basic"),
+    _blocks("blocks_of_16", 3, 4, 1, 64, 256, 16, 6, (256, 0, 77), "basic"),
+    _blocks("blocks_of_8", 2, 6, 2, 64, 200, 8, 9, (200, 13)),
+    _blocks("blocks_of_32_per_head", 2, 8, 2, 64, 256, 32, 3, (256, 90), X=8),
+    _blocks("blocks_two_queries", 2, 8, 2, 64, 256, 64, 2, (256, 65), T=2, sinks=True),
+    _blocks("blocks_sinks_softcap", 2, 8, 2, 128, 256, 64, 2, (256, 1), sinks=True, softcap=5.0),
+    _blocks("blocks_keys_are_values", 2, 16, 1, 64, 256, 64, 3, (256, 130), V=0),
+    _blocks("blocks_without_lengths", 2, 8, 2, 64, 200, 64, 3, (), sinks=True),
+    _blocks("blocks_few_of_many", 1, 4, 1, 64, 1024, 64, 20, (700,)),
+    _blocks("tokens", 2, 8, 2, 64, 128, 1, 40, (128, 30)),
+    _blocks("tokens_keys_are_values", 2, 16, 1, 64, 96, 1, 33, (), V=0, sinks=True),
+    _blocks("tokens_two_queries", 1, 4, 1, 128, 128, 1, 70, (128,), T=2),
     _merge("merge_two", 2, 2, 1, 8, 128, (2, 1), "basic", "demo"),
     _merge("merge_many", 5, 3, 2, 4, 64, (5, 0, 3), "basic"),
 )

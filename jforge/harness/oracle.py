@@ -27,6 +27,26 @@ def decode_attention(q, k, v, lengths, *, scale, window=None, sinks=None, softca
     return out, lse
 
 
+def decode_block_sparse(
+    q, k, v, block_indices, lengths, *, block_size, scale, sinks=None, softcap=None, out_dtype=None
+):
+    """(out, lse) in float64: decode_attention of each query alone over the slots that its list lets it see."""
+    q, k, v = (np.asarray(a, np.float64) for a in (q, k, k if v is None else v))
+    B, T, N, _ = q.shape
+    S, K, X = k.shape[1], k.shape[2], block_indices.shape[2]
+    out, lse = np.zeros((B, T, N, v.shape[-1])), np.full((B, T, N), -np.inf)
+    for b, t, n in np.ndindex(B, T, N):
+        end = S if lengths is None else int(lengths[b]) - T + t + 1
+        listed = set(block_indices[b, t, n // (N // X)].tolist())
+        slots = [s for s in range(min(S, end)) if s // block_size in listed]
+        head, own = np.s_[b, slots, n // (N // K)], None if sinks is None else sinks[n : n + 1]
+        one = (a[None, :, None] for a in (k[head], v[head]))
+        query = q[b, t, n][None, None, None]
+        result = decode_attention(query, *one, [len(slots)], scale=scale, sinks=own, softcap=softcap)
+        out[b, t, n], lse[b, t, n] = (part[0, 0, 0] for part in result)
+    return out, lse
+
+
 def decode_mla(q_latent, q_rope, latent, k_rope, lengths, **options):
     """(out, lse) in float64: decode_attention with one key head, [latent | k_rope], whose values are the latent."""
     q_latent, q_rope, latent, k_rope = (np.asarray(a, np.float64) for a in (q_latent, q_rope, latent, k_rope))

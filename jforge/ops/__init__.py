@@ -4,17 +4,14 @@ Every backend exports exactly these names with these signatures. `mix` combines 
 """
 
 from jforge.ops.decode_attention import decode_attention
+from jforge.ops.decode_block_sparse import decode_block_sparse
+from jforge.ops.decode_linear import decode_linear
 from jforge.ops.decode_mla import decode_mla
+from jforge.ops.decode_sparse_mla import decode_sparse_mla
+from jforge.ops.index_scores import block_index_scores, index_scores
 from jforge.ops.merge_states import merge_states
 from jforge.ops.mix import mix
 from jforge.ops.topk_indices import topk_indices
-from jforge.ops.unwritten import (
-    block_index_scores,
-    decode_block_sparse,
-    decode_linear,
-    decode_sparse_mla,
-    index_scores,
-)
 
 __all__ = [
     "decode_attention",

@@ -69,16 +69,58 @@ def decode_attention(
         shape("page_table", page_table, "B P", sizes)
         dtype("page_table", page_table, ("int32",))
     _values_and_scales(q, k, v, k_scale, v_scale, pool, sizes)
+    _options(sizes, scale, sinks, out_dtype, window=window, chunk=chunk, softcap=softcap)
+    return sizes
+
+
+def _options(sizes: dict[str, int], scale, sinks, out_dtype, softcap=None, **integers) -> None:
+    """What the attending ops share: a number, N sinks, a float dtype, and options that are positive or None."""
     if sinks is not None:
         shape("sinks", sinks, "N", sizes)
         dtype("sinks", sinks, FLOATS)
     if isinstance(scale, bool) or not isinstance(scale, (int, float, np.number)):
         raise TypeError(f"scale is {scale!r}; it must be a number")
-    for name, value, integer in (("window", window, True), ("chunk", chunk, True), ("softcap", softcap, False)):
+    for name, value in integers.items():
         if value is not None:
-            positive(name, value, integer)
+            positive(name, value, integer=True)
+    if softcap is not None:
+        positive("softcap", softcap)
     if out_dtype is not None and str(jnp.dtype(out_dtype)) not in FLOATS:
         raise TypeError(f"out_dtype is {jnp.dtype(out_dtype)}; allowed: {', '.join(FLOATS)}")
+
+
+def decode_block_sparse(
+    q, k, v, block_indices, lengths, *, block_size, scale, sinks=None, softcap=None, page_table=None, k_scale=None,
+    v_scale=None, out_dtype=None,
+) -> dict[str, int]:  # fmt: skip
+    """Raise ValueError or TypeError unless the arguments fit `decode_block_sparse`; return the sizes by letter.
+
+    X is the number of lists of a query token: K, or N where every head has its own.
+    """
+    sizes: dict[str, int] = {}
+    shape("q", q, "B T N H", sizes)
+    pool = "pages page" if page_table is not None else "B S"
+    shape("k", k, f"{pool} K H", sizes)
+    if v is not None:
+        shape("v", v, f"{pool} K V", sizes)
+    shape("block_indices", block_indices, "B T X L", sizes)
+    dtype("block_indices", block_indices, ("int32",))
+    if sizes["K"] == 0 or sizes["N"] % sizes["K"]:
+        raise ValueError(f"q has N={sizes['N']} heads; N must be a multiple of k's K={sizes['K']}")
+    if sizes["X"] not in (sizes["K"], sizes["N"]):
+        raise ValueError(f"block_indices has {sizes['X']} lists; it must be K={sizes['K']} or N={sizes['N']}")
+    if lengths is not None:
+        shape("lengths", lengths, "B", sizes)
+        dtype("lengths", lengths, ("int32",))
+    if page_table is not None:
+        shape("page_table", page_table, "B P", sizes)
+        dtype("page_table", page_table, ("int32",))
+    if v is None and v_scale is not None:
+        raise TypeError("v_scale is given, but v is None: the values are k, and k_scale is theirs")
+    both = (k, k_scale) if v is None else (v, v_scale)
+    _values_and_scales(q, k, both[0], k_scale, both[1], pool, sizes)
+    positive("block_size", block_size, integer=True)
+    _options(sizes, scale, sinks, out_dtype, softcap)
     return sizes
 
 
@@ -107,16 +149,23 @@ def decode_mla(
     A quantised latent comes with `latent_scale`, float32 with one value a slot: value = stored * scale.
     """
     sizes: dict[str, int] = {}
-    shape("q_latent", q_latent, "B T N C", sizes)
-    shape("q_rope", q_rope, "B T N R", sizes)
     pool = "pages page" if page_table is not None else "B S"
-    shape("latent", latent, f"{pool} C", sizes)
-    shape("k_rope", k_rope, f"{pool} R", sizes)
+    _latent_arrays(q_latent, q_rope, latent, k_rope, latent_scale, pool, sizes)
     shape("lengths", lengths, "B", sizes)
     dtype("lengths", lengths, ("int32",))
     if page_table is not None:
         shape("page_table", page_table, "B P", sizes)
         dtype("page_table", page_table, ("int32",))
+    _options(sizes, scale, sinks, out_dtype, window=window, chunk=chunk)
+    return sizes
+
+
+def _latent_arrays(q_latent, q_rope, latent, k_rope, latent_scale, pool: str, sizes: dict[str, int]) -> None:
+    """Both queries, the latents (perhaps quantised, with a scale for each slot) and the rotary keys."""
+    shape("q_latent", q_latent, "B T N C", sizes)
+    shape("q_rope", q_rope, "B T N R", sizes)
+    shape("latent", latent, f"{pool} C", sizes)
+    shape("k_rope", k_rope, f"{pool} R", sizes)
     if latent_scale is None:
         same_float(q_latent=q_latent, q_rope=q_rope, latent=latent, k_rope=k_rope)
     else:
@@ -124,17 +173,6 @@ def decode_mla(
         dtype("latent", latent, QUANTISED)
         shape("latent_scale", latent_scale, pool, sizes)
         dtype("latent_scale", latent_scale, ("float32",))
-    if sinks is not None:
-        shape("sinks", sinks, "N", sizes)
-        dtype("sinks", sinks, FLOATS)
-    if isinstance(scale, bool) or not isinstance(scale, (int, float, np.number)):
-        raise TypeError(f"scale is {scale!r}; it must be a number")
-    for name, value in (("window", window), ("chunk", chunk)):
-        if value is not None:
-            positive(name, value, integer=True)
-    if out_dtype is not None and str(jnp.dtype(out_dtype)) not in FLOATS:
-        raise TypeError(f"out_dtype is {jnp.dtype(out_dtype)}; allowed: {', '.join(FLOATS)}")
-    return sizes
 
 
 def merge_states(outs, lses) -> None:
@@ -146,3 +184,50 @@ def merge_states(outs, lses) -> None:
     dtype("lses", lses, ("float32", "float64"))
     if sizes["P"] == 0:
         raise ValueError("outs has no parts (P=0); at least one is needed")
+
+
+def decode_sparse_mla(
+    q_latent, q_rope, latent, k_rope, indices, *, scale, sinks=None, latent_scale=None, out_dtype=None
+) -> dict[str, int]:
+    """Raise ValueError or TypeError unless the arguments fit `decode_sparse_mla`; return the sizes by letter."""
+    sizes: dict[str, int] = {}
+    _latent_arrays(q_latent, q_rope, latent, k_rope, latent_scale, "B S", sizes)
+    shape("indices", indices, "B T L", sizes)
+    dtype("indices", indices, ("int32",))
+    _options(sizes, scale, sinks, out_dtype)
+    return sizes
+
+
+def index_scores(q_index, k_index, lengths, *, k_scale=None, weights=None) -> None:
+    """Raise ValueError or TypeError unless the arguments fit `index_scores` or `block_index_scores`."""
+    sizes: dict[str, int] = {}
+    shape("q_index", q_index, "B T I J", sizes)
+    shape("k_index", k_index, "B S J", sizes)
+    shape("lengths", lengths, "B", sizes)
+    dtype("lengths", lengths, ("int32",))
+    if k_scale is None:
+        same_float(q_index=q_index, k_index=k_index)
+    else:
+        dtype("q_index", q_index, FLOATS)
+        dtype("k_index", k_index, QUANTISED)
+        shape("k_scale", k_scale, "B S", sizes)
+        dtype("k_scale", k_scale, ("float32",))
+    if weights is not None:
+        shape("weights", weights, "B T I", sizes)
+        dtype("weights", weights, ("float32", "float64"))
+
+
+def decode_linear(q, k, v, state, decay, *, beta=None) -> None:
+    """Raise ValueError or TypeError unless the arguments fit `decode_linear`. float64 stands where float32 is asked."""
+    sizes: dict[str, int] = {}
+    for name, array, letters in (("q", q, "B N H"), ("k", k, "B N H"), ("v", v, "B N V"), ("state", state, "B N H V")):
+        shape(name, array, letters, sizes)
+    same_float(q=q, k=k, v=v)
+    if decay.ndim not in (1, 2, 3):
+        raise ValueError(f"decay has shape {tuple(decay.shape)}; it needs the axes N, B N or B N H")
+    shape("decay", decay, ("N", "B N", "B N H")[decay.ndim - 1], sizes)
+    for name, array in (("state", state), ("decay", decay), ("beta", beta)):
+        if array is not None:
+            dtype(name, array, ("float32", "float64"))
+    if beta is not None:
+        shape("beta", beta, "B N", sizes)

@@ -51,7 +51,7 @@ def decode_attention(
         v = v.astype(wide) * v_scale[..., None]
 
     visible = masks.decode(lengths, q.shape[1], S, window)
-    out, lse = attend(q, k, v, visible, scale=scale, cap=softcap, sinks=sinks)
+    out, lse = attend(q, k, v, visible, scale=scale, softcap=softcap, sinks=sinks)
     return out.astype(out_dtype or q.dtype), lse
 
 

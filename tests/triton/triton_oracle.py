@@ -13,17 +13,56 @@ def decode_attention(q, k, v, lengths, *, scale, window=None, sinks=None, softca
     lse = np.full((batch, tokens, heads), -np.inf)
     for b, t, n in np.ndindex(batch, tokens, heads):
         stop = max(int(lengths[b]) - tokens + t + 1, 0)
-        start = 0 if window is None else max(stop - window, 0)
-        x = scale * k[b, start:stop, n // group] @ q[b, t, n]
-        if softcap is not None:
-            x = softcap * np.tanh(x / softcap)
-        logits = x if sinks is None else np.append(x, float(sinks[n]))
-        if logits.size:
-            peak = logits.max()
-            total = np.exp(logits - peak).sum()
-            out[b, t, n] = np.exp(x - peak) @ v[b, start:stop, n // group] / total
-            lse[b, t, n] = peak + np.log(total)
+        keys = slice(0 if window is None else max(stop - window, 0), stop)
+        sink = None if sinks is None else float(sinks[n])
+        cache = (k[b, keys, n // group], v[b, keys, n // group])
+        out[b, t, n], lse[b, t, n] = attend(q[b, t, n], *cache, scale, sink, softcap)
     return out, lse
+
+
+def attend(q, k, v, scale, sink=None, softcap=None):
+    """(out, lse) of one query H over keys S H and values S V that it sees."""
+    x = scale * k @ q
+    if softcap is not None:
+        x = softcap * np.tanh(x / softcap)
+    logits = x if sink is None else np.append(x, sink)
+    if not logits.size:
+        return np.zeros(v.shape[-1]), -np.inf
+    peak = logits.max()
+    total = np.exp(logits - peak).sum()
+    return np.exp(x - peak) @ v / total, peak + np.log(total)
+
+
+def decode_block_sparse(
+    q, k, v, block_indices, lengths, *, block_size, scale, sinks=None, softcap=None, page_table=None
+):
+    """(out, lse) of the op, float64. Reads only the slots that a query sees, and of a page table only their entries."""
+    q, k, v = (np.asarray(x.double().cpu()) for x in (q, k, k if v is None else v))
+    batch, tokens, heads, _ = q.shape
+    page = k.shape[1]
+    slots = page if page_table is None else page * page_table.shape[1]
+    out = np.zeros((batch, tokens, heads, v.shape[-1]))
+    lse = np.full((batch, tokens, heads), -np.inf)
+    for b, t, n in np.ndindex(batch, tokens, heads):
+        stop = slots if lengths is None else int(lengths[b]) - tokens + t + 1
+        seen = listed_slots(block_indices[b, t, n * block_indices.shape[2] // heads], block_size, slots, stop)
+        place = (b, seen) if page_table is None else (np.asarray(page_table[b].cpu())[seen // page], seen % page)
+        cache = (x[*place, n * k.shape[2] // heads] for x in (k, v))
+        sink = None if sinks is None else float(sinks[n])
+        out[b, t, n], lse[b, t, n] = attend(q[b, t, n], *cache, scale, sink, softcap)
+    return out, lse
+
+
+def listed_slots(blocks, block_size, slots, stop):
+    """The slots below `stop` of the listed blocks that are in a cache of so many slots, in the list's order."""
+    starts = (block * block_size for block in blocks.tolist() if 0 <= block * block_size < slots)
+    return np.array([j for start in starts for j in range(start, min(start + block_size, stop))], int)
+
+
+def decode_sparse_mla(q_latent, q_rope, latent, k_rope, indices, **options):
+    """(out_latent, lse) of the op, float64: one KV head, keys [latent, k_rope], values the latent, blocks of a slot."""
+    q, k = torch.cat([q_latent, q_rope], -1), torch.cat([latent, k_rope], -1)[:, :, None]
+    return decode_block_sparse(q, k, latent[:, :, None], indices[:, :, None], None, block_size=1, **options)
 
 
 def decode_mla(q_latent, q_rope, latent, k_rope, lengths, *, page_table=None, **options):

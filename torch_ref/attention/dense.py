@@ -103,17 +103,27 @@ def decode(params, cfg, x, cache, ops=reference_ops):
 
 def project(params, cfg, x, positions):
     """q B T N H, k B T K H and v B T K V of the new tokens, in x's dtype: bias, then norm, then RoPE."""
+    q, k, v = unrotated(params, cfg, x)
+    return rotate(cfg, q, positions), rotate(cfg, k, positions), v
+
+
+def unrotated(params, cfg, x):
+    """What `project` gives, before RoPE."""
     q, k, v = (einsum("btd,dnh->btnh", x, params[w]) for w in ("wq", "wk", "wv"))
     if cfg.attention_bias:
         q, k, v = q + params["bq"], k + params["bk"], v + params["bv"]
     q, k, v = q.to(x.dtype), k.to(x.dtype), v.to(x.dtype)
     if cfg.qk_norm is not None:
         q, k = normalise(cfg, q, "q_norm", params), normalise(cfg, k, "k_norm", params)
-    if cfg.rope_parameters is not None:
-        theta, factor = frequencies(cfg.rope_parameters, cfg.head_dim)
-        q = apply_rope(q, positions, theta, factor, cfg.rope_layout)
-        k = apply_rope(k, positions, theta, factor, cfg.rope_layout)
     return q, k, v
+
+
+def rotate(cfg, x, positions):
+    """x B T heads H turned by the config's RoPE, if it has one; positions: int B T."""
+    if cfg.rope_parameters is None:
+        return x
+    theta, factor = frequencies(cfg.rope_parameters, cfg.head_dim)
+    return apply_rope(x, positions, theta, factor, cfg.rope_layout)
 
 
 def normalise(cfg, x, name, params):

@@ -39,5 +39,23 @@ def check_cache(cache, x, **slots):
         sizes["S"], dtypes = cache[name].shape[1], (cache[name].dtype,)
 
 
+def check_buffer(cache, x, name, dims, sizes, dtypes):
+    """cache[name]: a tensor with the dimensions dims and their sizes, as in `check.tensor`, on x's device."""
+    check.tensor(f'cache["{name}"]', cache[name], dims, {"B": len(x)} | sizes, dtypes, x.device)
+
+
+def check_parameter(params, name, *shape):
+    """params[name]: float, of this very shape; a broadcast would give something else without a word."""
+    check.is_tensor(f'params["{name}"]', params[name])
+    if list(params[name].shape) != list(shape):
+        raise ValueError(f'params["{name}"] has shape {list(params[name].shape)}; allowed: {list(shape)}')
+
+
+def check_counts(cfg, least, *names):
+    """Every cfg.name is an int >= least."""
+    for name in names:
+        check.integer(name, getattr(cfg, name), least)
+
+
 def _sizes(x):
     return {"B": x.shape[0], "T": x.shape[1]}

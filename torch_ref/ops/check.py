@@ -94,6 +94,55 @@ def decode_mla(
     floating_dtype("out_dtype", out_dtype)
 
 
+def decode_block_sparse(
+    q,
+    k,
+    v,
+    block_indices,
+    lengths,
+    *,
+    block_size,
+    scale,
+    sinks=None,
+    softcap=None,
+    page_table=None,
+    k_scale=None,
+    v_scale=None,
+    out_dtype=None,
+):
+    """Check the arguments of `decode_block_sparse`; shapes and dtypes are those of its docstring."""
+    sizes = {}
+    tensor("q", q, "B T N H", sizes, FLOATS)
+    slots = "B S K" if page_table is None else "pages page K"
+    tensor("k", k, f"{slots} H", sizes, FLOATS + QUANTISED, q.device)
+    if v is not None:
+        tensor("v", v, f"{slots} V", sizes, FLOATS + QUANTISED, q.device)
+    elif v_scale is not None:
+        raise TypeError("v_scale is given with v=None; allowed: None, because the values are k and its scale k_scale")
+    heads(sizes)
+    same_dtypes(q, k, k if v is None else v, k_scale, k_scale if v is None else v_scale)
+    for name, scales in (("k_scale", k_scale), ("v_scale", v_scale)):
+        if scales is not None:
+            tensor(name, scales, slots, sizes, (torch.float32,), q.device)
+    tensor("block_indices", block_indices, "B T lists L", sizes, (torch.int32,), q.device)
+    if sizes["lists"] not in (sizes["K"], sizes["N"]):
+        raise ValueError(
+            f"block_indices has {sizes['lists']} lists per query; allowed: K={sizes['K']}, one per KV head, "
+            f"or N={sizes['N']}, one per head"
+        )
+    if lengths is not None:
+        tensor("lengths", lengths, "B", sizes, (torch.int32,), q.device)
+    if page_table is not None:
+        tensor("page_table", page_table, "B P", sizes, (torch.int32,), q.device)
+    if sinks is not None:
+        tensor("sinks", sinks, "N", sizes, FLOATS, q.device)
+    number("scale", scale)
+    if softcap is not None:
+        number("softcap", softcap, positive=True)
+    integer("block_size", block_size)
+    floating_dtype("out_dtype", out_dtype)
+
+
 def merge_states(outs, lses):
     """Check the arguments of `merge_states`: outs P B T N V of a float dtype, lses P B T N in float32 or float64."""
     sizes = {}
@@ -199,11 +248,11 @@ def number(name, value, positive=False):
         raise ValueError(f"{name} is {value}; allowed: {wanted}")
 
 
-def integer(name, value):
+def integer(name, value, least=1):
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
-        raise TypeError(f"{name} is a {type(value).__name__}; allowed: an int >= 1")
-    if value < 1:
-        raise ValueError(f"{name} is {value}; allowed: an int >= 1")
+        raise TypeError(f"{name} is a {type(value).__name__}; allowed: an int >= {least}")
+    if value < least:
+        raise ValueError(f"{name} is {value}; allowed: an int >= {least}")
 
 
 def floating_dtype(name, value):

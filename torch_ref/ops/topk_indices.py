@@ -9,8 +9,8 @@ def topk_indices(scores, k):
     """int32 [..., k]: the positions of the k largest scores, by score descending and, in ties, by index ascending.
 
     scores: [..., S], any float dtype. Masked candidates hold -inf and are never picked: a pick of -inf is -1, and so
-    is every pick past S when k > S. +inf forces a pick. 0.0 and -0.0 are equal. Raises ValueError (k < 1) and
-    TypeError (dtypes).
+    is every pick past S when k > S. +inf forces a pick. 0.0 and -0.0 are equal. NaN of either sign ranks above +inf,
+    all NaN equal: a broken score is picked and shows. Raises ValueError (k < 1, no dimension) and TypeError (dtypes).
     """
     check.topk_indices(scores, k)
     # torch.topk promises no order among ties; a stable sort keeps the lower index first

@@ -1,0 +1,239 @@
+"""Lightning attention: linear attention with a fixed decay for each head; the cache is one matrix a head.
+
+    q, k, v = silu(x W_q), silu(x W_k), silu(x W_v)
+    S_t = lambda S_{t-1} + k_t v_t^T,   o_t = S_t^T q_t            the current token is not decayed
+    y   = (sigmoid(x W_g) * rms(o)) W_o                            rms over all N H channels
+    lambda_n = exp(-slope_n),  slope_n = 2^(-8 (n+1) / N) (1 - l / (L - 1 + 1e-5) + 1e-5)   in layer l of L
+
+Three equal forms: the recurrence (decode), a sum over all pairs (`forward`), and blocks (`prefill`): products inside a
+block, the state between blocks, so that the work is that of matrices and the memory that of a block.
+
+No RoPE, no softmax, no scale. The state is float32 whatever the cache's dtype; it never grows and never overflows.
+
+Sources: MiniMax-01 (arXiv 2501.08313), transformers' minimax. Head counts that are no power of two take ALiBi's slopes
+between those of two powers, as the original code does. Padding after a row's tokens neither enters nor decays S.
+"""
+
+import math
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float
+
+import jforge.ops as jax_ops
+from jforge.core import masks
+from jforge.core.attend import einsum
+from jforge.core.attention import Attention, init_cache_from, no_selection, no_tokens
+from jforge.core.config import FrozenDict, positive, positive_int, reject
+from jforge.core.norm import rms_norm
+from jforge.core.params import random_params
+from jforge.core.softmax import accumulation_dtype
+from jforge.core.spec import Buffer, CacheSpec, cache_class
+from jforge.core.step import begin, check_input, end, one_token
+from jforge.cost import Cost, step_cost
+
+Params = dict[str, Array]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Field names follow Hugging Face where it has the field."""
+
+    hidden_size: int
+    num_attention_heads: int
+    head_dim: int | None = None  # hidden_size // num_attention_heads
+    layer_index: int = 0  # among all layers of the model
+    num_hidden_layers: int = 80
+    block_size: int = 256  # tokens of a block in prefill; the result does not depend on it
+    rms_norm_eps: float = 1e-6
+
+    def __post_init__(self):
+        for name in ("hidden_size", "num_attention_heads", "num_hidden_layers", "block_size"):
+            positive_int(name, getattr(self, name))
+        if self.head_dim is None:
+            if self.hidden_size % self.num_attention_heads:
+                reject("head_dim", None, "given: hidden_size is no multiple of num_attention_heads")
+            object.__setattr__(self, "head_dim", self.hidden_size // self.num_attention_heads)
+        positive_int("head_dim", self.head_dim)
+        index = self.layer_index
+        if isinstance(index, bool) or not isinstance(index, int) or not 0 <= index < self.num_hidden_layers:
+            reject("layer_index", index, f"an integer in 0..num_hidden_layers - 1 = {self.num_hidden_layers - 1}")
+        positive("rms_norm_eps", self.rms_norm_eps)
+
+
+@cache_class
+class State:
+    """The sum of k v^T over the tokens seen, older ones decayed."""
+
+    state: jax.Array  # B N H H (key channel, value channel), float32 or wider
+    length: jax.Array  # int32[B]
+
+
+def slopes(cfg: Config) -> np.ndarray:
+    """float64 [N]: how fast each head forgets, in natural-log units a token."""
+    factor = 1 - cfg.layer_index / (cfg.num_hidden_layers - 1 + 1e-5) + 1e-5
+    return _geometric(cfg.num_attention_heads) * factor
+
+
+def _geometric(heads: int) -> np.ndarray:
+    lower = 2 ** int(math.log2(heads))
+    out = 2.0 ** (-8 * np.arange(1, lower + 1) / lower)
+    return out if lower == heads else np.concatenate([out, _geometric(2 * lower)[::2][: heads - lower]])
+
+
+def decay_of(cfg: Config, dtype=jnp.float32) -> Float[Array, "N"]:
+    """The factor lambda of each head."""
+    return jnp.asarray(np.exp(-slopes(cfg)), dtype)
+
+
+def shapes(cfg: Config) -> dict[str, tuple[int, ...]]:
+    """{parameter: shape} of a Config."""
+    D, N, H = cfg.hidden_size, cfg.num_attention_heads, cfg.head_dim
+    return {**{name: (D, N, H) for name in ("wq", "wk", "wv", "wg")}, "o_norm": (N, H), "wo": (N, H, D)}
+
+
+def init_params(key: Array, cfg: Config, dtype=jnp.float32) -> Params:
+    return random_params(key, shapes(cfg), dtype)
+
+
+def project(params: Params, x: Float[Array, "B T D"]) -> list[Float[Array, "B T N H"]]:
+    """q, k, v of the new tokens."""
+    return [jax.nn.silu(einsum("btd,dnh->btnh", x, params[w])) for w in ("wq", "wk", "wv")]
+
+
+def project_out(params: Params, cfg: Config, x: Float[Array, "B T D"], out: Float[Array, "B T N H"]) -> Array:
+    gate = jax.nn.sigmoid(einsum("btd,dnh->btnh", x, params["wg"]))
+    return einsum("btnh,nhd->btd", gate * rms_norm(out, params["o_norm"], eps=cfg.rms_norm_eps), params["wo"])
+
+
+def quadratic(q, k, v, slope: Float[Array, "N"]) -> Float[Array, "B T N H"]:
+    """o_t = sum over s <= t of lambda^(t-s) (q_t . k_s) v_s."""
+    wide = accumulation_dtype(q)
+    q, k, v = (a.astype(wide) for a in (q, k, v))
+    order = jnp.arange(q.shape[1])
+    distance = (order[:, None] - order)[:, None]  # T 1 S
+    weights = jnp.where(distance >= 0, jnp.exp(-slope[:, None] * jnp.maximum(distance, 0)), 0)
+    return einsum("btnh,bsnh,tns,bsnv->btnv", q, k, weights, v)
+
+
+def recurrent(q, k, v, decay: Float[Array, "N"], state: Float[Array, "B N H V"], ops=jax_ops) -> tuple[Array, Array]:
+    """(out B T N H, state) of the recurrence, one token after another."""
+    outs = []
+    for t in range(q.shape[1]):
+        out, state = ops.decode_linear(q[:, t], k[:, t], v[:, t], state, decay)
+        outs.append(out)
+    return jnp.stack(outs, axis=1), state
+
+
+def blockwise(
+    q, k, v, slope: Float[Array, "N"], state: Float[Array, "B N H V"], size: int, keep: Bool[Array, "B T"] | None = None
+) -> tuple[Float[Array, "B T N H"], Float[Array, "B N H V"]]:
+    """(out, state) block by block. With c_i the log decay since the block began, token i included:
+
+    out_i = exp(c_i) S^T q_i + sum over j <= i of exp(c_i - c_j) (q_i . k_j) v_j
+    S    <- exp(c_m) S + sum over j of exp(c_m - c_j) k_j v_j^T
+
+    Tokens that are not kept have no decay and no key: they leave the state as it is.
+    """
+    B, T = q.shape[:2]
+    keep = jnp.ones((B, T), bool) if keep is None else keep
+    count, padding = -(-T // size), -T % size
+
+    def split(a):  # blocks first, as scan wants them
+        a = jnp.pad(a, [(0, 0), (0, padding)] + [(0, 0)] * (a.ndim - 2))
+        return jnp.moveaxis(a.reshape(B, count, size, *a.shape[2:]), 1, 0)
+
+    q, k, v = (a.astype(state.dtype) for a in (q, jnp.where(keep[..., None, None], k, 0), v))
+    causal = jnp.tril(jnp.ones((size, size), bool))[None, :, :, None]
+
+    def block(state, inputs):
+        q, k, v, keep = inputs
+        log = -jnp.cumsum(keep, axis=1)[..., None] * slope  # B m N
+        between = jnp.where(causal, log[:, :, None] - log[:, None], -jnp.inf)
+        inside = einsum("binh,bjnh,bijn,bjnv->binv", q, k, jnp.exp(between), v)
+        out = inside + einsum("binh,bin,bnhv->binv", q, jnp.exp(log), state)
+        last = log[:, -1:]
+        state = jnp.exp(last[:, 0])[..., None, None] * state
+        return state + einsum("bjnh,bjn,bjnv->bnhv", k, jnp.exp(last - log), v), out
+
+    state, outs = jax.lax.scan(block, state, tuple(map(split, (q, k, v, keep))))
+    return jnp.moveaxis(outs, 0, 1).reshape(B, -1, *outs.shape[3:])[:, :T], state
+
+
+def visible(cfg: Config, q_pos: Array, k_pos: Array) -> Array:
+    """Every token up to the query's own, if ever more faintly."""
+    return masks.causal(q_pos, k_pos)
+
+
+def forward(params: Params, cfg: Config, x: Float[Array, "B T D"], positions=None) -> Float[Array, "B T D"]:
+    """The definition, in the quadratic form. There is no RoPE, so `positions` change nothing."""
+    check_input(x, cfg.hidden_size)
+    q, k, v = project(params, x)
+    out = quadratic(q, k, v, jnp.asarray(slopes(cfg), accumulation_dtype(q))).astype(x.dtype)
+    return project_out(params, cfg, x, out).astype(x.dtype)
+
+
+def prefill(params: Params, cfg: Config, x: Float[Array, "B T D"], cache: State, lengths=None) -> tuple[Array, State]:
+    """Take T tokens (row b its first lengths[b]) into the state, block by block."""
+    cache_spec(cfg).check(cache)
+    step = begin(x, cache.length, lengths, cfg.hidden_size, None)
+    q, k, v = project(params, step.x)
+    slope = jnp.asarray(slopes(cfg), cache.state.dtype)
+    out, state = blockwise(q, k, v, slope, cache.state, min(cfg.block_size, x.shape[1]), step.keep)
+    return end(step, project_out(params, cfg, step.x, out.astype(x.dtype)), x.dtype), State(state, step.length)
+
+
+def decode(
+    params: Params, cfg: Config, x: Float[Array, "B 1 D"], cache: State, ops=jax_ops
+) -> tuple[Float[Array, "B 1 D"], State]:
+    """One step of the recurrence through `ops.decode_linear`, which may overwrite the state."""
+    cache_spec(cfg).check(cache)
+    step = begin(one_token(x), cache.length, None, cfg.hidden_size, None)
+    q, k, v = (a[:, 0] for a in project(params, step.x))
+    out, state = ops.decode_linear(q, k, v, cache.state, decay_of(cfg, cache.state.dtype))
+    return end(step, project_out(params, cfg, step.x, out[:, None]), x.dtype), State(state, step.length)
+
+
+def cache_spec(cfg: Config) -> CacheSpec:
+    N, H = cfg.num_attention_heads, cfg.head_dim
+    return CacheSpec(State, {"state": Buffer(("B", "N", "H", "H"), (N, H, H), every=None, dtype="float32")})
+
+
+def cost(
+    cfg: Config, *, context: int, batch: int = 1, capacity: int | None = None, dtype=jnp.bfloat16, closing: bool = False
+) -> Cost:
+    """One step reads and writes the whole state: 5 flops an element (decay, k v^T and its sum, S^T q)."""
+    return step_cost(
+        cache_spec(cfg),
+        context=context,
+        batch=batch,
+        capacity=capacity,
+        dtype=dtype,
+        read={"state": 1},
+        written={"state": 1},
+        flops=5 * cfg.num_attention_heads * cfg.head_dim**2,
+        entries_read=1,
+    )
+
+
+lightning = Attention(
+    summary="linear attention with a fixed decay a head: one matrix is the cache (MiniMax-Text-01, M1)",
+    Config=Config,
+    init_params=init_params,
+    init_cache=init_cache_from(cache_spec),
+    forward=forward,
+    prefill=prefill,
+    decode=decode,
+    visible=visible,
+    select=no_selection,
+    tokens_of=no_tokens,
+    cache_spec=cache_spec,
+    cost=cost,
+    models=FrozenDict({"MiniMax-Text-01": Config(hidden_size=6144, num_attention_heads=64, head_dim=128)}),
+    examples=(
+        Config(hidden_size=12, num_attention_heads=4, head_dim=5, layer_index=1, num_hidden_layers=4, block_size=4),
+        Config(hidden_size=9, num_attention_heads=3, num_hidden_layers=2, block_size=3),
+    ),
+)

@@ -1,0 +1,250 @@
+"""MiniMax sparse attention: grouped queries over the 16 blocks of 128 tokens that a small index branch scores highest.
+
+    a_{g,s}    = q_I,g . k_I,s                          one index head for each key head g, one index key for all
+    score_{g,b} = max over the tokens s <= t of block b of a_{g,s}
+    o_t        = sum over s <= t in the top blocks of g of softmax_s(scale q_t . k_s) v_s
+
+The query's own block and the `index_local_blocks` - 1 before it (and the first `index_init_blocks`) are always picked
+and count in the budget. No relu, no weights of heads, no scale: a positive one would not change the order. While all
+blocks fit the budget the result is exactly dense.
+
+Index queries and keys have their own RMS norm and turn as many channels as the main heads. The cache is the dense one
+and the index keys. The best key of a block depends on the query, so nothing a block could be stored in its place: a
+step scans all index keys.
+
+Sources: MiniMax Sparse Attention (arXiv 2606.13392), transformers' minimax_m3_vl; where the paper has no norm and no
+RoPE in the index branch, the released model has both.
+"""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+import jforge.ops as jax_ops
+from jforge.attention import dense
+from jforge.attention.dense import Params
+from jforge.core import blocks, masks, rope
+from jforge.core.attend import attend, einsum
+from jforge.core.attention import Attention, init_cache_from
+from jforge.core.config import FrozenDict, positive_int, reject
+from jforge.core.norm import rms_norm
+from jforge.core.params import random_params
+from jforge.core.spec import Buffer, CacheSpec, cache_class
+from jforge.core.step import append, begin, end, one_token
+from jforge.cost import Cost, step_cost
+from jforge.ops.index_scores import block_maxima
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(dense.Config):
+    """The dense family's fields and those of the index branch."""
+
+    index_head_dim: int
+    index_block_size: int = 128
+    index_topk_blocks: int = 16
+    index_local_blocks: int = 1
+    index_init_blocks: int = 0
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name in ("index_head_dim", "index_block_size", "index_topk_blocks", "index_local_blocks"):
+            positive_int(name, getattr(self, name))
+        first = self.index_init_blocks
+        if isinstance(first, bool) or not isinstance(first, int) or first < 0:
+            reject("index_init_blocks", first, "an integer of at least 0")
+        if self.index_topk_blocks < first + self.index_local_blocks:
+            allowed = "at least index_init_blocks + index_local_blocks, which are always picked"
+            reject("index_topk_blocks", self.index_topk_blocks, allowed)
+        if self.index_head_dim < self.index_rotary_dim:
+            reject("index_head_dim", self.index_head_dim, f"at least the {self.index_rotary_dim} channels that turn")
+
+    @property
+    def index_rotary_dim(self) -> int:
+        """Channels that turn: as many as in the main heads."""
+        return 0 if self.rope_parameters is None else rope.rotary_dim(self.rope_parameters, self.head_dim)
+
+
+@cache_class
+class MSACache:
+    """Keys and index keys after norm and RoPE, values; slot s holds token s."""
+
+    k: jax.Array  # B S K H
+    v: jax.Array  # B S K V
+    k_index: jax.Array  # B S J
+    length: jax.Array  # int32[B]
+
+
+def shapes(cfg: Config) -> dict[str, tuple[int, ...]]:
+    """{parameter: shape}: the dense ones and the index branch's."""
+    D, K, J = cfg.hidden_size, cfg.num_key_value_heads, cfg.index_head_dim
+    index = {"wq_index": (D, K, J), "wk_index": (D, J), "q_index_norm": (J,), "k_index_norm": (J,)}
+    return dense.shapes(cfg) | index
+
+
+def init_params(key: Array, cfg: Config, dtype=jnp.float32) -> Params:
+    return random_params(key, shapes(cfg), dtype, norm_center=1 - cfg.norm_offset)
+
+
+def project_index(params: Params, cfg: Config, x: Float[Array, "B T D"], positions) -> tuple[Array, Array]:
+    """q_index: B T K J, k_index: B T J, normed and rotated."""
+
+    def finish(heads, norm):
+        heads = rms_norm(heads, params[norm], eps=cfg.rms_norm_eps, offset=cfg.norm_offset)
+        return rope.apply_rope(heads, positions, cfg.rope_parameters, cfg.rope_layout, dim=cfg.index_rotary_dim)
+
+    q = finish(einsum("btd,dkj->btkj", x, params["wq_index"]), "q_index_norm")
+    k = finish(einsum("btd,dj->btj", x, params["wk_index"])[:, :, None], "k_index_norm")
+    return q, k[:, :, 0]
+
+
+def choose(
+    cfg: Config, scores: Float[Array, "B T K E"], q_pos: Int[Array, "B T"], ops=jax_ops
+) -> Int[Array, "B T K L"]:
+    """The picked blocks of each key head, forced ones first; -1 where there are fewer."""
+    block, own = jnp.arange(scores.shape[-1]), (q_pos // cfg.index_block_size)[..., None, None]
+    forced = (block < cfg.index_init_blocks) | (block > own - cfg.index_local_blocks)
+    scores = jnp.where(block > own, -jnp.inf, jnp.where(forced, jnp.inf, scores))
+    return ops.topk_indices(scores, min(cfg.index_topk_blocks, scores.shape[-1]))
+
+
+def visible(cfg: Config, q_pos: Array, k_pos: Array) -> Array:
+    """Any token up to the query's own may be picked."""
+    return masks.causal(q_pos, k_pos)
+
+
+def _mask(
+    cfg: Config, q_index, k_index, seen: Bool[Array, "B T S"], q_pos: Int[Array, "B T"]
+) -> Bool[Array, "B T N S"]:
+    """The picks of every query as a mask, for forward and prefill."""
+    lists = choose(cfg, block_maxima(q_index, k_index, seen, cfg.index_block_size), q_pos)
+    picked = blocks.visible(lists, cfg.index_block_size, q_pos, seen.shape[-1], cfg.num_attention_heads)
+    return picked & seen[:, :, None]
+
+
+def forward(params: Params, cfg: Config, x: Float[Array, "B T D"], positions=None) -> Float[Array, "B T D"]:
+    """The definition. `positions` (int B T) feed RoPE only; blocks follow the order of x."""
+    order, positions = dense.in_order(cfg, x, positions)
+    q, k, v = dense.project(params, cfg, x, positions)
+    seen = masks.causal(order[..., None], order[:, None])
+    mask = _mask(cfg, *project_index(params, cfg, x, positions), seen, order)
+    out, _ = attend(q, k, v, mask, **dense.options(params, cfg))
+    return dense.project_out(params, cfg, x, out).astype(x.dtype)
+
+
+def _append(params: Params, cfg: Config, step, cache: MSACache) -> tuple[Array, Array, MSACache]:
+    """(q, q_index, the cache with the new tokens), all in the cache's dtype."""
+    q, k, v = dense.project(params, cfg, step.x, step.positions)
+    q_index, k_index = project_index(params, cfg, step.x, step.positions)
+    new = {"k": k, "v": v, "k_index": k_index}
+    leaves = {name: append(getattr(cache, name), a, step) for name, a in new.items()}
+    dtype = cache.k.dtype
+    return q.astype(dtype), q_index.astype(dtype), MSACache(**leaves, length=step.length)
+
+
+def prefill(
+    params: Params, cfg: Config, x: Float[Array, "B T D"], cache: MSACache, lengths=None
+) -> tuple[Array, MSACache]:
+    """Append T tokens (row b its first lengths[b]); each attends to its own picks of what is stored then."""
+    cache_spec(cfg).check(cache)
+    S = cache.k.shape[1]
+    step = begin(x, cache.length, lengths, cfg.hidden_size, S)
+    q, q_index, cache = _append(params, cfg, step, cache)
+    seen = masks.causal(step.positions[..., None], jnp.arange(S)) & step.keep[..., None]
+    mask = _mask(cfg, q_index, cache.k_index, seen, step.positions)
+    out, _ = attend(q, cache.k, cache.v, mask, **dense.options(params, cfg))
+    return end(step, dense.project_out(params, cfg, step.x, out), x.dtype), cache
+
+
+def decode(
+    params: Params, cfg: Config, x: Float[Array, "B 1 D"], cache: MSACache, ops=jax_ops
+) -> tuple[Float[Array, "B 1 D"], MSACache]:
+    """One token a row: a scan of the index keys, a top-k of blocks, and a gather of the picked ones."""
+    cache_spec(cfg).check(cache)
+    step = begin(one_token(x), cache.length, None, cfg.hidden_size, cache.k.shape[1])
+    q, q_index, cache = _append(params, cfg, step, cache)
+    lists = _select(cfg, q_index, cache, step.positions, ops)
+    more = {"block_size": cfg.index_block_size, "out_dtype": x.dtype, **dense.options(params, cfg)}
+    out, _ = ops.decode_block_sparse(q, cache.k, cache.v, lists, cache.length, **more)
+    return end(step, dense.project_out(params, cfg, step.x, out), x.dtype), cache
+
+
+def _select(cfg: Config, q_index, cache: MSACache, q_pos, ops) -> Int[Array, "B 1 K L"]:
+    size = cfg.index_block_size
+    return choose(cfg, ops.block_index_scores(q_index, cache.k_index, cache.length, block_size=size), q_pos, ops)
+
+
+def select(params: Params, cfg: Config, x: Float[Array, "B 1 D"], cache: MSACache) -> Int[Array, "B 1 K L"]:
+    """The blocks that decode would gather for x."""
+    step = begin(one_token(x), cache.length, None, cfg.hidden_size, cache.k.shape[1])
+    _, q_index, cache = _append(params, cfg, step, cache)
+    return _select(cfg, q_index, cache, step.positions, jax_ops)
+
+
+def tokens_of(cfg: Config, selection, S: int) -> Bool[Array, "B T S"]:
+    """All tokens of the picked blocks, over all heads; nothing is attended beside them."""
+    if selection is None:
+        return jnp.zeros((1, S, S), bool)
+    return blocks.tokens(selection, cfg.index_block_size, S).any(axis=2)
+
+
+def cache_spec(cfg: Config) -> CacheSpec:
+    K = cfg.num_key_value_heads
+    return CacheSpec(
+        MSACache,
+        {
+            "k": Buffer(("B", "S", "K", "H"), (K, cfg.head_dim)),
+            "v": Buffer(("B", "S", "K", "V"), (K, cfg.v_head_dim)),
+            "k_index": Buffer(("B", "S", "J"), (cfg.index_head_dim,)),
+        },
+    )
+
+
+def cost(
+    cfg: Config, *, context: int, batch: int = 1, capacity: int | None = None, dtype=jnp.bfloat16, closing: bool = False
+) -> Cost:
+    """One step scans all index keys and gathers the blocks of its lists."""
+    S = context if capacity is None else capacity
+    slots = min(context, min(cfg.index_topk_blocks, -(-S // cfg.index_block_size)) * cfg.index_block_size)
+    attended = cfg.num_attention_heads * (cfg.head_dim + cfg.v_head_dim) * slots
+    return step_cost(
+        cache_spec(cfg),
+        context=context,
+        batch=batch,
+        capacity=capacity,
+        dtype=dtype,
+        read={"k": slots, "v": slots, "k_index": context},
+        written={"k": 1, "v": 1, "k_index": 1},
+        flops=2 * (attended + cfg.num_key_value_heads * cfg.index_head_dim * context),
+        entries_read=slots + context,
+    )
+
+
+_PLAIN = {"rope_type": "default", "rope_theta": 5e6, "partial_rotary_factor": 0.5}
+
+msa = Attention(
+    summary="grouped queries over the blocks that an index branch picks (MiniMax-M3)",
+    Config=Config,
+    init_params=init_params,
+    init_cache=init_cache_from(cache_spec),
+    forward=forward,
+    prefill=prefill,
+    decode=decode,
+    visible=visible,
+    select=select,
+    tokens_of=tokens_of,
+    cache_spec=cache_spec,
+    cost=cost,
+    models=FrozenDict({
+        "MiniMax-M3": Config(hidden_size=6144, num_attention_heads=64, num_key_value_heads=4, head_dim=128,
+                             qk_norm="head", norm_offset=1.0, rope_parameters=_PLAIN, index_head_dim=128),
+    }),
+    examples=(
+        Config(hidden_size=12, num_attention_heads=4, num_key_value_heads=2, head_dim=8, qk_norm="head",
+               norm_offset=1.0, rope_parameters=_PLAIN, index_head_dim=6, index_block_size=2, index_topk_blocks=2),
+        Config(hidden_size=12, num_attention_heads=4, num_key_value_heads=1, head_dim=6, v_head_dim=4,
+               rope_parameters=None, index_head_dim=3, index_block_size=3, index_topk_blocks=3, index_init_blocks=1,
+               index_local_blocks=2),
+    ),
+)  # fmt: skip

@@ -1,0 +1,376 @@
+"""NSA: three branches of one attention, over compressed blocks, selected blocks and a window, mixed by gates.
+
+    o_t = sum over c in {cmp, slc, win} of g_t,c o_t,c,   g_t = sigmoid(x_t W_g), one gate a head and branch
+    cmp: softmax over entries e of q . k~_e, e seen from its last token on (e d + l - 1 <= t); 0 when there is none
+    slc: softmax over tokens s <= t of the top n blocks of l' tokens, one list for each group of G heads
+         score_j = sum over the heads of the group and the entries e of p_cmp,e |block j and entry e| / d
+    win: softmax over the last w tokens
+
+The first `init_blocks` blocks and the `local_blocks` up to the query's own are always selected and count in n. Entries
+are made from raw rows, keys before RoPE; a compressed key turns at the position of its entry's first token.
+
+The cache has dense k and v, the entries, and a ring of the last l raw rows, from which the next entry is made: the
+token that completes an entry sees it. Branches share keys and values; with `separate_branches` (the paper) each has its
+own, and the window's live in a ring.
+
+Sources: Yuan et al. 2025 (arXiv 2502.11089) with the overlap weights that its figure shows (the signs of its eq. 9
+point a block back); XunhaoLai/native-sparse-attention-triton for compression before RoPE and the forced blocks.
+"""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+import jforge.ops as jax_ops
+from jforge.attention import dense, nsa_compress
+from jforge.attention.dense import Params
+from jforge.core import blocks, masks, ring
+from jforge.core.attend import attend, einsum
+from jforge.core.attention import Attention, init_cache_from
+from jforge.core.config import FrozenDict, one_of, positive_int, reject
+from jforge.core.norm import rms_norm
+from jforge.core.params import random_params
+from jforge.core.softmax import accumulation_dtype, cap
+from jforge.core.spec import Buffer, CacheSpec, cache_class
+from jforge.core.step import Step, append, begin, end, one_token
+from jforge.cost import Cost, step_cost
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(dense.Config):
+    """The dense family's fields and NSA's, with the names of XunhaoLai's module."""
+
+    kernel_size: int  # l
+    kernel_stride: int  # d
+    block_size: int  # l'
+    topk: int  # n
+    window_size: int  # w
+    init_blocks: int = 1
+    local_blocks: int = 2
+    compress: str = "mlp"
+    compress_hidden_size: int | None = None  # of the mlp
+    separate_branches: bool = False
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name in ("kernel_size", "kernel_stride", "block_size", "topk", "window_size", "local_blocks"):
+            positive_int(name, getattr(self, name))
+        if isinstance(self.init_blocks, bool) or not isinstance(self.init_blocks, int) or self.init_blocks < 0:
+            reject("init_blocks", self.init_blocks, "an integer of at least 0")
+        l, d = self.kernel_size, self.kernel_stride  # noqa: E741
+        if l % d:
+            reject("kernel_size", l, f"a multiple of kernel_stride={d}")
+        if self.block_size % d or self.block_size < l:
+            reject("block_size", self.block_size, f"a multiple of kernel_stride={d} and at least kernel_size={l}")
+        if self.topk < self.init_blocks + self.local_blocks:
+            reject("topk", self.topk, "at least init_blocks + local_blocks, which are always selected")
+        one_of("compress", self.compress, nsa_compress.KINDS)
+        if self.compress == "mlp":
+            positive_int("compress_hidden_size", self.compress_hidden_size)
+
+
+@cache_class
+class NSACache:
+    """k, v: what selection (and, if shared, the window) reads. tail: raw rows of the last l tokens, slot p mod l."""
+
+    k: jax.Array  # B S K H, after RoPE
+    v: jax.Array  # B S K V
+    k_cmp: jax.Array  # B E K H, after RoPE
+    v_cmp: jax.Array  # B E K V
+    tail_k: jax.Array  # B l K H, before RoPE
+    tail_v: jax.Array  # B l K V
+    length: jax.Array  # int32[B]
+
+
+@cache_class
+class SeparateCache(NSACache):
+    """With the ring of the window's own keys and values."""
+
+    k_win: jax.Array  # B w K H
+    v_win: jax.Array  # B w K V
+
+
+def shapes(cfg: Config) -> dict[str, tuple[int, ...]]:
+    """{parameter: shape} of a Config."""
+    D, N, K, H, V = cfg.hidden_size, cfg.num_attention_heads, cfg.num_key_value_heads, cfg.head_dim, cfg.v_head_dim
+    out = dense.shapes(cfg) | {"wgate": (D, N, 3)}
+    out |= nsa_compress.shapes(cfg.compress, cfg.kernel_size, K, H, V, cfg.compress_hidden_size)
+    if cfg.separate_branches:
+        out |= {f"{w}_{branch}": out[w] for branch in ("cmp", "win") for w in ("wk", "wv")}
+    return out
+
+
+def init_params(key: Array, cfg: Config, dtype=jnp.float32) -> Params:
+    return nsa_compress.unit_gain(random_params(key, shapes(cfg), dtype, norm_center=1 - cfg.norm_offset))
+
+
+def _branch(params: Params, cfg: Config, x, shared: tuple[Array, Array], branch: str) -> tuple[Array, Array]:
+    """Keys (before RoPE) and values of a branch: its own, or those of the selected one."""
+    if not cfg.separate_branches:
+        return shared
+    k, v = (einsum("btd,dkh->btkh", x, params[f"{w}_{branch}"]) for w in ("wk", "wv"))
+    if cfg.qk_norm:
+        k = rms_norm(k, params["k_norm"], eps=cfg.rms_norm_eps, offset=cfg.norm_offset)
+    return k, v
+
+
+def _entry_weights(
+    cfg: Config, q: Float[Array, "B T N H"], k_cmp: Float[Array, "B E K H"], lse, seen: Bool[Array, "B T E"]
+) -> Float[Array, "B T K E"]:
+    """p_cmp summed over the heads of each group, from the log-sum-exp of the compressed branch."""
+    (B, T, N, H), K, wide = q.shape, k_cmp.shape[2], accumulation_dtype(q)
+    k_cmp = jnp.where(seen.any(axis=1)[..., None, None], k_cmp.astype(wide), 0)
+    grouped = q.reshape(B, T, K, N // K, H).astype(wide)
+    scores = cap(einsum("btkgh,bekh->btkge", grouped, k_cmp) * cfg.scaling, cfg.attn_logit_softcapping)
+    total = jnp.where(jnp.isneginf(lse), 0, lse).reshape(B, T, K, N // K, 1)
+    return jnp.exp(jnp.where(seen[:, :, None, None], scores - total, -jnp.inf)).sum(axis=3)
+
+
+def choose(
+    cfg: Config, weights: Float[Array, "B T K E"], q_pos: Int[Array, "B T"], S: int, ops=jax_ops
+) -> Int[Array, "B T K L"]:
+    """The selected blocks of each group; -1 where there are fewer than n.
+
+    Block j overlaps the entries a j' with j' in b j - (a-1) .. b j + b - 1 (a = l/d, b = l'/d), each by 1 to
+    min(a, b) strides: for a = 2, b = 4 the weights are 1, 2, 2, 2, 1.
+    """
+    count = -(-S // cfg.block_size)
+    a, b = cfg.kernel_size // cfg.kernel_stride, cfg.block_size // cfg.kernel_stride
+    right = max(0, count * b - weights.shape[-1])
+    padded = jnp.pad(weights, [(0, 0)] * 3 + [(a - 1, right)])
+    score = sum((min(o + a, b) - max(o, 0)) * padded[..., o + a - 1 :: b][..., :count] for o in range(1 - a, b))
+    j, own = jnp.arange(count), (q_pos // cfg.block_size)[..., None, None]
+    forced = (j < cfg.init_blocks) | (j > own - cfg.local_blocks)
+    score = jnp.where(j > own, -jnp.inf, jnp.where(forced, jnp.inf, score))
+    return ops.topk_indices(score, min(cfg.topk, count))
+
+
+def _mix(params: Params, cfg: Config, x, cmp: Array, slc: Array, win: Array) -> Float[Array, "B T D"]:
+    gates = jax.nn.sigmoid(einsum("btd,dnc->btnc", x, params["wgate"]))[..., None, :]
+    out = gates[..., 0] * cmp + gates[..., 1] * slc + gates[..., 2] * win
+    return dense.project_out(params, cfg, x, out)
+
+
+def visible(cfg: Config, q_pos: Array, k_pos: Array) -> Array:
+    """Any token up to the query's own may be selected."""
+    return masks.causal(q_pos, k_pos)
+
+
+def _seen(cfg: Config, q_pos: Int[Array, "B T"], count: int) -> Bool[Array, "B T E"]:
+    """Entry e from its last token on."""
+    return jnp.arange(count) * cfg.kernel_stride + cfg.kernel_size - 1 <= q_pos[..., None]
+
+
+def _compressed(params: Params, cfg: Config, q, k_cmp, v_cmp, q_pos, S: int, keep=True) -> tuple[Array, Array]:
+    """(the compressed branch, the lists that it selects) in prefill and forward."""
+    seen = _seen(cfg, q_pos, k_cmp.shape[1]) & keep
+    out, lse = attend(q, k_cmp, v_cmp, seen, **dense.options(params, cfg))
+    return out, choose(cfg, _entry_weights(cfg, q, k_cmp, lse, seen), q_pos, S)
+
+
+def forward(params: Params, cfg: Config, x: Float[Array, "B T D"], positions=None) -> Float[Array, "B T D"]:
+    """The definition. `positions` (int B T) feed RoPE only; blocks and windows follow the order of x."""
+    order, positions = dense.in_order(cfg, x, positions)
+    T, more = x.shape[1], dense.options(params, cfg)
+    q, k, v = dense.qkv(params, cfg, x)
+    raw = _branch(params, cfg, x, (k, v), "cmp")
+    k_win, v_win = _branch(params, cfg, x, (k, v), "win")
+    q, k, k_win = (dense.rotate(cfg, a, positions) for a in (q, k, k_win))
+    l, d = cfg.kernel_size, cfg.kernel_stride  # noqa: E741
+    k_cmp, v_cmp = (
+        nsa_compress.compress(params, cfg.compress, w, nsa_compress.blocks_of(rows, l, d))
+        for w, rows in zip("kv", raw, strict=True)
+    )
+    k_cmp = dense.rotate(cfg, k_cmp, positions[:, : k_cmp.shape[1] * d : d])
+    cmp, lists = _compressed(params, cfg, q, k_cmp, v_cmp, order, T)
+    picked = blocks.visible(lists, cfg.block_size, order, T, cfg.num_attention_heads)
+    slc, _ = attend(q, k, v, picked, **more)
+    win, _ = attend(q, k_win, v_win, masks.window(order[..., None], order[:, None], cfg.window_size), **more)
+    return _mix(params, cfg, x, cmp, slc, win).astype(x.dtype)
+
+
+def prefill(params: Params, cfg: Config, x: Float[Array, "B T D"], cache: NSACache, lengths=None):
+    """Append T tokens, make the entries that they complete, and attend over what is stored then."""
+    cache_spec(cfg).check(cache)
+    S, old = cache.k.shape[1], cache
+    step = begin(x, cache.length, lengths, cfg.hidden_size, S)
+    q, cache, own = _append(params, cfg, cache, step)
+    more, keep = dense.options(params, cfg), step.keep[..., None]
+    cmp, lists = _compressed(params, cfg, q, cache.k_cmp, cache.v_cmp, step.positions, S, keep)
+    picked = blocks.visible(lists, cfg.block_size, step.positions, S, cfg.num_attention_heads)
+    slc, _ = attend(q, cache.k, cache.v, picked & keep[..., None], **more)
+    if cfg.separate_branches:  # the ring as it was, beside the new tokens
+        held = ring.held(old.length, old.k_win.shape[1])
+        held = jnp.concatenate([held, jnp.where(step.keep, step.positions, -1)], axis=1)
+        pairs = zip((old.k_win, old.v_win), own, strict=True)
+        k_win, v_win = (jnp.concatenate(pair, axis=1) for pair in pairs)
+    else:
+        held, k_win, v_win = jnp.arange(S)[None], cache.k, cache.v
+    near = masks.window(step.positions[..., None], held[:, None], cfg.window_size) & (held >= 0)[:, None] & keep
+    win, _ = attend(q, k_win, v_win, near, **more)
+    return end(step, _mix(params, cfg, step.x, cmp, slc, win), x.dtype), cache
+
+
+def decode(params: Params, cfg: Config, x: Float[Array, "B 1 D"], cache: NSACache, ops=jax_ops):
+    """One token a row: a scan of the entries, a gather of the selected blocks, and a gather (or ring) of the window."""
+    cache_spec(cfg).check(cache)
+    S = cache.k.shape[1]
+    step = begin(one_token(x), cache.length, None, cfg.hidden_size, S)
+    q, cache, _ = _append(params, cfg, cache, step)
+    more = {"out_dtype": accumulation_dtype(x), **dense.options(params, cfg)}
+    cmp, lists = _select(params, cfg, q, cache, step, ops)
+    slc, _ = ops.decode_block_sparse(q, cache.k, cache.v, lists, cache.length, block_size=cfg.block_size, **more)
+    if cfg.separate_branches:
+        filled = jnp.minimum(cache.length, cache.k_win.shape[1])
+        win, _ = ops.decode_attention(q, cache.k_win, cache.v_win, filled, **more)
+    else:
+        newest = cache.length[:, None] - 1 - jnp.arange(min(cfg.window_size, S), dtype=jnp.int32)
+        recent = jnp.broadcast_to(newest[:, None, None], (len(x), 1, cfg.num_key_value_heads, newest.shape[-1]))
+        win, _ = ops.decode_block_sparse(q, cache.k, cache.v, recent, cache.length, block_size=1, **more)
+    return end(step, _mix(params, cfg, step.x, cmp, slc, win), x.dtype), cache
+
+
+def _select(params: Params, cfg: Config, q, cache: NSACache, step: Step, ops) -> tuple[Array, Int[Array, "B 1 K L"]]:
+    """(the compressed branch, the selected blocks) of one token a row."""
+    entries = cache_spec(cfg)["k_cmp"].valid(cfg, step.length)
+    more = {"out_dtype": accumulation_dtype(step.x), **dense.options(params, cfg)}
+    cmp, lse = ops.decode_attention(q, cache.k_cmp, cache.v_cmp, entries, **more)
+    weights = _entry_weights(cfg, q, cache.k_cmp, lse, _seen(cfg, step.positions, cache.k_cmp.shape[1]))
+    return cmp, choose(cfg, weights, step.positions, cache.k.shape[1], ops)
+
+
+def _append(params: Params, cfg: Config, cache: NSACache, step: Step) -> tuple[Array, NSACache, tuple[Array, Array]]:
+    """(q, the cache with the new tokens and the entries they complete, the window's new keys and values)."""
+    dtype = cache.k.dtype
+    q, k, v = dense.qkv(params, cfg, step.x)
+    raw = tuple(a.astype(dtype) for a in _branch(params, cfg, step.x, (k, v), "cmp"))
+    k_win, v_win = _branch(params, cfg, step.x, (k, v), "win")
+    q, k, k_win = (dense.rotate(cfg, a, step.positions).astype(dtype) for a in (q, k, k_win))
+    k_cmp, v_cmp = _complete(params, cfg, cache, raw, step)
+    leaves = {"k": append(cache.k, k, step), "v": append(cache.v, v, step), "k_cmp": k_cmp, "v_cmp": v_cmp}
+    leaves |= {f"tail_{w}": ring.write(getattr(cache, f"tail_{w}"), a, step) for w, a in zip("kv", raw, strict=True)}
+    own = k_win, v_win.astype(dtype)
+    if cfg.separate_branches:
+        leaves |= {f"{w}_win": ring.write(getattr(cache, f"{w}_win"), a, step) for w, a in zip("kv", own, strict=True)}
+    return q, type(cache)(**leaves, length=step.length), own
+
+
+def _complete(params: Params, cfg: Config, cache: NSACache, raw: tuple[Array, Array], step: Step):
+    """k_cmp and v_cmp with the entries that end in the new tokens; untouched, and no row read, where none does.
+
+    An entry's rows lie in the ring of the tail up to the old length and in `raw` after it.
+    """
+    buffer, l, d = cache_spec(cfg)["k_cmp"], cfg.kernel_size, cfg.kernel_stride  # noqa: E741
+    old, new = buffer.valid(cfg, cache.length), buffer.valid(cfg, step.length)
+    T, ring_slots = step.x.shape[1], cache.tail_k.shape[1]
+    entry = old[:, None] + jnp.arange(-(-T // d))  # at most so many end in T tokens
+    position = entry[..., None] * d + jnp.arange(l)
+    since = position - cache.length[:, None, None]
+    rows = jnp.arange(len(entry))[:, None, None]
+
+    def write(k_cmp, v_cmp, tail_k, tail_v):
+        out = []
+        for w, entries, tail, fresh in zip("kv", (k_cmp, v_cmp), (tail_k, tail_v), raw, strict=True):
+            held, late = tail[rows, position % ring_slots], fresh[rows, jnp.clip(since, 0, T - 1)]
+            made = nsa_compress.compress(params, cfg.compress, w, jnp.where((since < 0)[..., None, None], held, late))
+            made = dense.rotate(cfg, made, entry * d) if w == "k" else made
+            slot = jnp.where(entry < new[:, None], entry, entries.shape[1])
+            out.append(entries.at[rows[..., 0], slot].set(made.astype(entries.dtype), mode="drop"))
+        return tuple(out)
+
+    buffers = cache.k_cmp, cache.v_cmp, cache.tail_k, cache.tail_v
+    return jax.lax.cond((new > old).any(), write, lambda k_cmp, v_cmp, *_: (k_cmp, v_cmp), *buffers)
+
+
+def select(params: Params, cfg: Config, x: Float[Array, "B 1 D"], cache: NSACache) -> Int[Array, "B 1 K L"]:
+    """The blocks that decode would gather for x; the entry that x completes takes part in the choice."""
+    step = begin(one_token(x), cache.length, None, cfg.hidden_size, cache.k.shape[1])
+    q, cache, _ = _append(params, cfg, cache, step)
+    return _select(params, cfg, q, cache, step, jax_ops)[1]
+
+
+def tokens_of(cfg: Config, selection, S: int) -> Bool[Array, "B T S"]:
+    """All tokens of the selected blocks; with None, those of the window and of every entry that is seen."""
+    if selection is not None:
+        return blocks.tokens(selection, cfg.block_size, S).any(axis=2)
+    t, s = jnp.arange(S)[:, None], jnp.arange(S)
+    entries = cache_spec(cfg)["k_cmp"].entries(t + 1)
+    compressed = (entries > 0) & (s < (entries - 1) * cfg.kernel_stride + cfg.kernel_size)
+    return (compressed | masks.window(t, s, cfg.window_size))[None]
+
+
+def cache_spec(cfg: Config) -> CacheSpec:
+    K, H, V, l = cfg.num_key_value_heads, cfg.head_dim, cfg.v_head_dim, cfg.kernel_size  # noqa: E741
+    out = {}
+    for x, axis, width in (("k", "H", H), ("v", "V", V)):
+        out[x] = Buffer(("B", "S", "K", axis), (K, width))
+        out[f"{x}_cmp"] = Buffer(("B", "E", "K", axis), (K, width), every=cfg.kernel_stride, first=l)
+        out[f"tail_{x}"] = Buffer(("B", "W", "K", axis), (K, width), limit=l)
+        if cfg.separate_branches:
+            out[f"{x}_win"] = Buffer(("B", "W", "K", axis), (K, width), limit=cfg.window_size)
+    return CacheSpec(SeparateCache if cfg.separate_branches else NSACache, out)
+
+
+def cost(
+    cfg: Config, *, context: int, batch: int = 1, capacity: int | None = None, dtype=jnp.bfloat16, closing: bool = False
+) -> Cost:
+    """One step scans the entries and gathers n blocks and w tokens; one that completes an entry reads l raw rows."""
+    spec, S = cache_spec(cfg), context if capacity is None else capacity
+    entries, window = spec["k_cmp"].slots(context), min(cfg.window_size, context)
+    listed = min(cfg.topk, -(-S // cfg.block_size)) * cfg.block_size
+    near = 0 if cfg.separate_branches else window
+    read, written = {}, {}
+    for x in "kv":
+        read |= {x: min(context, listed + near), f"{x}_cmp": entries}
+        written |= {x: 1, f"tail_{x}": 1}
+        if cfg.separate_branches:
+            read[f"{x}_win"] = window
+            written[f"{x}_win"] = 1
+        if closing:
+            read[f"tail_{x}"] = min(cfg.kernel_size, S)
+            written[f"{x}_cmp"] = 1
+    attended = entries + min(context, listed) + window
+    return step_cost(
+        spec,
+        context=context,
+        batch=batch,
+        capacity=capacity,
+        dtype=dtype,
+        read=read,
+        written=written,
+        flops=2 * cfg.num_attention_heads * (cfg.head_dim + cfg.v_head_dim) * attended,
+        entries_read=attended,
+    )
+
+
+_PLAIN = {"rope_type": "default", "rope_theta": 1e4}
+
+nsa = Attention(
+    summary="compressed, selected and recent keys, mixed by gates (DeepSeek's native sparse attention)",
+    Config=Config,
+    init_params=init_params,
+    init_cache=init_cache_from(cache_spec),
+    forward=forward,
+    prefill=prefill,
+    decode=decode,
+    visible=visible,
+    select=select,
+    tokens_of=tokens_of,
+    cache_spec=cache_spec,
+    cost=cost,
+    models=FrozenDict({
+        "NSA paper 27B": Config(hidden_size=2560, num_attention_heads=64, num_key_value_heads=4, head_dim=192,
+                                v_head_dim=128, kernel_size=32, kernel_stride=16, block_size=64, topk=16,
+                                window_size=512, compress_hidden_size=192, separate_branches=True),
+    }),
+    examples=(
+        Config(hidden_size=12, num_attention_heads=4, num_key_value_heads=2, head_dim=6, rope_parameters=_PLAIN,
+               kernel_size=4, kernel_stride=2, block_size=4, topk=3, local_blocks=1, window_size=3,
+               compress_hidden_size=5),
+        Config(hidden_size=12, num_attention_heads=2, num_key_value_heads=1, head_dim=4, v_head_dim=6,
+               rope_parameters=_PLAIN, kernel_size=2, kernel_stride=1, block_size=3, topk=3, window_size=4,
+               compress="linear", separate_branches=True, qk_norm="head"),
+    ),
+)  # fmt: skip

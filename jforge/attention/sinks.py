@@ -1,0 +1,110 @@
+"""Learned sink logits: every query head has one more logit in its softmax, with no value behind it.
+
+    p_s = exp(l_s) / (exp(sigma_n) + sum over visible u of exp(l_u)),   l_s = scale q_t . k_s
+
+A head that finds nothing worth reading can put its mass on the sink, so its output may shrink towards 0. sigma is in
+logit units: neither scaled nor capped. It is a parameter, so the cache is the dense one, or with `sliding_window` the
+ring of the window. Source: gpt-oss (openai/gpt-oss and transformers); it has a window of 128 in every other layer.
+"""
+
+from dataclasses import dataclass
+from types import ModuleType
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+import jforge.ops as jax_ops
+from jforge.attention import dense, sliding_window
+from jforge.attention.dense import KVCache, Params
+from jforge.core.attention import Attention, init_cache_from, no_selection, no_tokens
+from jforge.core.config import FrozenDict, positive_int
+from jforge.core.params import random_params
+from jforge.core.spec import CacheSpec
+from jforge.cost import Cost
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(sliding_window.Config):
+    """The dense family's fields; `sliding_window` None sees every token."""
+
+    sliding_window: int | None = None
+
+    def __post_init__(self):
+        dense.Config.__post_init__(self)
+        if self.sliding_window is not None:
+            positive_int("sliding_window", self.sliding_window)
+
+
+def _keys(cfg: Config) -> ModuleType:
+    """Which tokens are seen and kept is the business of the mechanism without sinks."""
+    return dense if cfg.sliding_window is None else sliding_window
+
+
+def shapes(cfg: Config) -> dict[str, tuple[int, ...]]:
+    """{parameter: shape}: the dense ones and one logit a query head."""
+    return dense.shapes(cfg) | {"sinks": (cfg.num_attention_heads,)}
+
+
+def init_params(key: Array, cfg: Config, dtype=jnp.float32) -> Params:
+    return random_params(key, shapes(cfg), dtype, norm_center=1 - cfg.norm_offset)
+
+
+def visible(cfg: Config, q_pos: Array, k_pos: Array) -> Array:
+    return _keys(cfg).visible(cfg, q_pos, k_pos)
+
+
+def forward(params: Params, cfg: Config, x: Float[Array, "B T D"], positions=None) -> Float[Array, "B T D"]:
+    """The definition; `params["sinks"]` (N) joins every softmax. `positions` (int B T) feed RoPE only."""
+    return _keys(cfg).forward(params, cfg, x, positions)
+
+
+def prefill(
+    params: Params, cfg: Config, x: Float[Array, "B T D"], cache: KVCache, lengths=None
+) -> tuple[Array, KVCache]:
+    """Append T tokens (row b its first lengths[b]) and attend, sinks included."""
+    return _keys(cfg).prefill(params, cfg, x, cache, lengths)
+
+
+def decode(
+    params: Params, cfg: Config, x: Float[Array, "B 1 D"], cache: KVCache, ops=jax_ops
+) -> tuple[Float[Array, "B 1 D"], KVCache]:
+    """One token a row through one call of `ops.decode_attention`, which carries the sinks."""
+    return _keys(cfg).decode(params, cfg, x, cache, ops)
+
+
+def cache_spec(cfg: Config) -> CacheSpec:
+    return _keys(cfg).cache_spec(cfg)
+
+
+def cost(cfg: Config, **sizes) -> Cost:
+    """That of the mechanism without sinks: they are parameters, N numbers beside the weights."""
+    return _keys(cfg).cost(cfg, **sizes)
+
+
+_PLAIN = {"rope_type": "default", "rope_theta": 1e4}
+_GPT_OSS = {"hidden_size": 2880, "num_attention_heads": 64, "num_key_value_heads": 8, "head_dim": 64}
+
+sinks = Attention(
+    summary="one learned logit a head in every softmax, with or without a window (gpt-oss)",
+    Config=Config,
+    init_params=init_params,
+    init_cache=init_cache_from(cache_spec),
+    forward=forward,
+    prefill=prefill,
+    decode=decode,
+    visible=visible,
+    select=no_selection,
+    tokens_of=no_tokens,
+    cache_spec=cache_spec,
+    cost=cost,
+    models=FrozenDict({
+        "gpt-oss-120b full": Config(**_GPT_OSS),
+        "gpt-oss-120b window": Config(**_GPT_OSS, sliding_window=128),
+    }),
+    examples=(
+        Config(hidden_size=12, num_attention_heads=4, num_key_value_heads=2, head_dim=6, rope_parameters=_PLAIN,
+               attention_bias=True, attention_output_bias=True),
+        Config(hidden_size=12, num_attention_heads=6, num_key_value_heads=2, head_dim=4, rope_parameters=_PLAIN,
+               sliding_window=3),
+    ),
+)  # fmt: skip

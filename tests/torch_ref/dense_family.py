@@ -1,0 +1,290 @@
+"""What the tests of mechanisms built on dense attention share: configs, loops over single tokens, and the laws."""
+
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from torch_ref.attention import rows
+from torch_ref.core.norm import rms_norm
+from torch_ref.core.rope import apply_rope, frequencies
+
+torch.set_num_threads(1)  # handing tensors this small to other threads takes several times the work itself
+
+NAN, INF = math.nan, math.inf
+YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 32.0, "original_max_position_embeddings": 16}
+
+
+def config(n=4, k=2, **fields):
+    defaults = dict(
+        hidden_size=10,
+        num_attention_heads=n,
+        num_key_value_heads=k,
+        head_dim=6,
+        v_head_dim=5,
+        attention_bias=False,
+        attention_output_bias=False,
+        qk_norm=None,
+        norm_offset=0.0,
+        rms_norm_eps=1e-6,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e4},
+        rope_layout="half",
+        attn_logit_softcapping=None,
+        scaling=None,
+        attn_output_gate=False,
+    )
+    return SimpleNamespace(**(defaults | fields))
+
+
+# what the dense part of a config can be; each mechanism is tested on all of them
+DENSE = {
+    "plain": {},
+    "mqa": dict(n=3, k=1, rope_layout="interleaved"),
+    "mha": dict(n=3, k=3, rope_parameters=None, scaling=0.7),
+    "gemma": dict(qk_norm="head", norm_offset=1.0, attn_logit_softcapping=0.8, scaling=0.9),
+    "gpt_oss": dict(attention_bias=True, attention_output_bias=True, rope_parameters=YARN),
+    "gated": dict(
+        attn_output_gate=True, qk_norm="flat", rope_parameters={"rope_theta": 5e6, "partial_rotary_factor": 0.67}
+    ),
+}
+
+
+def random(*shape, dtype=torch.float64, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def int32(*values):
+    return torch.tensor(values, dtype=torch.int32)
+
+
+def close(actual, expected, tolerance=1e-10):
+    torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
+
+
+def init_params(cfg, dtype=torch.float64, **more):
+    """The parameters of `dense`, and those that `more` gives the shapes of."""
+    d, n, k, h, v = cfg.hidden_size, cfg.num_attention_heads, cfg.num_key_value_heads, cfg.head_dim, cfg.v_head_dim
+    shapes = {"wq": (d, n, h), "wk": (d, k, h), "wv": (d, k, v), "wo": (n, v, d)}
+    if cfg.attention_bias:
+        shapes |= {"bq": (n, h), "bk": (k, h), "bv": (k, v)}
+    if cfg.attention_output_bias:
+        shapes["bo"] = (d,)
+    if cfg.qk_norm is not None:
+        flat = cfg.qk_norm == "flat"
+        shapes |= {"q_norm": (n, h) if flat else (h,), "k_norm": (k, h) if flat else (h,)}
+    if cfg.attn_output_gate:
+        shapes["wg"] = (d, n, v)
+    return {name: random(*shape, seed=i, dtype=dtype) / 2 for i, (name, shape) in enumerate((shapes | more).items())}
+
+
+def tokens(cfg, batch=2, new=7, dtype=torch.float64, seed=99):
+    return random(batch, new, cfg.hidden_size, seed=seed, dtype=dtype)
+
+
+# ---- loops over single tokens
+
+
+def rope(cfg, vector, position):
+    if cfg.rope_parameters is None:
+        return vector
+    theta, factor = frequencies(cfg.rope_parameters, cfg.head_dim)
+    return apply_rope(vector[None, None, None], torch.tensor([[int(position)]]), theta, factor, cfg.rope_layout)[
+        0, 0, 0
+    ]
+
+
+def project_row(params, cfg, x, weights=("wq", "wk", "wv")):
+    """[z_q, z_k, z_v] of one row x T D, each T heads width, before RoPE; a name longer than two letters has no bias."""
+    out = []
+    for name in weights:
+        z = torch.stack([x @ params[name][:, i] for i in range(params[name].shape[1])], 1)
+        z = z + params["b" + name[1]] if cfg.attention_bias and len(name) == 2 else z
+        if cfg.qk_norm is not None and name[1] != "v":
+            z = rms_norm(z, params[name[1] + "_norm"], cfg.rms_norm_eps, cfg.norm_offset)
+        out.append(z)
+    return out
+
+
+def rotated(cfg, z, positions):
+    return torch.stack(
+        [torch.stack([rope(cfg, head, p) for head in token]) for token, p in zip(z, positions, strict=True)]
+    )
+
+
+def logit(cfg, q, k):
+    z = (cfg.scaling or 1 / math.sqrt(cfg.head_dim)) * float(q @ k)
+    return (
+        z
+        if cfg.attn_logit_softcapping is None
+        else cfg.attn_logit_softcapping * math.tanh(z / cfg.attn_logit_softcapping)
+    )
+
+
+def probabilities(logits, sink=None):
+    weights = [math.exp(z) for z in logits]
+    total = sum(weights) + (0.0 if sink is None else math.exp(sink))
+    return [w / total for w in weights]
+
+
+def output_row(params, cfg, x, outs):
+    """y T D of one row from outs T N V."""
+    y = torch.zeros_like(x)
+    for t in range(len(x)):
+        for n in range(cfg.num_attention_heads):
+            out = outs[t, n]
+            if cfg.attn_output_gate:
+                out = out / (1 + torch.exp(-(x[t] @ params["wg"][:, n])))
+            y[t] += out @ params["wo"][n]
+    return y + params["bo"] if cfg.attention_output_bias else y
+
+
+def loop_over_visible(params, cfg, x, positions, visible, sinks=None):
+    """y B T D of attention in which head n of query t sees the tokens visible(q, k, t, n), q and k those of the row."""
+    ys = []
+    for row, p in zip(x, positions, strict=True):
+        q, k, v = project_row(params, cfg, row)
+        q, k = rotated(cfg, q, p), rotated(cfg, k, p)
+        outs = torch.zeros(len(row), cfg.num_attention_heads, cfg.v_head_dim, dtype=x.dtype)
+        for t in range(len(row)):
+            for n in range(cfg.num_attention_heads):
+                kv = n // (cfg.num_attention_heads // cfg.num_key_value_heads)
+                seen = sorted(visible(q, k, t, n))
+                p_seen = probabilities(
+                    [logit(cfg, q[t, n], k[s, kv]) for s in seen], None if sinks is None else sinks[n]
+                )
+                for s, weight in zip(seen, p_seen, strict=True):
+                    outs[t, n] += weight * v[s, kv]
+        ys.append(output_row(params, cfg, row, outs))
+    return torch.stack(ys)
+
+
+def default_positions(x):
+    return torch.arange(x.shape[1]).expand(x.shape[:2])
+
+
+def odd_positions(x):
+    """Positions with gaps, another in each row."""
+    return torch.stack(
+        [torch.arange(x.shape[1]) * (b + 1) + 3 * b + torch.arange(x.shape[1]) // 4 for b in range(len(x))]
+    )
+
+
+# ---- the laws: what any cache must keep
+
+
+def poisoned_cache(att, cfg, batch, capacity, dtype=torch.float64):
+    """An empty cache with NaN in every slot; a running sum has no slots, it starts at 0."""
+    cache = att.init_cache(cfg, batch, capacity, dtype)
+    kept = ("length", "k_sum")
+    return {name: leaf if name in kept else torch.full_like(leaf, NAN) for name, leaf in cache.items()}
+
+
+def fold_decode(att, params, cfg, x, cache):
+    ys = []
+    for t in range(x.shape[1]):
+        y, cache = att.decode(params, cfg, x[:, t : t + 1], cache)
+        ys.append(y)
+    return torch.cat(ys, 1), cache
+
+
+def same_caches(cache, other):
+    """Both hold the same: the same numbers where numbers are, the same poison elsewhere."""
+    assert cache.keys() == other.keys()
+    for name in cache:
+        torch.testing.assert_close(cache[name], other[name], rtol=1e-10, atol=1e-10, equal_nan=True)
+
+
+def check_splits(att, params, cfg, x, capacity, splits):
+    """forward = prefill = decode = any chunks, in y and in the cache."""
+    expected = att.forward(params, cfg, x)
+    y, whole = att.prefill(params, cfg, x, poisoned_cache(att, cfg, len(x), capacity))
+    close(y, expected)
+    y, folded = fold_decode(att, params, cfg, x, poisoned_cache(att, cfg, len(x), capacity))
+    close(y, expected)
+    assert folded["length"].tolist() == [x.shape[1]] * len(x)
+    same_caches(folded, whole)
+    for split in splits:
+        cache, ys = poisoned_cache(att, cfg, len(x), capacity), []
+        for chunk in x.split(split, dim=1):
+            y, cache = att.prefill(params, cfg, chunk, cache)
+            ys.append(y)
+        close(torch.cat(ys, 1), expected)
+        same_caches(cache, whole)
+
+
+def check_ragged(att, params, cfg, capacity, first, second):
+    """Rows of first[b], then second[b] tokens, then one decoded, equal the rows alone; pads hold NaN and Inf."""
+    batch = len(first)
+    x, more, last = (tokens(cfg, batch, new, seed=new) for new in (max(first), max(second), 1))
+    cache = poisoned_cache(att, cfg, batch, capacity)
+    for row in range(batch):
+        x[row, first[row] :], more[row, second[row] :] = NAN, INF
+    y, cache = att.prefill(params, cfg, x, cache, int32(*first))
+    y2, cache = att.prefill(params, cfg, more, cache, int32(*second))
+    y3, cache = att.decode(params, cfg, last, cache)
+    for row, (a, b) in enumerate(zip(first, second, strict=True)):
+        assert (y[row, a:] == 0).all() and (y2[row, b:] == 0).all()
+        alone = torch.cat([x[row, :a], more[row, :b], last[row]])[None]
+        close(torch.cat([y[row, :a], y2[row, :b], y3[row]])[None], att.forward(params, cfg, alone))
+        _, expected = att.prefill(params, cfg, alone, poisoned_cache(att, cfg, 1, capacity))
+        same_caches({name: leaf[row : row + 1] for name, leaf in cache.items()}, expected)
+
+
+def check_stored_precision(att, params, cfg, x, capacity):
+    """Prefill sees bfloat16 keys as decode does, which forward, without a cache, does not."""
+    params = {name: leaf.float() for name, leaf in params.items()}
+    x = x.float()
+    y, cache = att.prefill(params, cfg, x, att.init_cache(cfg, len(x), capacity))
+    assert y.dtype == torch.float32 and cache["k"].dtype == cache["v"].dtype == torch.bfloat16
+    folded, _ = fold_decode(att, params, cfg, x, att.init_cache(cfg, len(x), capacity))
+    torch.testing.assert_close(y, folded)
+    assert not torch.allclose(y, att.forward(params, cfg, x), rtol=1e-4, atol=1e-4)
+
+
+def check_inputs_kept(att, params, cfg, capacity):
+    x, cache = tokens(cfg, 2, 5), att.init_cache(cfg, 2, capacity, torch.float64)
+    _, cache = att.prefill(params, cfg, x, cache)
+    kept = [{name: value.clone() for name, value in tree.items()} for tree in (params, cache, {"x": x})]
+    att.prefill(params, cfg, x, cache)
+    att.decode(params, cfg, x[:, :1], cache)
+    for tree, before in zip((params, cache, {"x": x}), kept, strict=True):
+        assert all(torch.equal(tree[name], before[name]) for name in before)
+
+
+def check_gradients(att, params, cfg, capacity):
+    """Finite through a ragged prefill in two chunks with NaN at pads and in empty slots, and 0 at the pads."""
+    params = {name: value.clone().requires_grad_() for name, value in params.items()}
+    x = tokens(cfg)
+    x[1, 3:] = NAN
+    x.requires_grad_()
+    y, cache = att.prefill(params, cfg, x[:, :4], poisoned_cache(att, cfg, 2, capacity), int32(4, 3))
+    y2, _ = att.prefill(params, cfg, x[:, 4:], cache, int32(3, 0))
+    (y.square().sum() + y2.square().sum()).backward()
+    assert all(leaf.grad.isfinite().all() for leaf in (x, *params.values()))
+    assert (x.grad[1, 3:] == 0).all() and x.grad[1, :3].any()
+
+
+def check_overflow(att, params, cfg, capacity, monkeypatch):
+    """One token too many names the row on the CPU; where lengths are not read, that row alone is NaN and unchanged."""
+    x = tokens(cfg, 3, capacity)
+    _, cache = att.prefill(
+        params, cfg, x, poisoned_cache(att, cfg, 3, capacity), int32(capacity - 2, capacity, capacity - 2)
+    )
+    new = tokens(cfg, 3, 1, seed=5)
+    for call in (att.prefill, att.decode):
+        message = rf"^row 1 overflows its cache: length {capacity} \+ 1 new tokens, capacity {capacity}$"
+        with pytest.raises(ValueError, match=message):
+            call(params, cfg, new, cache)
+    y, after = att.prefill(params, cfg, new, cache, int32(0, 0, 0))
+    assert (y == 0).all()
+    same_caches(after, cache)
+    monkeypatch.setattr(rows, "room", lambda length, new, capacity: length + new <= capacity)
+    for call in (att.prefill, att.decode):
+        y, after = call(params, cfg, new, cache)
+        assert y[1].isnan().all() and y[::2].isfinite().all()
+        assert after["length"].tolist() == [capacity - 1, capacity, capacity - 1]
+        row = [{name: leaf[1:2] for name, leaf in tree.items()} for tree in (after, cache)]
+        same_caches(*row)
+        alone, _ = call(params, cfg, new[2:], {name: leaf[2:] for name, leaf in cache.items()})
+        close(y[2:], alone)

@@ -1,0 +1,140 @@
+"""MoBA, mixture of block attention: every head of every query picks the past blocks whose mean key it likes best.
+
+    g_t,n,j = q_t,n . mean(k_s : s in block j)   for j < t // M, unscaled;   g = +inf for the current block j = t // M
+    I_t,n   = the moba_topk blocks of largest g, in ties the lower block
+    o_t,n   = sum of p_s v_s over s <= t with s // M in I_t,n,   p = softmax(cap(scaling q_t,n . k_s))
+
+q and k after norm and RoPE, k as stored; KV head n // (N/K). A past block is complete, so its mean tells nothing of the
+future; the current block counts as one of the moba_topk. Moonshot MoBA (2502.13189), `moba_naive`.
+
+cfg: the fields of `dense`, moba_chunk_size (M >= 1), moba_topk (>= 1), dense_decode (True: decode attends all keys, as
+the official wrapper does; it then differs from forward once there are more than moba_topk blocks).
+params: those of `dense`.
+cache: that of `dense` (k, v: B S K H and B S K V), k_mean B (S // M) K H, the mean of every complete block, and k_sum
+B K H, the sum of the keys of the open block, 0 when length is a multiple of M; both float32 or wider.
+"""
+
+import torch
+
+from .. import ops as reference_ops
+from ..core.block_lists import headwise_attention, tokens_of_blocks
+from ..core.dtypes import accumulator, einsum
+from . import dense, inputs
+from .rows import begin, finish, given_positions
+
+WIDE = (torch.float32, torch.float64)
+
+
+def init_cache(cfg, batch, capacity, dtype=torch.bfloat16):
+    """An empty cache with room for `capacity` tokens per row, k and v in dtype."""
+    check_fields(cfg)
+    heads, wide = (cfg.num_key_value_heads, cfg.head_dim), accumulator(dtype)
+    return dense.init_cache(cfg, batch, capacity, dtype) | {
+        "k_mean": torch.zeros(batch, capacity // cfg.moba_chunk_size, *heads, dtype=wide),
+        "k_sum": torch.zeros(batch, *heads, dtype=wide),
+    }
+
+
+def forward(params, cfg, x, positions=None):
+    """y: B T D from x: B T D without a cache; positions and errors as in `dense.forward`.
+
+    Blocks are counted from the row's first token, whatever the positions.
+    """
+    inputs.check_tokens(x, cfg.hidden_size)
+    check_fields(cfg)
+    q, k, v = dense.project(params, cfg, x, given_positions(x, positions))
+    tokens, size = x.shape[1], cfg.moba_chunk_size
+    complete = tokens // size
+    k_mean = k[:, : complete * size].to(accumulator(k.dtype)).unflatten(1, (complete, size)).mean(2)
+    order = torch.arange(tokens, device=x.device).expand(x.shape[:2])
+    mask = visible(cfg, chosen_blocks(cfg, q, k_mean, order, tokens), order, tokens)
+    out = headwise_attention(q, k, v, mask, dense.scaling(cfg), cfg.attn_logit_softcapping)
+    return dense.project_out(params, cfg, x, out.to(x.dtype))
+
+
+def prefill(params, cfg, x, cache, lengths=None):
+    """(y, cache) after appending the first lengths[b] of the T tokens of row b, as in `dense.prefill`.
+
+    Sparse for each of the T tokens, also with dense_decode.
+    """
+    inputs.check_tokens(x, cfg.hidden_size)
+    rows = begin(x, cache, checked_room(cfg, x, cache), lengths)
+    q, k, v = dense.project(params, cfg, rows.x, rows.positions)
+    cache = appended(cfg, cache, k, v, rows)
+    q, slots = q.to(cache["k"].dtype), cache["k"].shape[1]
+    lists = chosen_blocks(cfg, q, cache["k_mean"], rows.positions, slots)
+    mask = visible(cfg, lists, rows.positions, slots) & rows.queries[..., None, None]
+    out = headwise_attention(q, cache["k"], cache["v"], mask, dense.scaling(cfg), cfg.attn_logit_softcapping)
+    return finish(dense.project_out(params, cfg, rows.x, out.to(x.dtype)), rows), cache
+
+
+def decode(params, cfg, x, cache, ops=reference_ops):
+    """(y, cache) after appending one token per row; x, y: B 1 D. Dtypes and rows without room: as in `prefill`.
+
+    ops: any namespace with `topk_indices` and `decode_block_sparse`; `decode_attention` with dense_decode.
+    """
+    inputs.check_tokens(x, cfg.hidden_size, tokens=1)
+    rows = begin(x, cache, checked_room(cfg, x, cache))
+    q, k, v = dense.project(params, cfg, x, rows.positions)
+    cache = appended(cfg, cache, k, v, rows)
+    q, k, v, length = q.to(cache["k"].dtype), cache["k"], cache["v"], cache["length"]
+    options = dict(scale=dense.scaling(cfg), softcap=cfg.attn_logit_softcapping, out_dtype=x.dtype)
+    if cfg.dense_decode:
+        out, _ = ops.decode_attention(q, k, v, length, **options)
+    else:
+        lists = chosen_blocks(cfg, q, cache["k_mean"], rows.positions, k.shape[1], ops)
+        out, _ = ops.decode_block_sparse(q, k, v, lists, length, block_size=cfg.moba_chunk_size, **options)
+    return finish(dense.project_out(params, cfg, x, out), rows), cache
+
+
+def chosen_blocks(cfg, q, k_mean, positions, slots, ops=reference_ops):
+    """int32 B T N L: the picks of each head of the queries at positions (int B T), L = min(moba_topk, blocks).
+
+    q: B T N H. k_mean: B (S // M) K H; the means of blocks that no query looks back on may hold NaN.
+    """
+    blocks = max(1, -(-slots // cfg.moba_chunk_size))
+    grouped = q.unflatten(2, (cfg.num_key_value_heads, -1))
+    gate = einsum("btkgh,bjkh->btkgj", grouped, k_mean).flatten(2, 3)
+    gate = torch.nn.functional.pad(gate, (0, blocks - k_mean.shape[1]))  # a last block that can never be complete
+    block = torch.arange(blocks, device=q.device)
+    current = (positions // cfg.moba_chunk_size)[..., None, None]
+    gate = gate.masked_fill(block > current, -torch.inf).masked_fill(block == current, torch.inf)
+    return ops.topk_indices(gate, min(cfg.moba_topk, blocks))
+
+
+def visible(cfg, lists, positions, slots):
+    """bool B T N S: key s <= t and its block is in the head's list."""
+    causal = torch.arange(slots, device=positions.device) <= positions[..., None]
+    return tokens_of_blocks(lists, cfg.moba_chunk_size, slots) & causal[:, :, None]
+
+
+def appended(cfg, cache, k, v, rows):
+    """The cache after the rows' new tokens, k and v B T K ..; the given cache is not changed."""
+    after = dense.appended(cache, k, v, rows.new)
+    size, wide = cfg.moba_chunk_size, cache["k_sum"].dtype
+    fresh = k.to(cache["k"].dtype).to(wide).masked_fill(~rows.queries[..., None, None], 0.0)
+    block = torch.arange(cache["k_mean"].shape[1] + 1, dtype=torch.int32, device=k.device)
+    inside = (rows.positions // size)[..., None] == block
+    carried = cache["k_sum"].masked_fill((rows.start % size == 0)[:, None, None], 0.0)
+    first, last = rows.start // size, (rows.start + rows.new) // size  # the blocks open before and after
+    sums = einsum("btj,btkh->bjkh", inside.to(wide), fresh)
+    sums = sums + carried[:, None].masked_fill((block != first[:, None])[..., None, None], 0.0)
+    closing = (block >= first[:, None]) & (block < last[:, None])
+    means = torch.where(closing[:, :-1, None, None], sums[:, :-1] / size, cache["k_mean"])
+    return after | {"k_mean": means, "k_sum": sums[torch.arange(len(k), device=k.device), last.long()]}
+
+
+def check_fields(cfg):
+    """Raise ValueError or TypeError for a block size or a top-k below 1."""
+    inputs.check_counts(cfg, 1, "moba_chunk_size", "moba_topk")
+
+
+def checked_room(cfg, x, cache):
+    """The tokens that a row may have in all: the slots of the cache."""
+    check_fields(cfg)
+    kv_heads, slots = cfg.num_key_value_heads, cache["k"].shape[1]
+    inputs.check_cache(cache, x, k=(kv_heads, cfg.head_dim), v=(kv_heads, cfg.v_head_dim))
+    sizes = {"S": slots // cfg.moba_chunk_size, "K": kv_heads, "H": cfg.head_dim}
+    inputs.check_buffer(cache, x, "k_mean", "B S K H", sizes, WIDE)
+    inputs.check_buffer(cache, x, "k_sum", "B K H", sizes, (cache["k_mean"].dtype,))
+    return slots

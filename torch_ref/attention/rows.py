@@ -1,0 +1,64 @@
+"""The rows of one call: which tokens are real, where they stand, which rows have no room."""
+
+from typing import NamedTuple
+
+import torch
+
+from ..core.append import room
+from . import inputs
+
+
+class Rows(NamedTuple):
+    """T tokens on top of caches of `start` tokens; the row index is b.
+
+    x: B T D, 0 at pads, so that a NaN there meets no weight. start: int32 B. new: int32 B, the tokens to write: 0 in a
+    row without room. positions: int32 B T, start + 0..T-1. token: bool B T, False at pads. fits: bool B.
+    """
+
+    x: torch.Tensor
+    start: torch.Tensor
+    new: torch.Tensor
+    positions: torch.Tensor
+    token: torch.Tensor
+    fits: torch.Tensor
+
+    @property
+    def queries(self):
+        """bool B T: the tokens that attend, which are those that were written."""
+        return self.token & self.fits[:, None]
+
+
+def begin(x, cache, capacity, lengths=None):
+    """The Rows of x B T D whose row b brings lengths[b] tokens (int32 B, default T) to a cache of `capacity` slots.
+
+    capacity None: the cache never overflows. Raises ValueError on the CPU for a row without room.
+    """
+    batch, tokens, _ = x.shape
+    if lengths is None:
+        lengths = torch.full((batch,), tokens, dtype=torch.int32, device=x.device)
+    inputs.check_lengths(lengths, x)
+    start = cache["length"]
+    fits = torch.ones_like(start, dtype=torch.bool) if capacity is None else room(start, lengths, capacity)
+    order = torch.arange(tokens, dtype=torch.int32, device=x.device)
+    token = order < lengths[:, None]
+    return Rows(
+        x=x.masked_fill(~token[..., None], 0.0),
+        start=start,
+        new=torch.where(fits, lengths, 0),
+        positions=start[:, None] + order,
+        token=token,
+        fits=fits,
+    )
+
+
+def finish(y, rows):
+    """y B T D with 0 at pads and NaN in all of a row without room."""
+    return y.masked_fill(~rows.token[..., None], 0.0).masked_fill(~rows.fits[:, None, None], torch.nan)
+
+
+def given_positions(x, positions):
+    """The positions for RoPE of `forward`: int B T, checked; by default 0..T-1 in each row."""
+    if positions is None:
+        return torch.arange(x.shape[1], device=x.device).expand(x.shape[:2])
+    inputs.check_positions(positions, x)
+    return positions
