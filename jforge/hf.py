@@ -146,6 +146,11 @@ def _split_projections(weights: _Weights, cfg: Any) -> Params:
     return params | _output(weights, cfg, "o_proj", cfg.attention_output_bias)
 
 
+def _split_with_sinks(weights: _Weights, cfg: Any) -> Params:
+    """gpt-oss: one sink logit a query head beside the projections."""
+    return _split_projections(weights, cfg) | {"sinks": _jax(weights.take("sinks", (cfg.num_attention_heads,)))}
+
+
 def _split_fused(weights: _Weights, cfg: Any) -> Params:
     """Falcon's query_key_value: for each key/value head its G queries, then its key, then its value.
 
@@ -189,5 +194,9 @@ def _split_latent(weights: _Weights, cfg: Any) -> Params:
     return params | _output(weights, cfg, "o_proj", cfg.attention_bias)
 
 
-_SPLITS: dict[str, Callable[[_Weights, Any], Params]] = {"falcon": _split_fused, "mla": _split_latent}
+_SPLITS: dict[str, Callable[[_Weights, Any], Params]] = {
+    "falcon": _split_fused,
+    "mla": _split_latent,
+    "sinks": _split_with_sinks,
+}
 """By model_type or by mechanism; _split_projections for all others."""

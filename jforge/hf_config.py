@@ -13,7 +13,7 @@ from typing import Any
 
 from jforge.attention import REGISTRY
 from jforge.core.config import reject
-from jforge.hf_families import FAMILIES, FULL, Family
+from jforge.hf_families import FAMILIES, Family
 from jforge.hf_keys import integer, need, section
 
 
@@ -67,10 +67,11 @@ def layer(config: Any, index: int) -> tuple[str, Any]:
     if isinstance(index, bool) or not isinstance(index, int) or not 0 <= index < count:
         reject("layer", index, f"in 0..{count - 1}, the layers of this model")
     kind = family.kind(config, index)
-    if kind != FULL:
-        raise NotImplementedError(f"layer {index} of {config['model_type']} is {kind}, which has no mechanism yet")
+    if kind not in family.mechanisms:
+        known, model = " and ".join(family.mechanisms), config["model_type"]
+        raise NotImplementedError(f"layer {index} of {model} is {kind}; only its {known} layers have a mechanism")
     fields = {name: value for name, value in family.fields(config, kind).items() if value is not None}
-    name = family.mechanism or _dense_name(fields["num_attention_heads"], fields["num_key_value_heads"])
+    name = family.mechanisms[kind] or _dense_name(fields["num_attention_heads"], fields["num_key_value_heads"])
     return name, REGISTRY[name].Config(**fields)
 
 

@@ -5,7 +5,7 @@ One small function per family; FAMILIES is the table. Keys that a file may omit 
 Source: configuration_*.py and modeling_*.py of transformers 5.23.0.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from jforge.core.config import positive, reject
@@ -13,6 +13,18 @@ from jforge.hf_keys import integer, is_nested, need, rope_of, section
 
 FULL, SLIDING, LINEAR, INDEXED = "full_attention", "sliding_attention", "linear_attention", "indexed_attention"
 _LEGACY_KINDS = {"attention": FULL, "mamba": LINEAR}  # as transformers renames them
+_DENSE = {FULL: None}
+_WINDOWS = {FULL: None, SLIDING: "sliding_window"}
+_SINKS = {FULL: "sinks", SLIDING: "sinks"}
+_LATENT = {FULL: "mla"}
+_GPT_OSS_ROPE = {
+    "rope_type": "yarn",
+    "factor": 32.0,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "truncate": False,
+    "original_max_position_embeddings": 4096,
+}
 
 
 class Family(NamedTuple):
@@ -20,7 +32,7 @@ class Family(NamedTuple):
 
     fields: Callable[[dict, str], dict]  # (config, kind) -> keyword arguments of Config
     kind: Callable[[dict, int], str]  # (config, layer) -> one of transformers' layer types
-    mechanism: str | None = None  # of the full layers; None: the dense one that the numbers of heads say
+    mechanisms: Mapping[str, str | None] = _DENSE  # by kind; None: the dense one that the numbers of heads say
 
 
 # Families: the fields of a layer's Config
@@ -52,25 +64,41 @@ def _bias(config: dict) -> dict:
     return {"attention_bias": bias, "attention_output_bias": bias}
 
 
+def _window(config: dict, kind: str, default: int = 4096) -> dict:
+    """The window of a layer that has one; an explicit null is an error there, not the class default."""
+    if kind != SLIDING:
+        return {}
+    return {"sliding_window": integer({"sliding_window": default} | config, "sliding_window")}
+
+
+def _qwen_window(config: dict, kind: str) -> dict:
+    """Without use_sliding_window transformers blanks the window, and then fails where layer_types asks for one."""
+    if kind == SLIDING and not config.get("use_sliding_window"):
+        reject("use_sliding_window", config.get("use_sliding_window"), f"true in a model with layers of kind {kind}")
+    return _window(config, kind)
+
+
 def _llama(config: dict, kind: str) -> dict:
     return _base(config, rope_of(config, kind)) | _bias(config)
 
 
 def _mistral(config: dict, kind: str) -> dict:
-    return _base(config, rope_of(config, kind), kv_heads=8)
+    return _base(config, rope_of(config, kind), kv_heads=8) | _window(config, kind)
 
 
 def _qwen2(config: dict, kind: str) -> dict:
     """Always biases on q, k, v and never on o; no key says so."""
-    return _base(config, rope_of(config, kind), kv_heads=32) | {"attention_bias": True}
+    return _base(config, rope_of(config, kind), kv_heads=32) | {"attention_bias": True} | _qwen_window(config, kind)
 
 
 def _qwen3(config: dict, kind: str) -> dict:
-    return _base(config, rope_of(config, kind), kv_heads=32, head_dim=128) | _bias(config) | {"qk_norm": "head"}
+    fields = _base(config, rope_of(config, kind), kv_heads=32, head_dim=128)
+    return fields | _bias(config) | {"qk_norm": "head"} | _qwen_window(config, kind)
 
 
 def _qwen3_moe(config: dict, kind: str) -> dict:
-    return _base(config, rope_of(config, kind), kv_heads=4) | _bias(config) | {"qk_norm": "head"}
+    fields = _base(config, rope_of(config, kind), kv_heads=4)
+    return fields | _bias(config) | {"qk_norm": "head"} | _qwen_window(config, kind)
 
 
 def _qwen3_next(config: dict, kind: str) -> dict:
@@ -80,24 +108,25 @@ def _qwen3_next(config: dict, kind: str) -> dict:
     return fields | {"qk_norm": "head", "norm_offset": 1.0, "attn_output_gate": True}
 
 
-def _gemma(config: dict, rope: dict | None) -> dict:
+def _gemma(config: dict, kind: str, rope: dict | None) -> dict:
     if config.get("use_bidirectional_attention"):
         raise NotImplementedError("use_bidirectional_attention is set: attention that is not causal has no mechanism")
     scalar = config.get("query_pre_attn_scalar", 256)
     positive("query_pre_attn_scalar", scalar)
-    return _base(config, rope, kv_heads=4, head_dim=256) | _bias(config) | {"scaling": scalar**-0.5}
+    fields = _base(config, rope, kv_heads=4, head_dim=256)
+    return fields | _bias(config) | {"scaling": scalar**-0.5} | _window(config, kind)
 
 
 def _gemma2(config: dict, kind: str) -> dict:
     cap = config.get("attn_logit_softcapping", 50.0)
-    return _gemma(config, rope_of(config, kind)) | {"attn_logit_softcapping": cap}
+    return _gemma(config, kind, rope_of(config, kind)) | {"attn_logit_softcapping": cap}
 
 
 def _gemma3(config: dict, kind: str) -> dict:
     if config.get("attn_logit_softcapping") is not None:
         raise NotImplementedError("attn_logit_softcapping is given, but transformers' gemma3 layers ignore it")
     config = {"num_attention_heads": 8, **config}  # published text_configs omit it
-    fields = _gemma(config, _gemma3_rope(config, kind))
+    fields = _gemma(config, kind, _gemma3_rope(config, kind))
     return fields | {"qk_norm": "head", "norm_offset": 1.0}
 
 
@@ -111,6 +140,14 @@ def _gemma3_rope(config: dict, kind: str) -> dict | None:
         old_theta, theta = config.get("rope_local_base_freq"), 1e4
     config = config | {"rope_theta": old_theta, "rope_scaling": None, "rope_parameters": {kind: own}}
     return rope_of(config, kind, theta=theta)
+
+
+def _gpt_oss(config: dict, kind: str) -> dict:
+    """Biases unless the file says no; without any RoPE dict the scaling of the released models."""
+    if config.get("rope_parameters") is None and not section(config, "rope_scaling"):
+        config = config | {"rope_parameters": _GPT_OSS_ROPE}
+    fields = _base(config, rope_of(config, kind, theta=1.5e5), kv_heads=8, head_dim=64, eps=1e-5)
+    return fields | _bias({"attention_bias": True} | config) | _window(config, kind, default=128)
 
 
 def _olmo2(config: dict, kind: str) -> dict:
@@ -205,8 +242,13 @@ def _has_window(config: dict) -> bool:
 
 
 def _qwen_kind(config: dict, index: int) -> str:
-    in_window = _has_window(config) and index >= config.get("max_window_layers", 28)
-    return _listed(config, index) or (SLIDING if in_window else FULL)
+    """As transformers reads it, max_window_layers counts the full layers that come before those with a window."""
+    if (kind := _listed(config, index)) is not None or not _has_window(config):
+        return kind or FULL
+    first = config.get("max_window_layers", 28)
+    if isinstance(first, bool) or not isinstance(first, int) or first < 0:
+        reject("max_window_layers", first, "an integer, 0 or more")
+    return SLIDING if index >= first else FULL
 
 
 def _qwen3_moe_kind(config: dict, index: int) -> str:
@@ -250,20 +292,21 @@ def _kimi_linear_kind(config: dict, index: int) -> str:
 
 
 FAMILIES: dict[str, Family] = {
-    "deepseek_v2": Family(_deepseek_v2, _deepseek_kind, "mla"),
-    "deepseek_v3": Family(_deepseek_v3, _deepseek_kind, "mla"),
+    "deepseek_v2": Family(_deepseek_v2, _deepseek_kind, _LATENT),
+    "deepseek_v3": Family(_deepseek_v3, _deepseek_kind, _LATENT),
     "falcon": Family(_falcon, _all_full),
-    "gemma2": Family(_gemma2, _every(2, SLIDING)),
-    "gemma3": Family(_gemma3, _every(6, SLIDING, "sliding_window_pattern")),
-    "gemma3_text": Family(_gemma3, _every(6, SLIDING, "sliding_window_pattern")),
-    "kimi_k2": Family(_deepseek_v3, _deepseek_kind, "mla"),
-    "kimi_linear": Family(_kimi_linear, _kimi_linear_kind, "mla"),
+    "gemma2": Family(_gemma2, _every(2, SLIDING), _WINDOWS),
+    "gemma3": Family(_gemma3, _every(6, SLIDING, "sliding_window_pattern"), _WINDOWS),
+    "gemma3_text": Family(_gemma3, _every(6, SLIDING, "sliding_window_pattern"), _WINDOWS),
+    "gpt_oss": Family(_gpt_oss, _every(2, SLIDING), _SINKS),
+    "kimi_k2": Family(_deepseek_v3, _deepseek_kind, _LATENT),
+    "kimi_linear": Family(_kimi_linear, _kimi_linear_kind, _LATENT),
     "llama": Family(_llama, _all_full),
     "minimax_m2": Family(_minimax_m2, _minimax_m2_kind),
-    "mistral": Family(_mistral, _mistral_kind),
+    "mistral": Family(_mistral, _mistral_kind, _WINDOWS),
     "olmo2": Family(_olmo2, _all_full),
-    "qwen2": Family(_qwen2, _qwen_kind),
-    "qwen3": Family(_qwen3, _qwen_kind),
-    "qwen3_moe": Family(_qwen3_moe, _qwen3_moe_kind),
+    "qwen2": Family(_qwen2, _qwen_kind, _WINDOWS),
+    "qwen3": Family(_qwen3, _qwen_kind, _WINDOWS),
+    "qwen3_moe": Family(_qwen3_moe, _qwen3_moe_kind, _WINDOWS),
     "qwen3_next": Family(_qwen3_next, _every(4, LINEAR, "full_attention_interval")),
 }

@@ -8,7 +8,7 @@ from typing import Any
 
 from jforge.core.config import positive, positive_int, reject
 
-_YARN_NUMBERS = ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim")
+_YARN_NUMBERS = ("beta_fast", "beta_slow", "mscale", "mscale_all_dim")
 
 
 def need(config: Mapping, key: str) -> Any:
@@ -58,7 +58,10 @@ def rope_of(config: dict, kind: str, *, theta: float = 1e4, partial: float | Non
         model = config["model_type"]
         raise NotImplementedError(f"partial_rotary_factor is given, but {model} turns every channel in transformers")
     for key in _YARN_NUMBERS:
-        if out.get(key):  # 0 means "not given", as it does in transformers
+        if out.get(key) == 0:  # "not given", as it is in transformers
+            del out[key]
+    for key in ("attention_factor", *_YARN_NUMBERS):
+        if key in out:
             positive(key, out[key])
     if out["rope_type"] in ("llama3", "yarn"):
         _complete_scaled(out, given, config, nested)

@@ -15,7 +15,7 @@ from transformers import DynamicCache
 from jforge import hf
 from jforge.harness import compare
 
-VOCAB, BATCH, TOKENS = 97, 2, 10
+VOCAB, BATCH, TOKENS, WINDOW = 97, 2, 10, 4
 PLAIN = {"rope_type": "default", "rope_theta": 1e4}
 LLAMA3 = {
     "rope_type": "llama3",
@@ -28,7 +28,19 @@ LLAMA3 = {
 YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 64}
 LINEAR = {"rope_type": "linear", "rope_theta": 1e6, "factor": 8.0}
 MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
-SLIDING_FULL = ["sliding_attention", "full_attention"] * 2
+GEMMA = {
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+    "query_pre_attn_scalar": 24,
+    "sliding_window": WINDOW,
+}
+GEMMA3 = GEMMA | {"rope_parameters": {"full_attention": LINEAR, "sliding_attention": PLAIN}}
+GPT_OSS = {
+    "sliding_window": WINDOW,
+    "max_position_embeddings": 131072,
+    "num_local_experts": 4,
+    "num_experts_per_tok": 2,
+}
+QWEN_WINDOW = {"use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 1}
 LINEAR_FULL = ["linear_attention", "full_attention"] * 2
 MLA = {
     "q_lora_rank": 24,
@@ -55,7 +67,7 @@ class Model:
 
     name: str  # prefix of the transformers classes
     kwargs: dict = field(default_factory=dict)
-    layers: tuple[int, ...] = (0, 1)  # those with full attention
+    layers: tuple[int, ...] = (0, 1)  # those of `mechanism`
     mechanism: str = "gqa"
     pairs_apart: bool = False  # transformers caches the rotated pairs of the second buffer as evens, then odds
 
@@ -101,20 +113,22 @@ MODELS = {
     "qwen3, biases": Model("Qwen3", {"attention_bias": True}),
     "qwen3_moe": Model("Qwen3Moe", MOE),
     "mistral": Model("Mistral", {"sliding_window": None}),
-    "gemma2": Model(
-        "Gemma2",
-        {"layer_types": SLIDING_FULL, "query_pre_attn_scalar": 24, "sliding_window": 7, "attn_logit_softcapping": 2.0},
-        layers=(1, 3),
+    "gemma2": Model("Gemma2", GEMMA | {"attn_logit_softcapping": 2.0}, layers=(1, 3)),
+    "gemma3": Model("Gemma3", GEMMA3, layers=(1, 3)),
+    "qwen2, window": Model("Qwen2", QWEN_WINDOW, layers=(1,), mechanism="sliding_window"),
+    "qwen3, window": Model("Qwen3", QWEN_WINDOW, layers=(1,), mechanism="sliding_window"),
+    "qwen3_moe, window": Model("Qwen3Moe", MOE | QWEN_WINDOW, mechanism="sliding_window"),
+    "mistral, window": Model("Mistral", {"sliding_window": WINDOW}, mechanism="sliding_window"),
+    "gemma2, window": Model(
+        "Gemma2", GEMMA | {"attn_logit_softcapping": 2.0}, layers=(0, 2), mechanism="sliding_window"
     ),
-    "gemma3": Model(
-        "Gemma3",
-        {
-            "layer_types": SLIDING_FULL,
-            "query_pre_attn_scalar": 24,
-            "sliding_window": 7,
-            "rope_parameters": {"full_attention": LINEAR, "sliding_attention": PLAIN},
-        },
-        layers=(1, 3),
+    "gemma3, window": Model("Gemma3", GEMMA3, layers=(0, 2), mechanism="sliding_window"),
+    "gpt_oss": Model("GptOss", GPT_OSS, mechanism="sinks"),
+    "gpt_oss, no biases, mha": Model(
+        "GptOss",
+        GPT_OSS | {"attention_bias": False, "num_key_value_heads": 4, "rope_parameters": YARN | {"truncate": False}},
+        layers=(0,),
+        mechanism="sinks",
     ),
     "olmo2": Model("Olmo2"),
     "olmo2, biases, mha": Model("Olmo2", {"attention_bias": True, "num_key_value_heads": 4}, mechanism="mha"),
@@ -196,47 +210,48 @@ class Step:
 
     x: np.ndarray
     y: np.ndarray
+    stored: tuple[np.ndarray, ...] = ()  # keys and values that the layer's cache holds afterwards, B K S H
 
 
-def attention_modules(model: Any) -> list[Any]:
-    """The attention module of every layer, None where the layer has another kind of mixer."""
+def attention_module(model: Any, layer: int) -> Any:
     base = model.base_model
-    blocks = base.h if hasattr(base, "h") else base.layers
-    return [getattr(block, "self_attn", None) or getattr(block, "self_attention", None) for block in blocks]
+    block = (base.h if hasattr(base, "h") else base.layers)[layer]
+    return block.self_attn if hasattr(block, "self_attn") else block.self_attention
 
 
-def tokens() -> torch.Tensor:
-    return torch.randint(3, VOCAB, (BATCH, TOKENS), generator=torch.Generator().manual_seed(2))
+def tokens(count: int) -> torch.Tensor:
+    return torch.randint(3, VOCAB, (BATCH, count), generator=torch.Generator().manual_seed(2))
 
 
 @torch.no_grad()
-def run(model: Any, sizes: tuple[int, ...], use_cache: bool) -> tuple[list[list[Step | None]], Any]:
-    """Feed the tokens in chunks of these sizes: ([step][layer] -> Step or None, the DynamicCache or None)."""
-    steps: list[list[Step | None]] = []
-    modules = attention_modules(model)
+def run(model: Any, layers: tuple[int, ...], sizes: tuple[int, ...], use_cache: bool) -> list[dict[int, Step]]:
+    """Feed tokens in chunks of these sizes and watch these layers: {layer: Step} of every chunk."""
+    steps: list[dict[int, Step]] = []
+    store = DynamicCache(config=model.config) if use_cache else None
 
     def hook(index: int):
         def save(module, args, kwargs, output):
             x = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
             y = output[0] if isinstance(output, tuple) else output
-            steps[-1][index] = Step(x.numpy().copy(), y.numpy().copy())
+            cached = () if store is None else (store.layers[index].keys, store.layers[index].values)
+            x, y, *cached = (a.numpy().copy() for a in (x, y, *cached))
+            steps[-1][index] = Step(x, y, tuple(cached))
 
         return save
 
-    handles = [m.register_forward_hook(hook(i), with_kwargs=True) for i, m in enumerate(modules) if m is not None]
-    store = DynamicCache(config=model.config) if use_cache else None
+    handles = [attention_module(model, i).register_forward_hook(hook(i), with_kwargs=True) for i in layers]
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # products this small lose 30 ms each to threads where cores are few
-    for chunk in torch.split(tokens(), sizes, dim=1):
-        steps.append([None] * len(modules))
+    for chunk in torch.split(tokens(sum(sizes)), sizes, dim=1):
+        steps.append({})
         model(input_ids=chunk, past_key_values=store, use_cache=use_cache)
     torch.set_num_threads(threads)
     for handle in handles:
         handle.remove()
-    return steps, store
+    return steps
 
 
-SPLITS = {
+SPLITS = {  # of a window of 4 they meet lengths 3, 4, 5, 8 and 9, and a chunk of 5 in a ring that is not empty
     "prefill 1, decode": (1,) * TOKENS,
     "prefill 5, decode": (5,) + (1,) * (TOKENS - 5),
     "chunks": (3, 5, 1, 1),  # sizes that the other modes have: every new one is a compilation
@@ -248,54 +263,61 @@ def _jitted(function):
     return jax.jit(function, static_argnames="cfg")
 
 
-def against_transformers(name: str) -> tuple[str, dict[str, float]]:
+def against_transformers(name: str, splits: dict[str, tuple[int, ...]] = SPLITS) -> tuple[str, dict[str, float]]:
     """(mechanism, {mode: worst relative error}) of the converted layers of MODELS[name], float32.
 
-    Modes: a full forward without cache; each of SPLITS, where a chunk of one token after the first goes through
-    decode; and "cache", the contents after each split. jforge is fed the hidden states that transformers' attention
+    Modes: a full forward without cache; each of `splits`, where a chunk of one token after the first goes through
+    decode; and "cache", the contents after every chunk. jforge is fed the hidden states that transformers' attention
     module saw, so the errors are those of that module alone.
     """
     spec = MODELS[name]
     model = spec.build()
     weights = model.state_dict()
-    errors = dict.fromkeys(("forward", *SPLITS, "cache"), 0.0)
-    for layer in spec.layers:
-        att, cfg, params = hf.convert(model.config, weights, layer)
-        (seen,), _ = run(model, (TOKENS,), use_cache=False)
-        got = _jitted(att.forward)(params, cfg, seen[layer].x)
-        errors["forward"] = max(errors["forward"], compare.worst_vector(got, seen[layer].y))
-        for split, sizes in SPLITS.items():
-            steps, theirs = run(model, sizes, use_cache=True)
-            error, ours = _follow(att, cfg, params, [step[layer] for step in steps])
-            errors[split] = max(errors[split], error)
-            errors["cache"] = max(errors["cache"], _cache_error(att.cache_spec(cfg), ours, theirs.layers[layer], spec))
+    layers = {index: hf.convert(model.config, weights, index) for index in spec.layers}
+    errors = dict.fromkeys(("forward", *splits, "cache"), 0.0)
+    (seen,) = run(model, spec.layers, (max(map(sum, splits.values())),), use_cache=False)
+    for index, (att, cfg, params) in layers.items():
+        got = _jitted(att.forward)(params, cfg, seen[index].x)
+        errors["forward"] = max(errors["forward"], compare.worst_vector(got, seen[index].y))
+    for split, sizes in splits.items():
+        steps = run(model, spec.layers, sizes, use_cache=True)
+        for index, layer in layers.items():
+            output, cached = _follow(*layer, [step[index] for step in steps], spec)
+            errors[split] = max(errors[split], output)
+            errors["cache"] = max(errors["cache"], cached)
     return spec.mechanism, errors
 
 
-def _follow(att, cfg, params, steps: list[Step]) -> tuple[float, Any]:
-    """(worst error of y, the cache) after feeding jforge the chunks that transformers saw."""
-    ours = att.init_cache(cfg, BATCH, TOKENS + 2, jnp.float32)
-    worst = 0.0
+def _follow(att, cfg, params, steps: list[Step], spec: Model) -> tuple[float, float]:
+    """(worst error of y, worst error of the cache) while feeding jforge the chunks that transformers saw."""
+    ours = att.init_cache(cfg, BATCH, sum(step.x.shape[1] for step in steps) + 2, jnp.float32)
+    output = cached = 0.0
     for i, step in enumerate(steps):
         function = att.decode if i > 0 and step.x.shape[1] == 1 else att.prefill
         got, ours = _jitted(function)(params, cfg, step.x, ours)
-        worst = max(worst, compare.worst_vector(got, step.y))
-    return worst, ours
+        output = max(output, compare.worst_vector(got, step.y))
+        cached = max(cached, _cache_error(att.cache_spec(cfg), ours, step.stored, spec))
+    return output, cached
 
 
-def _cache_error(buffers, ours, theirs, spec: Model) -> float:
-    """Our two buffers, in the order of their spec, against transformers' `keys` and `values`.
+def _cache_error(buffers, ours, theirs: tuple[np.ndarray, ...], spec: Model) -> float:
+    """Our two buffers, in the order of their spec, against transformers' `keys` and `values`, position by position.
 
-    It keeps B K S H, K = 1 for latents; Falcon's new architecture keeps each key/value head G times.
+    It keeps B K S H, K = 1 for latents; Falcon's new architecture keeps each key/value head G times. Of a window of W
+    tokens it keeps the last W - 1 in their order, since the next token comes with its own key; ours is a ring with the
+    token at position p in slot p mod W. inf where it keeps another number of tokens.
     """
-    worst = 0.0
-    for name, stored, apart in zip(buffers, (theirs.keys, theirs.values), (False, spec.pairs_apart), strict=True):
-        leaf = np.asarray(getattr(ours, name))[:, :TOKENS]
+    worst, length = 0.0, int(ours.length[0])
+    for name, stored, apart in zip(buffers, theirs, (False, spec.pairs_apart), strict=True):
+        leaf, stored, limit = np.asarray(getattr(ours, name)), stored.swapaxes(1, 2), buffers[name].limit
+        kept = length if limit is None else min(length, limit - 1)
+        if stored.shape[1] != kept:
+            return math.inf
+        leaf = leaf[:, np.arange(length - kept, length) % leaf.shape[1]]
         if leaf.ndim == 3:
             leaf = leaf[:, :, None]
         if apart:
             leaf = np.concatenate([leaf[..., ::2], leaf[..., 1::2]], axis=-1)
-        stored = stored.numpy().swapaxes(1, 2)
-        repeats = stored.shape[2] // leaf.shape[2]
-        worst = max(worst, compare.worst_vector(np.repeat(leaf, repeats, axis=2), stored))
+        leaf = np.repeat(leaf, stored.shape[2] // leaf.shape[2], axis=2)
+        worst = max(worst, compare.worst_vector(leaf, stored))
     return worst

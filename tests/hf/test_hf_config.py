@@ -1,6 +1,7 @@
 """config.json -> Config: spellings, defaults, layer kinds and error messages."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -126,6 +127,12 @@ def test_yarn_factor_null_is_the_ratio():
     assert rope_of(TINY | {"rope_scaling": yarn})["factor"] == 4.0
 
 
+@pytest.mark.parametrize("key", ["beta_fast", "beta_slow", "mscale", "mscale_all_dim"])
+def test_yarn_numbers_of_0_are_not_given(key):
+    yarn = {"rope_type": "yarn", "factor": 4.0}
+    assert rope_of(TINY | {"rope_scaling": yarn | {key: 0}}) == rope_of(TINY | {"rope_scaling": yarn})
+
+
 # Defaults of files that omit keys: what transformers reads in the same file
 
 
@@ -136,9 +143,11 @@ def test_yarn_factor_null_is_the_ratio():
         ("qwen2", {"num_key_value_heads": 2}),
         ("qwen3", {"num_key_value_heads": 2}),
         ("qwen3_moe", {}),
+        ("mistral", {"num_attention_heads": 8}),
         ("mistral", {"sliding_window": None, "num_attention_heads": 8}),
         ("gemma2", {}),
         ("gemma3_text", {}),
+        ("gpt_oss", {"num_attention_heads": 8}),
         ("olmo2", {}),
         ("falcon", {}),
         ("minimax_m2", {"num_attention_heads": 8}),
@@ -150,8 +159,9 @@ def test_yarn_factor_null_is_the_ratio():
 )
 def test_omitted_keys_mean_the_class_defaults(model_type, keys):
     config = {"model_type": model_type, **SHAPE, **keys}
-    index = {"gemma2": 1, "gemma3_text": 5, "qwen3_next": 3}.get(model_type, 0)
-    assert layer(config, index) == layer(transformers.AutoConfig.for_model(**config), index)
+    theirs = transformers.AutoConfig.for_model(**config)
+    for index in (3,) if model_type == "qwen3_next" else range(6):
+        assert layer(config, index) == layer(theirs, index)
 
 
 def test_gemma3_text_config_of_a_multimodal_model():
@@ -173,46 +183,52 @@ def test_gemma3_text_config_of_a_multimodal_model():
 
 
 def kinds(config):
-    """ "F" for a layer with a mechanism, else the kind that the error names."""
+    """The mechanism of every layer; of a layer without one the kind that the error names."""
     out = []
     for index in range(config["num_hidden_layers"]):
         try:
-            layer(config, index)
-            out.append("F")
+            out.append(layer(config, index)[0])
         except NotImplementedError as error:
-            assert f"layer {index} of {config['model_type']}" in str(error)
-            out.append(str(error).split()[5].split("_")[0])
+            named = rf"layer {index} of {config['model_type']} is (\w+); only its .* layers have a mechanism"
+            out.append(re.fullmatch(named, str(error))[1])
     return out
 
 
 @pytest.mark.parametrize(
     "keys, expected",
     [
-        ({"model_type": "gemma2"}, ["sliding,", "F"] * 3),
-        ({"model_type": "gemma3_text"}, ["sliding,"] * 5 + ["F"]),
-        ({"model_type": "gemma3_text", "sliding_window_pattern": 2}, ["sliding,", "F"] * 3),
-        ({"model_type": "qwen3_next"}, ["linear,"] * 3 + ["F"] + ["linear,"] * 2),
-        ({"model_type": "mistral"}, ["sliding,"] * 6),
-        ({"model_type": "mistral", "sliding_window": None}, ["F"] * 6),
-        ({"model_type": "qwen2", "use_sliding_window": True, "max_window_layers": 4}, ["F"] * 4 + ["sliding,"] * 2),
-        ({"model_type": "qwen3", "sliding_window": 8}, ["F"] * 6),
-        ({"model_type": "qwen3_moe", "use_sliding_window": True, "sliding_window": 8}, ["sliding,"] * 6),
-        ({"model_type": "minimax_m2", "attn_type_list": [1, 0] * 3}, ["F", "linear,"] * 3),
-        ({"model_type": "llama", "layer_types": ["chunked_attention"] * 6}, ["chunked,"] * 6),
-        ({"model_type": "llama", "layer_types": ["attention"] * 6}, ["F"] * 6),
-        ({"model_type": "deepseek_v3", "num_key_value_heads": 4}, ["F"] * 6),
-        ({"model_type": "deepseek_v3", "index_topk": 2048}, ["indexed,"] * 6),
-        ({"model_type": "kimi_k2", "layer_types": ["indexed_attention"] * 6}, ["indexed,"] * 6),
+        ({"model_type": "gemma2"}, ["sliding_window", "gqa"] * 3),
+        ({"model_type": "gemma2", "layer_types": ["chunked_attention"] * 6}, ["chunked_attention"] * 6),
+        ({"model_type": "gemma3_text"}, ["sliding_window"] * 5 + ["gqa"]),
+        ({"model_type": "gemma3_text", "sliding_window_pattern": 2}, ["sliding_window", "gqa"] * 3),
+        ({"model_type": "gpt_oss"}, ["sinks"] * 6),
+        ({"model_type": "gpt_oss", "layer_types": ["linear_attention"] * 6}, ["linear_attention"] * 6),
+        ({"model_type": "qwen3_next"}, ["linear_attention"] * 3 + ["gqa"] + ["linear_attention"] * 2),
+        ({"model_type": "mistral"}, ["sliding_window"] * 6),
+        ({"model_type": "mistral", "sliding_window": None}, ["gqa"] * 6),
+        (
+            {"model_type": "qwen2", "use_sliding_window": True, "max_window_layers": 4},
+            ["gqa"] * 4 + ["sliding_window"] * 2,
+        ),
+        ({"model_type": "qwen3", "sliding_window": 8}, ["gqa"] * 6),
+        ({"model_type": "qwen3_moe", "use_sliding_window": True, "sliding_window": 8}, ["sliding_window"] * 6),
+        ({"model_type": "minimax_m2", "attn_type_list": [1, 0] * 3}, ["gqa", "linear_attention"] * 3),
+        ({"model_type": "llama", "layer_types": ["chunked_attention"] * 6}, ["chunked_attention"] * 6),
+        ({"model_type": "llama", "layer_types": ["sliding_attention"] * 6}, ["sliding_attention"] * 6),
+        ({"model_type": "llama", "layer_types": ["attention"] * 6}, ["gqa"] * 6),
+        ({"model_type": "deepseek_v3", "num_key_value_heads": 4}, ["mla"] * 6),
+        ({"model_type": "deepseek_v3", "index_topk": 2048}, ["indexed_attention"] * 6),
+        ({"model_type": "kimi_k2", "layer_types": ["indexed_attention"] * 6}, ["indexed_attention"] * 6),
     ],
 )
 def test_layer_kinds(keys, expected):
-    config = {**SHAPE, "num_key_value_heads": 2, **keys}
-    assert kinds(config) == [kind.rstrip(",") for kind in expected]
+    assert kinds({**SHAPE, "num_key_value_heads": 2, **keys}) == expected
 
 
 def test_layers_raises_at_the_first_layer_without_a_mechanism():
     config = {"model_type": "llama", **SHAPE, "layer_types": ["full_attention"] * 5 + ["sliding_attention"]}
-    with pytest.raises(NotImplementedError, match="layer 5 of llama is sliding_attention"):
+    message = "^layer 5 of llama is sliding_attention; only its full_attention layers have a mechanism$"
+    with pytest.raises(NotImplementedError, match=message):
         layers(config)
 
 
@@ -250,6 +266,10 @@ def test_required_keys(key):
         ({"hidden_size": 66}, "head_dim is None.*hidden_size=66"),
         ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_type is 'dynamic'; it must be one of default"),
         ({"rope_scaling": {"type": "linear"}}, "rope_parameters has no factor; rope_type 'linear' needs it"),
+        (
+            {"rope_scaling": {"type": "yarn", "factor": 2.0, "attention_factor": 0}},
+            "attention_factor is 0; it must be a",
+        ),
         ({"rope_scaling": "linear"}, "rope_scaling is 'linear'; it must be an object or null"),
         ({"rope_parameters": {"sliding_attention": {}}}, "rope_parameters has no entry for full_attention"),
         ({"rope_parameters": {"full_attention": 3}}, "full_attention is 3; it must be an object"),

@@ -128,7 +128,7 @@ def test_layer_outside_the_model(layer):
 
 @pytest.mark.parametrize(
     "name, kind",
-    [("gemma2", "sliding_attention"), ("qwen3_next", "linear_attention"), ("kimi_linear", "linear_attention")],
+    [("qwen3_next", "linear_attention"), ("kimi_linear", "linear_attention")],
 )
 def test_layer_kind_without_a_mechanism(name, kind):
     spec = MODELS[name]
