@@ -107,7 +107,7 @@ def bench_cpu(shapes=CPU_SHAPES, *, samples: int = 20, seed: int = 0) -> Iterato
         calls = {"jforge (XLA)": lambda arrays=arrays: xla(*arrays).block_until_ready(), "torch_ref": torch_call}
         for name, call in calls.items():
             row = {"what": "decode_attention", "implementation": name, "dtype": "float32", **shape._asdict()}
-            error = compare.worst_head(_float32(call()), want)
+            error = compare.worst_head(float32(call()), want)
             if error > compare.OUT["float32"]:
                 yield {**row, "error": error, "refused": "wrong result"}
                 continue
@@ -191,7 +191,7 @@ def _latent_implementations(shape: LatentShape, inputs) -> Iterator[Call]:
     import pallas_kernels
     import triton_kernels
 
-    yield _jax_call("pallas", lambda *a: pallas_kernels.decode_mla(*a, scale=LATENT_SCALE)[0], inputs)
+    yield jax_call("pallas", lambda *a: pallas_kernels.decode_mla(*a, scale=LATENT_SCALE)[0], inputs)
     tensors = [[torch.from_dlpack(a) for a in arrays] for arrays in inputs]
     wait = torch.cuda.synchronize
     yield Call("triton", lambda i: triton_kernels.decode_mla(*tensors[i], scale=LATENT_SCALE)[0], wait)
@@ -245,22 +245,28 @@ def _reference(q, k, v, lengths):
 
 
 def _row(what: str, call: Call, shape, sets: int, want, samples: int, ceiling: float) -> dict:
+    return gated_row(what, call, shape._asdict(), shape.bytes_moved, sets, want, samples, ceiling)
+
+
+def gated_row(
+    what: str, call: Call, sizes, moved: int, sets: int, want, samples: int, ceiling: float, judge=compare.worst_head
+) -> dict:
     """Gate, then time. A refusal or a failed gate is a row without a time."""
-    row = {"what": what, "implementation": call.name, "dtype": "bfloat16", **shape._asdict()}
+    row = {"what": what, "implementation": call.name, "dtype": "bfloat16", **sizes}
     try:
         got = call.run(0)
         call.synchronise()
     except Exception as refusal:  # a peer may fail in any way; ours are tested elsewhere
         return {**row, "refused": " ".join(str(refusal).split())[:200]}
-    error = compare.worst_head(_float32(got), want)
+    error = judge(float32(got), want)
     if error > compare.OUT["bfloat16"]:
         return {**row, "error": error, "refused": "wrong result"}
     timing = time_gpu([lambda i=i: call.run(i) for i in range(sets)], call.synchronise, samples=samples)
-    rate = shape.bytes_moved / timing.median / 1e3
+    rate = moved / timing.median / 1e3
     return {**row, "error": error, "sets": sets, **asdict(timing), "GB_per_s": rate, "of_ceiling": rate / ceiling}
 
 
-def _float32(array):
+def float32(array):
     return array.float().cpu().numpy() if hasattr(array, "cpu") else array.astype(jnp.float32)
 
 
@@ -272,8 +278,8 @@ def _implementations(shape: Shape, inputs) -> Iterator[Call]:
     import triton_kernels
 
     scale = shape.H**-0.5
-    yield _jax_call("pallas", lambda q, k, v, n: pallas_kernels.decode_attention(q, k, v, n, scale=scale)[0], inputs)
-    yield _jax_call(
+    yield jax_call("pallas", lambda q, k, v, n: pallas_kernels.decode_attention(q, k, v, n, scale=scale)[0], inputs)
+    yield jax_call(
         "cudnn (JAX)",
         lambda q, k, v, n: jax.nn.dot_product_attention(q, k, v, scale=scale, implementation="cudnn"),
         inputs,
@@ -288,12 +294,16 @@ def _implementations(shape: Shape, inputs) -> Iterator[Call]:
         yield Call(name, lambda i, f=function: _heads_first(f, *tensors[i][:3], scale), wait)
 
 
-def _jax_call(name: str, function: Callable, inputs) -> Call:
-    compiled, last = jax.jit(function), []
+def jax_call(name: str, function: Callable, inputs, carry: int | None = None) -> Call:
+    """`function` compiled. carry: the argument that is donated and replaced by the second result, a state."""
+    compiled, last = jax.jit(function, donate_argnums=() if carry is None else carry), []
 
     def run(i: int):
-        last[:] = [compiled(*inputs[i])]
-        return last[0]
+        result = compiled(*inputs[i])
+        if carry is not None:
+            result, inputs[i][carry] = result
+        last[:] = [result]
+        return result
 
     return Call(name, run, lambda: jax.block_until_ready(last))
 
@@ -336,16 +346,21 @@ def read_ceiling(megabytes: int = 2048) -> float:
     return best
 
 
-OPS = ("decode_attention", "decode_mla")
+OPS = ("decode_attention", "decode_mla", "decode_block_sparse", "decode_sparse_mla", "index_scores",
+       "block_index_scores", "decode_linear")  # fmt: skip
 
 
 def run(ops=OPS, *, samples: int = 50) -> Iterator[dict]:
-    """The rows of these ops on the machine at hand: bench_dense on a GPU, bench_cpu without one."""
+    """The rows of these ops on the machine at hand: all on a GPU, dense attention on a CPU."""
+    from jforge.harness import bench_sparse  # it builds on this file
+
     dense = bench_dense if jax.default_backend() == "gpu" else bench_cpu
     if "decode_attention" in ops:
         yield from dense(samples=samples)
     if "decode_mla" in ops and dense is bench_dense:  # on a CPU the two interpreters would be timed
         yield from bench_mla(samples=samples)
+    if set(ops) & set(bench_sparse.OPS) and dense is bench_dense:
+        yield from bench_sparse.run(ops, samples=samples)
 
 
 def append(path: str | Path, rows: list[dict], where: dict) -> None:

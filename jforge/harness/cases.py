@@ -92,6 +92,46 @@ def _decode_block_sparse(case: Case, dtype: np.dtype, rng: np.random.Generator) 
     return Inputs(arrays, _with_sinks({"scale": H**-0.5, **case.options}, N, rng))
 
 
+def _decode_sparse_mla(case: Case, dtype: np.dtype, rng: np.random.Generator) -> Inputs:
+    """Lists of L distinct tokens, a few of them -1, in random order; NaN in every slot that no query of a row names."""
+    B, T, N, S, C, R, L = (case.sizes[axis] for axis in "BTNSCRL")
+    shapes = {"q_latent": (B, T, N, C), "q_rope": (B, T, N, R), "latent": (B, S, C), "k_rope": (B, S, R)}
+    arrays = {name: rng.standard_normal(shape).astype(dtype) for name, shape in shapes.items()}
+    indices = np.full((B, T, L), -1, np.int32)
+    for b, t in np.ndindex(B, T):
+        picks = rng.permutation(S)[: max(0, L - int(rng.integers(5)))] if case.lengths[b] else []
+        indices[b, t, : len(picks)] = picks
+        rng.shuffle(indices[b, t])
+    for b in range(B):
+        unread = ~np.isin(np.arange(S), indices[b])
+        arrays["latent"][b, unread] = arrays["k_rope"][b, unread] = np.nan
+    return Inputs({**arrays, "indices": indices}, _with_sinks({"scale": (C + R) ** -0.5, **case.options}, N, rng))
+
+
+def _index_scores(case: Case, dtype: np.dtype, rng: np.random.Generator) -> Inputs:
+    """Signed weights for index_scores, none for block_index_scores; NaN in the keys past each length."""
+    B, T, heads, S, J = (case.sizes[axis] for axis in "BTISJ")
+    q, k = (rng.standard_normal(shape).astype(dtype) for shape in ((B, T, heads, J), (B, S, J)))
+    for b, length in enumerate(case.lengths):
+        k[b, length:] = np.nan
+    arrays = {"q_index": q, "k_index": k}
+    if case.op == "index_scores":
+        arrays["weights"] = rng.standard_normal((B, T, heads)).astype(np.float32)
+    return Inputs({**arrays, "lengths": np.array(case.lengths, np.int32)}, case.options)
+
+
+def _decode_linear(case: Case, dtype: np.dtype, rng: np.random.Generator) -> Inputs:
+    """`decay` is the number of axes of the decay: N, B N or B N H. Keys of unit length, as the delta rule wants."""
+    B, N, H, V = (case.sizes[axis] for axis in "BNHV")
+    q, k, v = (rng.standard_normal((B, N, width)) for width in (H, H, V))
+    k /= np.linalg.norm(k, axis=-1, keepdims=True)
+    arrays = {name: a.astype(dtype) for name, a in (("q", q), ("k", k), ("v", v))}
+    arrays["state"] = rng.standard_normal((B, N, H, V)).astype(np.float32)
+    arrays["decay"] = rng.uniform(0.5, 1, ((N,), (B, N), (B, N, H))[case.sizes["decay"] - 1]).astype(np.float32)
+    beta = {"beta": rng.uniform(0, 1, (B, N)).astype(np.float32)} if case.sizes["beta"] else {}
+    return Inputs(arrays, beta)
+
+
 def _with_sinks(options: dict, heads: int, rng: np.random.Generator) -> dict:
     if options.pop("sinks", False):
         options["sinks"] = rng.standard_normal(heads).astype(np.float32)
@@ -111,7 +151,11 @@ def _merge_states(case: Case, dtype: np.dtype, rng: np.random.Generator) -> Inpu
 _BUILD = {
     "decode_attention": _decode_attention,
     "decode_block_sparse": _decode_block_sparse,
+    "decode_linear": _decode_linear,
     "decode_mla": _decode_mla,
+    "decode_sparse_mla": _decode_sparse_mla,
+    "index_scores": _index_scores,
+    "block_index_scores": _index_scores,
     "merge_states": _merge_states,
 }
 
@@ -129,6 +173,20 @@ def _mla(name, B, N, S, lengths, *tags, T=1, C=512, R=64, **options) -> Case:
 def _blocks(name, B, N, K, H, S, size, L, lengths, *tags, T=1, V=None, X=None, **options) -> Case:
     sizes = {"B": B, "T": T, "N": N, "K": K, "S": S, "H": H, "V": H if V is None else V, "X": X or K, "L": L}
     return Case(name, "decode_block_sparse", sizes, lengths, {"block_size": size, **options}, frozenset(tags))
+
+
+def _sparse_mla(name, B, N, S, L, *tags, T=1, C=512, R=64, filled=None, **options) -> Case:
+    sizes = {"B": B, "T": T, "N": N, "S": S, "C": C, "R": R, "L": L}
+    return Case(name, "decode_sparse_mla", sizes, filled or (1,) * B, options, frozenset(tags))
+
+
+def _index(name, op, B, heads, S, J, lengths, *tags, T=1, **options) -> Case:
+    return Case(name, op, {"B": B, "T": T, "I": heads, "S": S, "J": J}, lengths, options, frozenset(tags))
+
+
+def _linear(name, B, N, H, *tags, V=None, decay=1, beta=0) -> Case:
+    sizes = {"B": B, "N": N, "H": H, "V": V or H, "decay": decay, "beta": beta}
+    return Case(name, "decode_linear", sizes, tags=frozenset(tags))
 
 
 def _merge(name, P, B, T, N, V, lengths, *tags) -> Case:
@@ -181,6 +239,20 @@ CASES: tuple[Case, ...] = (
     _blocks("tokens", 2, 8, 2, 64, 128, 1, 40, (128, 30)),
     _blocks("tokens_keys_are_values", 2, 16, 1, 64, 96, 1, 33, (), V=0, sinks=True),
     _blocks("tokens_two_queries", 1, 4, 1, 128, 128, 1, 70, (128,), T=2),
+    _sparse_mla("sparse_mla_16_heads", 2, 16, 256, 96, "basic"),
+    _sparse_mla("sparse_mla_128_heads", 1, 128, 128, 64, "basic"),
+    _sparse_mla("sparse_mla_small", 2, 8, 96, 40, C=128, T=2, sinks=True),
+    _sparse_mla("sparse_mla_nothing_picked", 2, 16, 64, 16, C=128, filled=(0, 1)),
+    _index("index_64_heads", "index_scores", 2, 64, 256, 128, (256, 100), "basic"),
+    _index("index_5_heads", "index_scores", 3, 5, 136, 64, (136, 0, 7)),
+    _index("index_two_queries", "index_scores", 2, 8, 128, 64, (128, 1), T=2),
+    _index("block_index_4_heads", "block_index_scores", 2, 4, 512, 128, (512, 300), "basic", block_size=128),
+    _index("block_index_blocks_of_16", "block_index_scores", 3, 2, 136, 64, (136, 0, 17), block_size=16),
+    _index("block_index_two_queries", "block_index_scores", 2, 4, 128, 64, (128, 65), T=2, block_size=64),
+    _linear("linear_lightning", 2, 4, 128, "basic"),
+    _linear("linear_decay_a_row", 2, 3, 64, V=128, decay=2),
+    _linear("linear_delta_rule", 2, 2, 64, decay=2, beta=1),
+    _linear("linear_decay_a_channel", 1, 2, 128, V=64, decay=3, beta=1),
     _merge("merge_two", 2, 2, 1, 8, 128, (2, 1), "basic", "demo"),
     _merge("merge_many", 5, 3, 2, 4, 64, (5, 0, 3), "basic"),
 )

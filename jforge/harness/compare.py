@@ -40,6 +40,31 @@ def worst_head(got, want) -> float:
     return float(error.max(initial=0))
 
 
+def worst_row(got, want) -> float:
+    """max ||got - want|| / ||want|| over the rows on the last axis, for scores and states.
+
+    -inf must meet -inf and counts no further; a row whose reference is 0 must be exactly 0; NaN gives inf.
+    """
+    got, want = (np.asarray(a, np.float64) for a in (got, want))
+    if got.shape != want.shape or (np.isneginf(got) != np.isneginf(want)).any():
+        return math.inf
+    got, want = (np.where(np.isneginf(a), 0, a) for a in (got, want))
+    if not np.isfinite(got).all():
+        return math.inf
+    difference, norm = np.linalg.norm(got - want, axis=-1), np.linalg.norm(want, axis=-1)
+    error = np.where(norm > 0, difference / np.where(norm > 0, norm, 1), np.where(difference > 0, math.inf, 0))
+    return float(error.max(initial=0))
+
+
+def results(op: str, got: tuple, want: tuple) -> tuple[float, float]:
+    """The errors of what an op returns: (out, lse); (out, state) of decode_linear; (scores, 0) of the score ops."""
+    if op == "decode_linear":
+        return worst_row(got[0], want[0]), worst_row(got[1], want[1])
+    if op.endswith("index_scores"):
+        return worst_row(got[0], want[0]), 0.0
+    return worst_head(got[0], want[0]), lse_error(got[1], want[1])
+
+
 def lse_error(got, want) -> float:
     """max |got - want| / max(1, |want|), where -inf must meet -inf; NaN and other infinities give inf."""
     got, want = (np.asarray(a, np.float64) for a in (got, want))

@@ -29,7 +29,7 @@ def run_case(case, backend, dtype: str) -> dict:
         return {**row, "refused": str(refusal)}
     except Exception as failure:  # one broken kernel must not hide the others
         return {**row, "ok": False, "failure": f"{type(failure).__name__}: {failure}"[:300]}
-    errors = compare.worst_head(got[0], want[0]), compare.lse_error(got[1], want[1])
+    errors = compare.results(case.op, got, want)
     same = all(np.array_equal(a, b, equal_nan=True) for a, b in zip(got, again, strict=True))
     row |= {"out": errors[0], "lse": errors[1], "bitwise": same}
     return {**row, "ok": bool(passes(errors, dtype) and (same or backend.name in ("jforge", "torch_ref")))}

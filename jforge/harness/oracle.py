@@ -55,6 +55,49 @@ def decode_mla(q_latent, q_rope, latent, k_rope, lengths, **options):
     return decode_attention(q, k, latent[:, :, None], lengths, **options)
 
 
+def decode_sparse_mla(q_latent, q_rope, latent, k_rope, indices, **options):
+    """(out, lse) in float64: a token gather with one key head, [latent | k_rope], whose values are the latent."""
+    q_latent, q_rope, latent, k_rope = (np.asarray(a, np.float64) for a in (q_latent, q_rope, latent, k_rope))
+    q = np.concatenate([q_latent, q_rope], axis=-1)
+    k = np.concatenate([latent, k_rope], axis=-1)[:, :, None]
+    return decode_block_sparse(q, k, latent[:, :, None], indices[:, :, None], None, block_size=1, **options)
+
+
+def index_scores(q_index, k_index, weights, lengths):
+    """(scores,) in float64; see jforge.ops.index_scores."""
+    q, k, weights = (np.asarray(a, np.float64) for a in (q_index, k_index, weights))
+    scores = np.full((*q.shape[:2], k.shape[1]), -np.inf)
+    for b, t in np.ndindex(q.shape[:2]):
+        end = max(0, int(lengths[b]) - q.shape[1] + t + 1)
+        scores[b, t, :end] = weights[b, t] @ np.maximum(q[b, t] @ k[b, :end].T, 0)
+    return (scores,)
+
+
+def block_index_scores(q_index, k_index, lengths, *, block_size):
+    """(scores,) in float64; see jforge.ops.block_index_scores."""
+    q, k = (np.asarray(a, np.float64) for a in (q_index, k_index))
+    (B, T, heads, _), S = q.shape, k.shape[1]
+    scores = np.full((B, T, heads, -(-S // block_size)), -np.inf)
+    for b, t, block in np.ndindex(B, T, scores.shape[-1]):
+        start, end = block * block_size, min((block + 1) * block_size, int(lengths[b]) - T + t + 1)
+        if end > start:
+            scores[b, t, :, block] = (q[b, t] @ k[b, start:end].T).max(axis=-1)
+    return (scores,)
+
+
+def decode_linear(q, k, v, state, decay, *, beta=None):
+    """(out, state) in float64; see jforge.ops.decode_linear."""
+    q, k, v, state, decay = (np.array(a, np.float64) for a in (q, k, v, state, decay))
+    out = np.zeros((*q.shape[:2], v.shape[-1]))
+    for b, n in np.ndindex(q.shape[:2]):
+        factor = decay[n] if decay.ndim == 1 else decay[b, n]
+        state[b, n] *= np.reshape(factor, (-1, 1))
+        u = v[b, n] if beta is None else beta[b, n] * (v[b, n] - k[b, n] @ state[b, n])
+        state[b, n] += np.outer(k[b, n], u)
+        out[b, n] = q[b, n] @ state[b, n]
+    return out, state
+
+
 def merge_states(outs, lses):
     """(out, lse) in float64; see jforge.ops.merge_states."""
     outs, lses = np.asarray(outs, np.float64), np.asarray(lses, np.float64)
