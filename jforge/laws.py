@@ -227,7 +227,7 @@ def _l7(b: Bench):
     if picks[0] is None:
         return float((support != seen).sum()), "pairs differ"
     always = b.att.tokens_of(b.cfg, None, b.T)[0]
-    read = (jnp.stack(picks) | always) & seen
+    read = (jnp.stack(picks) | always | (order[:, None] == order)) & seen  # a query is made of its own token
     hidden, unread, unused = support & ~seen, support & ~read, read & ~support
     counts = f"{hidden.sum()} pairs not visible, {unread.sum()} not read, {unused.sum()} reads unused"
     return float((hidden | unread | unused).sum()), counts

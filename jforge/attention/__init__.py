@@ -1,6 +1,6 @@
 """The mechanisms. A new one is a file here, its twin in torch_ref, and a line in REGISTRY."""
 
-from jforge.attention import block_sparse, dense, lightning, mla, moba, msa, nsa, sinks, sliding_window, streaming
+from jforge.attention import block_sparse, dense, dsa, lightning, mla, moba, msa, nsa, sinks, sliding_window, streaming, v4
 
 REGISTRY = {
     "single_head": dense.single_head,
@@ -16,4 +16,6 @@ REGISTRY = {
     "nsa": nsa.nsa,
     "lightning": lightning.lightning,
     "msa": msa.msa,
+    "dsa": dsa.dsa,
+    "v4_window": v4.v4_window,
 }

@@ -103,13 +103,18 @@ def init_params(key: Array, cfg: Config, dtype=jnp.float32) -> Params:
     return random_params(key, shapes(cfg), dtype)
 
 
+def query_latent(params: Params, cfg: Config, x: Float[Array, "B T D"]) -> Float[Array, "B T L"]:
+    """The normed low-rank query, where there is one (DSA's indexer reads it too)."""
+    down = einsum("btd,dl->btl", x, params["wq_a"]) + (params["bq_a"] if cfg.attention_bias else 0)
+    return rms_norm(down, params["q_norm"], eps=cfg.rms_norm_eps)
+
+
 def project(params: Params, cfg: Config, x: Float[Array, "B T D"], positions) -> tuple[Array, Array, Array, Array]:
     """q_nope: B T N nope, q_rope: B T N R, latent: B T C, k_rope: B T R of the new tokens, normed and rotated."""
     if cfg.q_lora_rank is None:
         q = einsum("btd,dnq->btnq", x, params["wq"])
     else:
-        down = einsum("btd,dl->btl", x, params["wq_a"]) + (params["bq_a"] if cfg.attention_bias else 0)
-        q = einsum("btl,lnq->btnq", rms_norm(down, params["q_norm"], eps=cfg.rms_norm_eps), params["wq_b"])
+        q = einsum("btl,lnq->btnq", query_latent(params, cfg, x), params["wq_b"])
     q_nope, q_rope = jnp.split(q, [cfg.qk_nope_head_dim], axis=-1)
     down = einsum("btd,dc->btc", x, params["wkv_a"]) + (params["bkv_a"] if cfg.attention_bias else 0)
     latent, k_rope = jnp.split(down, [cfg.kv_lora_rank], axis=-1)

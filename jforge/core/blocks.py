@@ -7,7 +7,9 @@ from jaxtyping import Array, Bool, Int
 def tokens(lists: Int[Array, "B T X L"], size: int, S: int) -> Bool[Array, "B T X S"]:
     """Which of S tokens lie in the listed blocks of `size`; -1 stands for none."""
     blocks = -(-S // size)
-    picked = (lists[..., None] == jnp.arange(blocks)).any(axis=-2)
+    at = jnp.ix_(*map(jnp.arange, lists.shape[:-1]))
+    picked = jnp.zeros((*lists.shape[:-1], blocks), bool)
+    picked = picked.at[*(axis[..., None] for axis in at), jnp.where(lists < 0, blocks, lists)].set(True, mode="drop")
     return jnp.repeat(picked, size, axis=-1)[..., :S]
 
 

@@ -20,3 +20,11 @@ def rms_norm(x: Float[Array, "..."], weight: Float[Array, "..."], *, eps: float,
     wide = x.astype(accumulation_dtype(x))
     scale = jnp.reciprocal(jnp.sqrt(jnp.mean(wide * wide, axis=axes, keepdims=True) + eps))
     return (wide * scale * (offset + weight.astype(wide.dtype))).astype(x.dtype)
+
+
+def layer_norm(x: Float[Array, "*b H"], weight: Float[Array, "H"], bias: Float[Array, "H"], *, eps: float) -> Array:
+    """(x - mean) / sqrt(var + eps) * weight + bias over the last axis; float32 or wider inside, x's dtype outside."""
+    wide = x.astype(accumulation_dtype(x))
+    centred = wide - wide.mean(axis=-1, keepdims=True)
+    scaled = centred / jnp.sqrt((centred**2).mean(axis=-1, keepdims=True) + eps)
+    return (scaled * weight + bias).astype(x.dtype)

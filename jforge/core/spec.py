@@ -22,7 +22,7 @@ class Buffer:
     every: tokens per slot, 1 for one slot a token, m for one entry a block of m; None for a size that never grows.
     first: tokens that the first slot needs, if not `every` (blocks that overlap).
     limit: most slots a row can use (a ring's window); None for no limit. every=None and limit=None: no slot axis.
-    dtype: None follows the cache's dtype; "float32" means float32 or wider (states and running sums).
+    dtype: None follows the cache's dtype; "float32" means float32 or wider (states, sums); "float8_..." is itself.
     filled: how many leading slots hold data, from (cfg, length); None derives it from the fields above.
     """
 
@@ -60,7 +60,9 @@ class Buffer:
 
     def dtype_in(self, dtype) -> jnp.dtype:
         """The dtype of this buffer in a cache of `dtype`."""
-        return jnp.dtype(dtype) if self.dtype is None else jnp.promote_types(self.dtype, dtype)
+        if self.dtype is None:
+            return jnp.dtype(dtype)
+        return jnp.dtype(self.dtype) if self.dtype.startswith("float8") else jnp.promote_types(self.dtype, dtype)
 
     def slot_bytes(self, dtype) -> int:
         return math.prod(self.shape) * self.dtype_in(dtype).itemsize

@@ -211,7 +211,7 @@ def index_scores(q_index, k_index, lengths, *, k_scale=None, weights=None) -> No
         dtype("q_index", q_index, FLOATS)
         dtype("k_index", k_index, QUANTISED)
         shape("k_scale", k_scale, "B S", sizes)
-        dtype("k_scale", k_scale, ("float32",))
+        dtype("k_scale", k_scale, ("float32", "float64"))
     if weights is not None:
         shape("weights", weights, "B T I", sizes)
         dtype("weights", weights, ("float32", "float64"))

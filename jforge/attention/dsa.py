@@ -1,0 +1,301 @@
+"""DeepSeek sparse attention: MLA over the tokens that a small, cheap indexer scores highest.
+
+    q^I_t,i = c_t W_q^I,   k^I_s = layernorm(x_s W_k^I),   w_t = x_t W_w      I heads of width J; c_t MLA's query latent
+    score_{t,s} = sum_i w_t,i I^-1/2 J^-1/2 relu(q^I_t,i . k^I_s)             over s <= t
+    o_t = MLA's softmax over the index_topk tokens of the highest score, the same for all heads
+
+RoPE turns the first R channels of q^I and k^I, in halves for DeepSeek-V3.2 and interleaved for GLM-5, whatever MLA's
+layout is. Weights may be negative. While a row has at most index_topk tokens this is MLA.
+
+The cache is MLA's and the index keys. A decode step scans all index keys, 2 J bytes a token in bf16, and gathers
+index_topk latents: what it reads of the latents does not grow with the context, what it reads of the keys does.
+
+`index_quantised` rotates queries and keys by a Hadamard matrix and stores keys in e4m3 with a power-of-two scale, as
+DeepSeek's kernels do. With `index_shared` (GLM-5.2) a layer has no indexer: it takes the `indices` of another layer.
+
+Sources: DeepSeek-V3.2 (arXiv 2512.02556), transformers' deepseek_v32 and glm_moe_dsa; for the layout of RoPE in the
+indexer, where DeepSeek's first code differs, docs/divergences.md.
+"""
+
+import dataclasses
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+import jforge.ops as jax_ops
+from jforge.attention import mla
+from jforge.attention.mla import LatentCache, Params
+from jforge.core import blocks, masks, quant, rope
+from jforge.core.attend import einsum
+from jforge.core.attention import Attention, init_cache_from
+from jforge.core.config import FrozenDict, one_of, positive_int, reject
+from jforge.core.norm import layer_norm
+from jforge.core.params import random_params
+from jforge.core.softmax import accumulation_dtype
+from jforge.core.spec import Buffer, CacheSpec, cache_class
+from jforge.core.step import Step, append, begin, check_input, end, one_token
+from jforge.cost import Cost, step_cost
+from jforge.ops.index_scores import token_scores
+
+LAYER_NORM_EPS = 1e-6
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(mla.Config):
+    """MLA's fields, with q_lora_rank required, and the indexer's."""
+
+    index_n_heads: int = 64
+    index_head_dim: int = 128
+    index_topk: int = 2048
+    index_rope_layout: str = "half"  # GLM-5: "interleaved"
+    index_quantised: bool = False
+    index_shared: bool = False
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.q_lora_rank is None:
+            reject("q_lora_rank", None, "a positive integer: the indexer reads the query latent")
+        for name in ("index_n_heads", "index_head_dim", "index_topk"):
+            positive_int(name, getattr(self, name))
+        one_of("index_rope_layout", self.index_rope_layout, rope.LAYOUTS)
+        J = self.index_head_dim
+        if self.rope_parameters is not None and J < self.qk_rope_head_dim:
+            reject("index_head_dim", J, f"at least qk_rope_head_dim={self.qk_rope_head_dim}, which turn")
+        if self.index_quantised and J & (J - 1):
+            reject("index_head_dim", J, "a power of two with index_quantised, for the Hadamard matrix")
+
+
+@cache_class
+class DSACache(LatentCache):
+    """MLA's cache and the index keys after norm and RoPE."""
+
+    k_index: jax.Array  # B S J
+
+
+@cache_class
+class QuantisedCache(DSACache):
+    """Index keys in e4m3; a key is k_index * k_index_scale."""
+
+    k_index_scale: jax.Array  # B S, float32
+
+
+def shapes(cfg: Config) -> dict[str, tuple[int, ...]]:
+    """{parameter: shape}: MLA's and, unless the layer shares another's picks, the indexer's."""
+    if cfg.index_shared:
+        return mla.shapes(cfg)
+    D, heads, J = cfg.hidden_size, cfg.index_n_heads, cfg.index_head_dim
+    index = {"wq_index": (cfg.q_lora_rank, heads, J), "wk_index": (D, J), "ww_index": (D, heads)}
+    return mla.shapes(cfg) | index | {"k_index_norm": (J,), "k_index_bias": (J,)}
+
+
+def init_params(key: Array, cfg: Config, dtype=jnp.float32) -> Params:
+    return random_params(key, shapes(cfg), dtype)
+
+
+def project_index(params: Params, cfg: Config, x: Float[Array, "B T D"], positions) -> tuple[Array, Array, Array]:
+    """q_index: B T I J and k_index: B T J, rotated; weights: B T I, float32 or wider, with both scales in them."""
+
+    def turn(heads):
+        R = cfg.qk_rope_head_dim
+        return rope.apply_rope(heads, positions, cfg.rope_parameters, cfg.index_rope_layout, dim=R)
+
+    q = turn(einsum("btl,lij->btij", mla.query_latent(params, cfg, x), params["wq_index"]))
+    k = einsum("btd,dj->btj", x, params["wk_index"])
+    k = layer_norm(k, params["k_index_norm"], params["k_index_bias"], eps=LAYER_NORM_EPS)
+    weights = einsum("btd,di->bti", x, params["ww_index"]).astype(accumulation_dtype(x))
+    return q, turn(k[:, :, None])[:, :, 0], weights * (cfg.index_n_heads * cfg.index_head_dim) ** -0.5
+
+
+def _stored(cfg: Config, q, k, weights, dtype) -> tuple[Array, Array, dict[str, Array]]:
+    """(q, weights, index leaves by name) as they are stored and scored: in `dtype`, or in e4m3 with scales.
+
+    The scale of a quantised query goes into its head's weight, since relu(s x) = s relu(x).
+    """
+    if not cfg.index_quantised:
+        return q.astype(dtype), weights, {"k_index": k.astype(dtype)}
+    (q8, q_scale), (k8, k_scale) = (quant.e4m3(quant.hadamard(a)) for a in (q, k))
+    return q8.astype(dtype), weights * q_scale, {"k_index": k8, "k_index_scale": k_scale}
+
+
+def choose(cfg: Config, scores: Float[Array, "B T S"], ops=jax_ops) -> Int[Array, "B T L"]:
+    """The tokens of the highest scores; -1 where a query sees fewer."""
+    return ops.topk_indices(scores, min(cfg.index_topk, scores.shape[-1]))
+
+
+def visible(cfg: Config, q_pos: Array, k_pos: Array) -> Array:
+    """Any token up to the query's own may be picked."""
+    return masks.causal(q_pos, k_pos)
+
+
+def _picked(indices: Int[Array, "B T L"], seen: Bool[Array, "B T S"]) -> Bool[Array, "B T S"]:
+    return blocks.tokens(indices[:, :, None], 1, seen.shape[-1])[:, :, 0] & seen
+
+
+def _check_indices(cfg: Config, indices) -> None:
+    if cfg.index_shared and indices is None:
+        raise ValueError("indices is None; a layer with index_shared needs the picks of another layer, int32 B T L")
+    if not cfg.index_shared and indices is not None:
+        raise ValueError("indices is given; only a layer with index_shared takes the picks of another")
+
+
+def forward(
+    params: Params, cfg: Config, x: Float[Array, "B T D"], positions=None, indices=None
+) -> Float[Array, "B T D"]:
+    """The definition, MLA's naive form under the mask of the picks. `positions` (int B T) feed RoPE only.
+
+    indices: int32 B T L, for a layer with index_shared alone.
+    """
+    check_input(x, cfg.hidden_size)
+    _check_indices(cfg, indices)
+    order = jnp.broadcast_to(jnp.arange(x.shape[1], dtype=jnp.int32), x.shape[:2])
+    positions = order if positions is None else positions
+    seen = masks.causal(order[..., None], order[:, None])
+    if indices is None:
+        q, weights, index = _stored(cfg, *project_index(params, cfg, x, positions), x.dtype)
+        indices = choose(cfg, _scores(q, weights, index, seen))
+    out = mla.attend_naive(params, cfg, *mla.project(params, cfg, x, positions), _picked(indices, seen))
+    return mla.project_out(params, cfg, out).astype(x.dtype)
+
+
+def _scores(q, weights, index: dict[str, Array], seen: Bool[Array, "B T S"]) -> Float[Array, "B T S"]:
+    return token_scores(q, index["k_index"], weights, seen, index.get("k_index_scale"))
+
+
+def _append(params: Params, cfg: Config, step: Step, cache):
+    """(q_nope, q_rope, q_index, weights, the cache with the new tokens); no index parts where they are shared."""
+    q_nope, q_rope, latent, k_rope = mla.project(params, cfg, step.x, step.positions)
+    new, q_index, weights = {"latent": latent, "k_rope": k_rope}, None, None
+    if not cfg.index_shared:
+        parts = project_index(params, cfg, step.x, step.positions)
+        q_index, weights, index = _stored(cfg, *parts, cache.latent.dtype)
+        new |= index
+    leaves = {name: append(getattr(cache, name), a, step) for name, a in new.items()}
+    return q_nope, q_rope, q_index, weights, type(cache)(**leaves, length=step.length)
+
+
+def prefill(params: Params, cfg: Config, x: Float[Array, "B T D"], cache, lengths=None, indices=None):
+    """Append T tokens (row b its first lengths[b]); each attends, in the naive form, to its picks of what is stored."""
+    cache_spec(cfg).check(cache)
+    _check_indices(cfg, indices)
+    S, dtype = cache.latent.shape[1], cache.latent.dtype
+    step = begin(x, cache.length, lengths, cfg.hidden_size, S)
+    q_nope, q_rope, q_index, weights, cache = _append(params, cfg, step, cache)
+    seen = masks.causal(step.positions[..., None], jnp.arange(S)) & step.keep[..., None]
+    if indices is None:
+        indices = choose(cfg, _scores(q_index, weights, _index_leaves(cache), seen))
+    parts = q_nope.astype(dtype), q_rope.astype(dtype), cache.latent, cache.k_rope
+    out = mla.attend_naive(params, cfg, *parts, _picked(indices, seen))
+    return end(step, mla.project_out(params, cfg, out), x.dtype), cache
+
+
+def decode(params: Params, cfg: Config, x: Float[Array, "B 1 D"], cache, ops=jax_ops, indices=None):
+    """One token a row: a scan of the index keys, a top-k, and the absorbed form over a gather of the picks."""
+    cache_spec(cfg).check(cache)
+    _check_indices(cfg, indices)
+    step = begin(one_token(x), cache.length, None, cfg.hidden_size, cache.latent.shape[1])
+    q_nope, q_rope, q_index, weights, cache = _append(params, cfg, step, cache)
+    if indices is None:
+        indices = _select(cfg, q_index, weights, cache, ops)
+    else:  # another layer's picks: none of a token that is not there
+        indices = jnp.where(indices < cache.length[:, None, None], indices, -1)
+    dtype = cache.latent.dtype
+    q_latent = einsum("btnh,cnh->btnc", q_nope, params["wk_b"]).astype(dtype)
+    out, _ = ops.decode_sparse_mla(
+        q_latent, q_rope.astype(dtype), cache.latent, cache.k_rope, indices, scale=cfg.scaling, out_dtype=x.dtype
+    )
+    out = einsum("btnc,cnv->btnv", out, params["wv_b"])
+    return end(step, mla.project_out(params, cfg, out), x.dtype), cache
+
+
+def _index_leaves(cache) -> dict[str, Array]:
+    return {name: getattr(cache, name) for name in ("k_index", "k_index_scale") if hasattr(cache, name)}
+
+
+def _select(cfg: Config, q_index, weights, cache, ops) -> Int[Array, "B T L"]:
+    scale = getattr(cache, "k_index_scale", None)
+    return choose(cfg, ops.index_scores(q_index, cache.k_index, weights, cache.length, k_scale=scale), ops)
+
+
+def index(params: Params, cfg: Config, x: Float[Array, "B T D"], cache) -> Int[Array, "B T L"]:
+    """The picks of the T new tokens x of every row, which a layer with index_shared can be given."""
+    step = begin(x, cache.length, None, cfg.hidden_size, cache.latent.shape[1])
+    *_, q_index, weights, cache = _append(params, cfg, step, cache)
+    return _select(cfg, q_index, weights, cache, jax_ops)
+
+
+def select(params: Params, cfg: Config, x: Float[Array, "B 1 D"], cache) -> Int[Array, "B 1 L"]:
+    """The tokens that decode would gather for x."""
+    return index(params, cfg, one_token(x), cache)
+
+
+def tokens_of(cfg: Config, selection, S: int) -> Bool[Array, "B T S"]:
+    """The picked tokens; nothing is attended beside them."""
+    if selection is None:
+        return jnp.zeros((1, S, S), bool)
+    return blocks.tokens(selection[:, :, None], 1, S)[:, :, 0]
+
+
+def cache_spec(cfg: Config) -> CacheSpec:
+    buffers = dict(mla.cache_spec(cfg))
+    if cfg.index_shared:
+        return CacheSpec(LatentCache, buffers)
+    dtype = "float8_e4m3fn" if cfg.index_quantised else None
+    buffers["k_index"] = Buffer(("B", "S", "J"), (cfg.index_head_dim,), dtype=dtype)
+    if not cfg.index_quantised:
+        return CacheSpec(DSACache, buffers)
+    return CacheSpec(QuantisedCache, buffers | {"k_index_scale": Buffer(("B", "S"), (), dtype="float32")})
+
+
+def cost(
+    cfg: Config, *, context: int, batch: int = 1, capacity: int | None = None, dtype=jnp.bfloat16, closing: bool = False
+) -> Cost:
+    """One step scans the index keys of all tokens and gathers index_topk latents and rotary keys."""
+    spec, slots = cache_spec(cfg), min(cfg.index_topk, context)
+    scanned = [name for name in spec if name.startswith("k_index")]
+    attended = cfg.num_attention_heads * (2 * cfg.kv_lora_rank + cfg.qk_rope_head_dim) * slots
+    scored = cfg.index_n_heads * cfg.index_head_dim * context if scanned else 0
+    return step_cost(
+        spec,
+        context=context,
+        batch=batch,
+        capacity=capacity,
+        dtype=dtype,
+        read={"latent": slots, "k_rope": slots} | dict.fromkeys(scanned, context),
+        written=dict.fromkeys(spec, 1),
+        flops=2 * (attended + scored),
+        entries_read=slots + (context if scanned else 0),
+    )
+
+
+_V32 = mla.mla.models["DeepSeek-V3"]
+_V32_FIELDS = {field.name: getattr(_V32, field.name) for field in dataclasses.fields(_V32)}
+_TINY = {
+    "hidden_size": 22, "num_attention_heads": 3, "q_lora_rank": 10, "kv_lora_rank": 12, "qk_nope_head_dim": 7,
+    "qk_rope_head_dim": 4, "v_head_dim": 5, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
+}  # fmt: skip
+
+dsa = Attention(
+    summary="MLA over the tokens that a lightning indexer picks (DeepSeek-V3.2, GLM-5)",
+    Config=Config,
+    init_params=init_params,
+    init_cache=init_cache_from(cache_spec),
+    forward=forward,
+    prefill=prefill,
+    decode=decode,
+    visible=visible,
+    select=select,
+    tokens_of=tokens_of,
+    cache_spec=cache_spec,
+    cost=cost,
+    models=FrozenDict({
+        "DeepSeek-V3.2": Config(**_V32_FIELDS),
+        "DeepSeek-V3.2, e4m3 index": Config(**_V32_FIELDS, index_quantised=True),
+    }),
+    examples=(
+        Config(**_TINY, index_n_heads=8, index_head_dim=6, index_topk=3, attention_bias=True),
+        Config(**_TINY, index_n_heads=8, index_head_dim=8, index_topk=4, index_rope_layout="interleaved",
+               index_quantised=True),
+    ),
+)  # fmt: skip
