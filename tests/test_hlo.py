@@ -1,4 +1,4 @@
-"""The compiled decode step of every mechanism: the donated cache is updated in place, no buffer that grows is copied."""
+"""The compiled decode step of every mechanism: the donated cache is updated in place, nothing that grows is copied."""
 
 import re
 

@@ -347,7 +347,7 @@ def read_ceiling(megabytes: int = 2048) -> float:
 
 
 OPS = ("decode_attention", "decode_mla", "decode_block_sparse", "decode_sparse_mla", "index_scores",
-       "block_index_scores", "decode_linear")  # fmt: skip
+       "block_index_scores", "msa step", "decode_linear")  # fmt: skip
 
 
 def run(ops=OPS, *, samples: int = 50) -> Iterator[dict]:

@@ -20,13 +20,24 @@ from jforge.harness.bench import L2_BYTES, Call, gated_row, jax_call, read_ceili
 
 @dataclass(frozen=True)
 class Work:
-    """One call of an op at fixed sizes; `draw(sizes, key)` gives its arrays, `moved` the bytes that it must move."""
+    """One call of an op at fixed sizes; `draw(sizes, key)` gives its arrays, `moved` the bytes that it must move.
+
+    `run(ops, *arrays)` instead of one op: a step that takes several.
+    """
 
     op: str
     sizes: Mapping[str, int]
     draw: Callable[[Mapping[str, int], jax.Array], tuple[Any, ...]]
     moved: int
     options: Mapping[str, Any] = field(default_factory=dict)
+    run: Callable | None = None
+
+    def __call__(self, ops, *arrays, **more):
+        """The first result of the op (or step) of a namespace."""
+        if self.run is not None:
+            return self.run(ops, *arrays, **more)
+        result = getattr(ops, self.op)(*arrays, **self.options, **more)
+        return result[0] if isinstance(result, tuple) else result
 
 
 def _normal(key, *shape: int, dtype=jnp.bfloat16) -> jax.Array:
@@ -111,6 +122,23 @@ def _linear(B: int, N: int, H: int = 128) -> Work:
     return Work("decode_linear", {"B": B, "N": N, "H": H}, draw, B * N * (8 * H * H + 8 * H))
 
 
+def _msa(B: int, N: int, K: int, S: int, L: int = 16, size: int = 128, H: int = 128) -> Work:
+    """The whole selection and attention of a MiniMax-M3 step: block scores, top-k, block-sparse attention."""
+
+    def draw(s, key):
+        a, b, c, d, e = jax.random.split(key, 5)
+        k, v = _normal(b, B, S, K, H), _normal(c, B, S, K, H)
+        return _normal(a, B, 1, N, H), k, v, _normal(d, B, 1, K, H), _normal(e, B, S, H), _full(s)
+
+    def run(ops, q, k, v, q_index, k_index, lengths, **more):
+        scores = ops.block_index_scores(q_index, k_index, lengths, block_size=size)
+        picks = ops.topk_indices(scores, L)
+        return ops.decode_block_sparse(q, k, v, picks, lengths, block_size=size, scale=H**-0.5, **more)[0]
+
+    sizes = {"B": B, "N": N, "K": K, "S": S, "H": H, "L": L, "block_size": size}
+    return Work("msa step", sizes, draw, 2 * B * H * (S + 2 * K * L * size), run=run)
+
+
 WORK = (
     _window(64, 32, 8, 32768, 128, 1024),
     _window(64, 32, 8, 1024, 128, None),
@@ -122,6 +150,7 @@ WORK = (
     _sparse_mla(64, 64, 32768, 2048),
     _index(16, 64, 65536),
     _index(16, 4, 131072, size=128),
+    _msa(16, 64, 4, 131072),
     _linear(64, 64),
 )
 OPS = tuple(dict.fromkeys(work.op for work in WORK))
@@ -139,28 +168,21 @@ def run(
             keys = jax.random.split(jax.random.key(seed), sets)
             inputs = [list(work.draw(work.sizes, key)) for key in keys]
             want = _reference(work, inputs[0])
+            judge = compare.worst_head if _attends(work.op) else compare.worst_row
             for call in _calls(work, inputs, packages):
-                yield gated_row(work.op, call, work.sizes, work.moved, sets, want, samples, ceiling, _error(work.op))
+                yield gated_row(work.op, call, work.sizes, work.moved, sets, want, samples, ceiling, judge)
             del inputs, want
 
 
 def _reference(work: Work, arrays):
-    """The op's first result in float32 from jforge.ops."""
-    more = {} if "scores" in work.op or work.op == "decode_linear" else {"out_dtype": jnp.float32}
-
-    def op(*arrays):
-        result = getattr(jforge.ops, work.op)(*arrays, **work.options, **more)
-        return result[0] if isinstance(result, tuple) else result
-
-    return np.asarray(jax.jit(op)(*arrays), np.float32)
+    """The first result in float32 from jforge.ops."""
+    more = {"out_dtype": jnp.float32} if _attends(work.op) else {}
+    return np.asarray(jax.jit(lambda *arrays: work(jforge.ops, *arrays, **more))(*arrays), np.float32)
 
 
-def _error(op: str) -> Callable:
-    return compare.worst_head if op.startswith("decode") and op != "decode_linear" else compare.worst_row
-
-
-def _first(result):
-    return result[0] if isinstance(result, tuple) else result
+def _attends(op: str) -> bool:
+    """Does it return an attention's out, B T N V?"""
+    return not op.endswith("scores") and op != "decode_linear"
 
 
 def _calls(work: Work, inputs, packages) -> Iterator[Call]:
@@ -175,11 +197,9 @@ def _calls(work: Work, inputs, packages) -> Iterator[Call]:
 
     tensors = [[None if a is None else to_torch(a) for a in arrays] for arrays in inputs]
     if "pallas" in packages:
-        function = getattr(pallas_kernels, work.op)
         if work.op == "decode_linear":
-            yield jax_call("pallas", function, inputs, carry=3)
+            yield jax_call("pallas", pallas_kernels.decode_linear, inputs, carry=3)
         else:
-            yield jax_call("pallas", lambda *a: _first(function(*a, **work.options)), inputs)
+            yield jax_call("pallas", lambda *a: work(pallas_kernels, *a), inputs)
     if "triton" in packages:
-        op = getattr(triton_kernels, work.op)
-        yield Call("triton", lambda i: _first(op(*tensors[i], **work.options)), torch.cuda.synchronize)
+        yield Call("triton", lambda i: work(triton_kernels, *tensors[i]), torch.cuda.synchronize)
