@@ -5,16 +5,13 @@ An op or option without a kernel raises NotImplementedError before any launch; n
 """
 
 from pallas_kernels.decode_attention import decode_attention
+from pallas_kernels.decode_block_sparse import decode_block_sparse
+from pallas_kernels.decode_linear import decode_linear
 from pallas_kernels.decode_mla import decode_mla
+from pallas_kernels.decode_sparse_mla import decode_sparse_mla
+from pallas_kernels.index_scores import block_index_scores, index_scores
 from pallas_kernels.merge_states import merge_states
-from pallas_kernels.unwritten import (
-    block_index_scores,
-    decode_block_sparse,
-    decode_linear,
-    decode_sparse_mla,
-    index_scores,
-    topk_indices,
-)
+from pallas_kernels.topk_indices import topk_indices
 
 __all__ = [
     "block_index_scores",

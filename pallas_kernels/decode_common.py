@@ -36,6 +36,18 @@ class Place:
         number = jnp.minimum(number, total - 1)
         return lax.div(number, jnp.int32(f.units)), self.kv * f.units + lax.rem(number, jnp.int32(f.units)), real
 
+    def visible(self, f, start, keys_first):
+        """Which keys of the tile at `start` each query row sees: [block, rows], or [rows, block]."""
+        axis, shape = (0, (f.block, f.rows)) if keys_first else (1, (f.rows, f.block))
+        key = plgpu.broadcasted_iota(jnp.int32, shape, axis, layout=TILE) + start
+        limit = self.n
+        if f.T > 1:
+            row = plgpu.broadcasted_iota(jnp.int32, shape, 1 - axis, layout=TILE)
+            number = self.row_block * f.boxes + lax.div(row, jnp.full(shape, BOX, jnp.int32))
+            limit = self.n - (f.T - 1) + lax.div(number, jnp.full(shape, f.units, jnp.int32))
+        seen = key < limit
+        return seen if f.window is None else jnp.logical_and(seen, key >= limit - f.window)
+
 
 def sources(f, where, pages, tile):
     """Where the pieces of a tile come from and go to: ((row or page, its keys), keys of the tile).
@@ -74,30 +86,30 @@ def matmul(a, b, shape):
 
 def visible(f, where, start, keys_first=True):
     """Which keys of the tile at `start` each query row sees: [block, rows], or [rows, block]."""
-    axis, shape = (0, (f.block, f.rows)) if keys_first else (1, (f.rows, f.block))
-    key = plgpu.broadcasted_iota(jnp.int32, shape, axis, layout=TILE) + start
-    limit = where.n
-    if f.T > 1:
-        row = plgpu.broadcasted_iota(jnp.int32, shape, 1 - axis, layout=TILE)
-        number = where.row_block * f.boxes + lax.div(row, jnp.full(shape, BOX, jnp.int32))
-        limit = where.n - (f.T - 1) + lax.div(number, jnp.full(shape, f.units, jnp.int32))
-    seen = key < limit
-    return seen if f.window is None else jnp.logical_and(seen, key >= limit - f.window)
+    return where.visible(f, start, keys_first)
 
 
 def blank(f, where, start, values):
     """Zero the value rows that no query may read: they can hold NaN, and 0 * NaN in P V is NaN."""
+
+    def read(shape):
+        key = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=TILE) + start
+        inside = key < where.n
+        return inside if f.window is None else jnp.logical_and(inside, key >= where.lowest)
+
+    keep(f, values, read)
+
+
+def keep(f, values, read):
+    """Zero the value rows outside of read(shape), a mask in the layout TILE."""
     columns = math.gcd(f.V, 64)  # no wider: V = 96 must lie in 32-column tiles, and slices are what tells the layouts
 
     @pl.loop(0, values.shape[-1] // columns)
     def _(piece):
         part = values.at[:, pl.ds(piece * columns, columns)]
-        key = plgpu.broadcasted_iota(jnp.int32, (f.block, columns), 0, layout=TILE) + start
-        read = key < where.n
-        if f.window is not None:
-            read = jnp.logical_and(read, key >= where.lowest)
+        inside = read((f.block, columns))
         x = plgpu.load(part, layout=TILE)
-        part[...] = jnp.where(read, x, jnp.zeros_like(x))
+        part[...] = jnp.where(inside, x, jnp.zeros_like(x))
 
 
 def load_sinks(f, where, sinks, row_s, layout=BY_COLUMN):

@@ -16,7 +16,8 @@ from triton.compiler import ASTSource
 SM90 = GPUTarget("cuda", 90, 32)
 MAX_SHARED = 227 * 1024
 POINTER = {"float16": "*fp16", "bfloat16": "*bf16", "float32": "*fp32"}
-BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
+POINTER |= {"int8": "*i8", "float8_e4m3fn": "*fp8e4nv", "float8_e5m2": "*fp8e5"}
+BYTES = {"float16": 2, "bfloat16": 2, "float32": 4, "int8": 1, "float8_e4m3fn": 1, "float8_e5m2": 1}
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
@@ -33,7 +34,10 @@ def compile_kernel(kernel, types, constants, num_warps, num_stages):
 
 
 def measure(name, compiled, **launch):
-    """Registers, spills, shared memory, MMA instructions and copies of a compiled kernel; narrow: below 16 bytes."""
+    """Registers, spills, shared memory, MMA instructions and memory accesses of a compiled kernel.
+
+    ldgsts: copies to shared memory; narrow: those below 16 bytes; wide: loads and stores of 16 bytes to registers.
+    """
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "kernel.cubin"
         cubin.write_bytes(compiled.asm["cubin"])
@@ -47,5 +51,6 @@ def measure(name, compiled, **launch):
         "spills": count["STL"] + count["LDL"],
         "shared": compiled.metadata.shared,
         "narrow": len(re.findall(r"\bLDGSTS(?!\S*\.128)", sass)),
+        "wide": len(re.findall(r"\b(?:LDG|STG)\.\S*\.128", sass)),
         **{op.lower(): count[op] for op in ("HMMA", "HGMMA", "LDGSTS")},
     }

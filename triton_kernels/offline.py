@@ -12,7 +12,7 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from triton_kernels import runtime
 from triton_kernels.cubin import BYTES, POINTER, compile_kernel, measure
@@ -20,6 +20,17 @@ from triton_kernels.decode_attention import decode_kernel, specialise
 from triton_kernels.decode_mla import mla_kernel
 from triton_kernels.decode_mla import specialise as specialise_mla
 from triton_kernels.merge_states import BLOCK_V, FIXED_BLOCK_P, MAX_BLOCK_P, merge_kernel, merge_warps
+from triton_kernels.offline_scores import (
+    BLOCK_SCORES,
+    INDEX_SCORES,
+    LINEARS,
+    TOPKS,
+    Linear,
+    Scores,
+    compile_linear,
+    compile_scores,
+    compile_topk,
+)
 from triton_kernels.offline_sparse import (
     BLOCK_SPARSES,
     SPARSE_MLAS,
@@ -28,7 +39,15 @@ from triton_kernels.offline_sparse import (
     compile_block_sparse,
     compile_sparse_mla,
 )
-from triton_kernels.plan import Config, MlaConfig, block_rows, default_config, default_mla_config, table
+from triton_kernels.plan import (
+    Config,
+    LinearConfig,
+    MlaConfig,
+    block_rows,
+    default_config,
+    default_mla_config,
+    table,
+)
 
 
 @dataclass(frozen=True)
@@ -158,6 +177,10 @@ def tuned_case(op, entry):
         return Decode(dtype, width, value_dim, group=group)
     if op == "decode_block_sparse":
         return BlockSparse(128, dtype, width, value_dim, group)
+    if op == "decode_linear":
+        return Linear(dtype, width, value_dim, channel=True, delta=True)
+    if op in ("index_scores", "block_index_scores"):
+        return Scores(group, dtype, width, block=128 if op == "block_index_scores" else 0)
     return {"decode_mla": Mla, "decode_sparse_mla": SparseMla}[op](group, dtype, value_dim, width - value_dim)
 
 
@@ -165,9 +188,11 @@ def tuned(op):
     """The kernels that an op's tuning table asks for, each once: (case, Config) pairs."""
     pairs = {}
     for entry in table(op):
-        config = (MlaConfig if "rows" in entry["config"] else Config)(**entry["config"])
-        pair = tuned_case(op, entry), config
-        pairs.setdefault((pair[0], replace(config, ctas_per_sm=1, min_split=1)), pair)
+        fields = entry["config"]
+        kind = LinearConfig if "block_v" in fields else MlaConfig if "rows" in fields else Config
+        pair = tuned_case(op, entry), kind(**fields)
+        code = {name: value for name, value in fields.items() if name not in ("ctas_per_sm", "min_split")}
+        pairs.setdefault((pair[0], tuple(code.items())), pair)
     return list(pairs.values())
 
 
@@ -176,6 +201,10 @@ OPS = {
     "decode_mla": (compile_mla, MLAS),
     "decode_block_sparse": (compile_block_sparse, BLOCK_SPARSES),
     "decode_sparse_mla": (compile_sparse_mla, SPARSE_MLAS),
+    "decode_linear": (compile_linear, LINEARS),
+    "index_scores": (compile_scores, INDEX_SCORES),
+    "block_index_scores": (compile_scores, BLOCK_SCORES),
+    "topk_indices": (compile_topk, TOPKS),
     "merge_states": (compile_merge, MERGES),
 }
 

@@ -34,6 +34,14 @@ class MlaConfig(Config):
     early: bool = False  # copy the next tile before the softmax of this one; for 64 rows, whose MMAs read shared memory
 
 
+@dataclass(frozen=True)
+class LinearConfig:
+    """How the kernel of decode_linear is launched."""
+
+    block_v: int  # columns of the state that a program owns
+    num_warps: int
+
+
 def pow2_ceil(n):
     """Smallest power of two >= n; 1 for n <= 1."""
     return 1 << max(n - 1, 0).bit_length()
@@ -97,6 +105,34 @@ def default_mla_config(dtype_bytes, latent_dim, tokens, heads):
     if wide and tokens > 1:
         return MlaConfig(32, 8, 4, 1, 128, rows=64)
     return MlaConfig(64, 8, 2, 1, 128, rows=64, early=True)
+
+
+def default_linear_config(key_dim):
+    """A configuration for any state of H = key_dim <= 1024: a tile of 4096 numbers, 32 of them a thread.
+
+    It is at least 8 columns wide, because memory is read in sectors of 32 bytes.
+    """
+    columns = max(8, 4096 // max(32, pow2_ceil(key_dim)))
+    return LinearConfig(columns, 8 if pow2_ceil(key_dim) * columns > 4096 else 4)
+
+
+def default_score_config(dtype_bytes, key_bytes, dim, heads):
+    """As `default_config`, for the scores of an indexer with I = heads of J = dim channels.
+
+    dtype_bytes: of the queries; key_bytes: of the stored keys. Keys are the rows of the MMAs and heads their columns.
+    Keys of one byte become operands in registers: tiles of fewer keys leave room for them.
+    """
+    rows, width = max(16, pow2_ceil(heads)), max(16, pow2_ceil(dim))
+    small = key_bytes == 1
+    if dtype_bytes == 4:  # IEEE float32 products run on FMA units; more than 8 of them a thread would spill
+        warps = 8 if rows > 64 else 4
+        block_n, stages = min(32, 256 * warps // rows), 2
+    else:
+        block_n = 64 if small or rows * width > 8192 else 128
+        warps = 8 if rows > 128 or (small and rows > 64) else 4
+        stages = 2 if rows * width > 32768 else 4 if small else 3
+    shared = (rows * dtype_bytes + stages * block_n * key_bytes) * width
+    return Config(block_n, warps, stages, max(1, min(12 // warps, 228 * 1024 // (shared + 2048))), block_n)
 
 
 @lru_cache

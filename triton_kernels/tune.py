@@ -7,26 +7,22 @@
                                                                       one of them (B x N x S), in pages: table unchanged
     python -m triton_kernels.tune --op decode_block_sparse            every shape of BLOCK_SHAPES
     python -m triton_kernels.tune --op decode_sparse_mla              every shape of SPARSE_MLA_SHAPES
+    python -m triton_kernels.tune --op decode_linear                  likewise index_scores and block_index_scores
 
-A configuration is timed as device time of one whole call, merge included: a CUDA graph of CALLS calls that rotate over
-enough input sets to miss the L2 cache, median of SAMPLES replays. It counts only if its output agrees with the default
-configuration's. For caches of k and v it is tried only if its machine code has no spills and fits in shared memory; the
-few for latent caches are listed in MLA_CONFIGS. Entries of other devices, and of shapes that were not measured, stay in
-the table.
+How it is timed: see `tune_search`. For latent caches the few configurations of MLA_CONFIGS are tried; otherwise one is
+tried only if its machine code has no spills and fits in shared memory. Entries of other devices, and of shapes that
+were not measured, stay in the table.
 """
 
 import argparse
-import itertools
 import json
-import statistics
-from dataclasses import asdict, replace
-from functools import lru_cache, partial
+from dataclasses import asdict
+from functools import partial
 
 import torch
-import triton
 
 from triton_kernels import runtime
-from triton_kernels.cubin import BYTES, MAX_SHARED
+from triton_kernels.cubin import BYTES
 from triton_kernels.decode_attention import run
 from triton_kernels.decode_block_sparse import run as run_block_sparse
 from triton_kernels.decode_mla import run as run_mla
@@ -34,7 +30,6 @@ from triton_kernels.decode_sparse_mla import run as run_sparse_mla
 from triton_kernels.offline import BlockSparse, Decode, compile_block_sparse, compile_decode
 from triton_kernels.plan import (
     TUNING,
-    Config,
     MlaConfig,
     block_rows,
     default_block_config,
@@ -42,10 +37,16 @@ from triton_kernels.plan import (
     default_mla_config,
     pow2_ceil,
 )
+from triton_kernels.tune_scores import (
+    BLOCK_SCORE_SHAPES,
+    INDEX_SHAPES,
+    LINEAR_SHAPES,
+    tune_block_index,
+    tune_index,
+    tune_linear,
+)
+from triton_kernels.tune_search import search, set_count, tiles
 
-CALLS, SAMPLES, WARMUP = 20, 30, 5
-SETS_BYTES = 256 * 2**20  # several times the L2 of an H100 or H200
-AGREE = 1e-2
 SHOWN = 6
 
 # dtype, head dim, value dim, B, N, K, S
@@ -114,11 +115,6 @@ MLA_CONFIGS = {
 }
 
 
-def set_count(cache_bytes):
-    """Argument sets that a rotation needs in order to read from memory, not from L2."""
-    return max(1, min(CALLS, -(-SETS_BYTES // cache_bytes)))
-
-
 def inputs(dtype, head_dim, value_dim, batch, heads, kv_heads, slots):
     """Argument sets of one shape of decode_attention."""
     kind = {"dtype": getattr(torch, dtype), "device": "cuda"}
@@ -169,71 +165,6 @@ def sparse_mla_inputs(dtype, latent_dim, rope_dim, batch, heads, slots, entries)
     queries = [torch.randn(batch, 1, heads, width, **kind) if width else None for width in (latent_dim, rope_dim)]
     count = set_count(batch * entries * (latent_dim + rope_dim) * BYTES[dtype])
     return [(*queries, latent, k_rope, random_lists(batch, 1, slots, entries)) for _ in range(count)]
-
-
-def microseconds(sets, call):
-    """Median device time of one call(*set)."""
-    call(*sets[0])  # compiles outside the capture
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for args, _ in zip(itertools.cycle(sets), range(CALLS), strict=False):
-            call(*args)
-    samples = []
-    for index in range(WARMUP + SAMPLES):
-        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        graph.replay()
-        stop.record()
-        stop.synchronize()
-        if index >= WARMUP:
-            samples.append(start.elapsed_time(stop) * 1000 / CALLS)
-    return statistics.median(samples)
-
-
-@lru_cache
-def tiles(case, compile_case):
-    """Tile shapes worth timing: no spills, and a pipeline that fits in shared memory."""
-    width = (case.head_dim + case.value_dim) * BYTES[case.dtype]
-    found = []
-    for block_n, warps, stages in itertools.product((32, 64, 128), (4, 8), (2, 3, 4)):
-        config = Config(block_n, warps, stages, 1, 2 * block_n)
-        if block_n * width * (stages - 1) > MAX_SHARED or (block_n, warps) == (32, 8):
-            continue
-        measured = compile_case(case, config)
-        shared = measured["shared"]
-        if measured["spills"] == 0 and shared <= MAX_SHARED:
-            registers = 65536 // (measured["registers"] * warps * 32)
-            found.append(replace(config, ctas_per_sm=max(1, min(registers, MAX_SHARED // (shared + 1024)))))
-    return found
-
-
-def plans(config):
-    """The same tiles under other split plans; nothing is compiled anew."""
-    for ctas, count in itertools.product((1, 2, 3, 4, 6), (1, 2, 4, 8)):
-        yield replace(config, ctas_per_sm=ctas, min_split=count * config.block_n)
-
-
-def search(sets, call, default, configs):
-    """(best Config, {Config: time}) of call(*set, config=...); the three best configs are tried with other plans."""
-    expected = call(*sets[0], config=default)[0].float()
-    times = {default: microseconds(sets, partial(call, config=default))}
-
-    def measure(config):
-        if config in times:
-            return
-        try:
-            out = call(*sets[0], config=config)[0].float()
-        except triton.runtime.errors.OutOfResources:
-            return
-        if (out - expected).norm() <= AGREE * expected.norm():
-            times[config] = microseconds(sets, partial(call, config=config))
-
-    for config in configs:
-        measure(config)
-    for config in sorted(times, key=times.get)[:3]:
-        for plan in plans(config):
-            measure(plan)
-    return min(times, key=times.get), times
 
 
 def tune(shape):
@@ -304,6 +235,9 @@ TUNERS = {
     "decode_mla": (MLA_SHAPES, tune_mla),
     "decode_block_sparse": (BLOCK_SHAPES, tune_block_sparse),
     "decode_sparse_mla": (SPARSE_MLA_SHAPES, tune_sparse_mla),
+    "decode_linear": (LINEAR_SHAPES, tune_linear),
+    "index_scores": (INDEX_SHAPES, tune_index),
+    "block_index_scores": (BLOCK_SCORE_SHAPES, tune_block_index),
 }
 
 

@@ -112,3 +112,65 @@ def worst_lse(lse, expected):
         return np.inf
     finite = np.isfinite(expected)
     return np.abs(lse[finite] - expected[finite]).max(initial=0.0)
+
+
+def decode_linear(q, k, v, state, decay, *, beta=None):
+    """(out, state) of the op, float64, one row and head at a time; decay N, B N or B N H."""
+    q, k, v, state, decay = (np.asarray(x.double().cpu()) for x in (q, k, v, state, decay))
+    new, out = np.empty_like(state), np.empty(v.shape)
+    for b, n in np.ndindex(q.shape[:2]):
+        factor = (decay if decay.ndim == 1 else decay[b])[n]
+        s = np.reshape(factor, (-1, 1)) * state[b, n]
+        u = v[b, n] if beta is None else float(beta[b, n]) * (v[b, n] - k[b, n] @ s)
+        new[b, n] = s + np.outer(k[b, n], u)
+        out[b, n] = q[b, n] @ new[b, n]
+    return out, new
+
+
+def indexer_products(q_index, k_index, lengths, k_scale=None):
+    """((b, t), q_t . k_s as I seen) of every query, float64; unseen keys are not read."""
+    q, k = (np.asarray(x.double().cpu()) for x in (q_index, k_index))
+    if k_scale is not None:
+        k = k * np.asarray(k_scale.double().cpu())[..., None]
+    for b, t in np.ndindex(q.shape[:2]):
+        yield (b, t), q[b, t] @ k[b, : max(int(lengths[b]) - q.shape[1] + t + 1, 0)].T
+
+
+def index_scores(q_index, k_index, weights, lengths, *, k_scale=None):
+    """Scores of the op, float64 B T S."""
+    scores = np.full((*q_index.shape[:2], k_index.shape[1]), -np.inf)
+    for place, x in indexer_products(q_index, k_index, lengths, k_scale):
+        scores[place][: x.shape[1]] = np.asarray(weights.double().cpu())[place] @ np.maximum(x, 0.0)
+    return scores
+
+
+def block_index_scores(q_index, k_index, lengths, *, block_size, k_scale=None):
+    """Scores of the op, float64 B T I ceil(S / block_size)."""
+    scores = np.full((*q_index.shape[:3], -(-k_index.shape[1] // block_size)), -np.inf)
+    for place, x in indexer_products(q_index, k_index, lengths, k_scale):
+        for start in range(0, x.shape[1], block_size):
+            scores[place][:, start // block_size] = x[:, start : start + block_size].max(1)
+    return scores
+
+
+def topk_indices(scores, k):
+    """Picks of the op, by sorting (score descending, position ascending) in Python; NaN first, -inf never."""
+    rows = np.asarray(scores.double().cpu()).reshape(-1, scores.shape[-1])
+    picks = np.full((len(rows), k), -1)
+    for pick, row in zip(picks, rows, strict=True):
+        order = sorted(range(len(row)), key=lambda s: (not np.isnan(row[s]), -np.nan_to_num(row[s], nan=0.0), s))
+        chosen = [s for s in order if row[s] != -np.inf][:k]
+        pick[: len(chosen)] = chosen
+    return picks.reshape(*scores.shape[:-1], k)
+
+
+def worst_row(scores, expected):
+    """Largest relative norm error of one row of scores, the last axis; inf where -inf is misplaced and for any NaN."""
+    scores = np.asarray(scores.double().cpu())
+    if scores.shape != expected.shape or (np.isneginf(scores) != np.isneginf(expected)).any():
+        return np.inf
+    scores, expected = (np.where(np.isneginf(expected), 0.0, x) for x in (scores, expected))
+    if not np.isfinite(scores).all():
+        return np.inf
+    norm = np.linalg.norm(expected, axis=-1)
+    return (np.linalg.norm(scores - expected, axis=-1) / np.where(norm == 0.0, 1.0, norm)).max(initial=0.0)
