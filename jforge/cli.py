@@ -20,7 +20,7 @@ from jforge import hf_config
 from jforge.harness import bench
 
 try:
-    from jforge import demo, report
+    from jforge import demo, report, report_bench
 except ImportError as missing:  # `import jforge` works without it, so this is the first to notice
     print(
         f"jforge: the command line needs {missing.name.partition('.')[0]}: pip install 'jforge[cli]'", file=sys.stderr
@@ -117,27 +117,28 @@ def _table(args) -> int:
 
 
 def _cost(args) -> int:
-    att = jforge.get(args.mechanism)
-    layers, source = _layers(args.mechanism, att, args.config)
+    layers, source = _layers(args.mechanism, args.config)
     sizes = {"context": args.context, "batch": args.batch, "dtype": jnp.dtype(args.dtype)}
-    costs = [att.cost(cfg, **sizes) for cfg in layers]
-    emit(args, report.cost(args.mechanism, source, costs, args.context, args.batch, args.dtype), report.show_cost)
+    each = {layer: jforge.get(layer[0]).cost(layer[1], **sizes) for layer in dict.fromkeys(layers)}
+    costs, names = [each[layer] for layer in layers], [name for name, _ in layers]
+    data = report.cost(args.mechanism, source, costs, args.context, args.batch, args.dtype, names)
+    emit(args, data, report.show_cost)
     return 0
 
 
-def _layers(name: str, att, path: str | None) -> tuple[list, str]:
-    """(Configs of the layers that use `name`, where they come from)."""
+def _layers(name: str, path: str | None) -> tuple[list, str]:
+    """((mechanism, Config) of every layer, where they come from); at least one layer is of `name`."""
+    att = jforge.get(name)
     if path is None:
         if not att.models:
             raise ValueError(f"{name} has no shipped model; give one with --config FILE")
         model, cfg = next(iter(att.models.items()))
-        return [cfg], f"{model}, one layer"
+        return [(name, cfg)], f"{model}, one layer"
     found = hf_config.layers(hf_config.load(path))
-    mine = [cfg for mechanism, cfg in found if mechanism == name]
-    if not mine:
-        others = ", ".join(sorted({mechanism for mechanism, _ in found}))
-        raise ValueError(f"{path} has no {name} layer; its layers are {others}")
-    return mine, path
+    others = sorted({mechanism for mechanism, _ in found})
+    if name not in others:
+        raise ValueError(f"{path} has no {name} layer; its layers are {', '.join(others)}")
+    return found, path
 
 
 def _check(args) -> int:
@@ -184,8 +185,8 @@ def _bench(args) -> int:
     if args.out:
         bench.append(args.out, rows, bench.environment())
     if args.plot:
-        report.plot_bench(data, args.plot)
-    emit(args, data, report.show_bench)
+        report_bench.plot_bench(data, args.plot)
+    emit(args, data, report_bench.show_bench)
     return 0
 
 

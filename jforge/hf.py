@@ -24,7 +24,13 @@ Params = dict[str, jax.Array]
 
 _ATTENTION = re.compile(r"(?:^|\.)(?:layers\.(?P<a>\d+)\.self_attn|h\.(?P<b>\d+)\.self_attention)\.(?P<name>.+)$")
 _TOWERS = re.compile(r"vision|visual|image|audio|encoder|mtp")  # they have layers.{i}.self_attn too
-_BUFFERS = ("rotary_emb.inv_freq",)  # old checkpoints carry it; it follows from the config
+_BUFFERS = (  # kept beside the weights by old checkpoints and by transformers' lightning; they follow from the config
+    "rotary_emb.inv_freq",
+    "slope_rate",
+    "query_decay",
+    "key_decay",
+    "diagonal_decay",
+)
 
 
 def convert(config: Any, state_dict: Mapping[str, Any], layer: int) -> tuple[Attention, Any, Params]:
@@ -111,9 +117,9 @@ def _heads_last(weight: np.ndarray, heads: int) -> jax.Array:
     return _jax(weight.T.reshape(weight.shape[1], heads, -1))
 
 
-def _output(weights: _Weights, cfg: Any, name: str, bias: bool) -> Params:
+def _output(weights: _Weights, shape: tuple[int, int, int], name: str, bias: bool = False) -> Params:
     """The output projection: [D, N * V] -> N V D, and its bias."""
-    D, N, V = cfg.hidden_size, cfg.num_attention_heads, cfg.v_head_dim
+    N, V, D = shape
     params = {"wo": _jax(weights.take(f"{name}.weight", (D, N * V)).T.reshape(N, V, D))}
     if bias:
         params["bo"] = _jax(weights.take(f"{name}.bias", (D,)))
@@ -143,7 +149,7 @@ def _split_projections(weights: _Weights, cfg: Any) -> Params:
         for x, heads in (("q", N), ("k", K)):
             norm = weights.take(f"{x}_norm.weight", (heads * H,) if flat else (H,))
             params[f"{x}_norm"] = _jax(norm.reshape(heads, H) if flat else norm)
-    return params | _output(weights, cfg, "o_proj", cfg.attention_output_bias)
+    return params | _output(weights, (N, V, D), "o_proj", cfg.attention_output_bias)
 
 
 def _split_with_sinks(weights: _Weights, cfg: Any) -> Params:
@@ -168,7 +174,7 @@ def _split_fused(weights: _Weights, cfg: Any) -> Params:
     if cfg.attention_bias:
         bias = weights.take("query_key_value.bias", ((N + 2 * K) * H,)).reshape(K, G + 2, H)
         params |= {"bq": _jax(bias[:, :G].reshape(N, H)), "bk": _jax(bias[:, G]), "bv": _jax(bias[:, G + 1])}
-    return params | _output(weights, cfg, "dense", cfg.attention_output_bias)
+    return params | _output(weights, (N, H, D), "dense", cfg.attention_output_bias)
 
 
 def _split_latent(weights: _Weights, cfg: Any) -> Params:
@@ -191,12 +197,36 @@ def _split_latent(weights: _Weights, cfg: Any) -> Params:
         params["bkv_a"] = _jax(weights.take("kv_a_proj_with_mqa.bias", (C + R,)))
         if L is not None:
             params["bq_a"] = _jax(weights.take("q_a_proj.bias", (L,)))
-    return params | _output(weights, cfg, "o_proj", cfg.attention_bias)
+    return params | _output(weights, (N, V, D), "o_proj", cfg.attention_bias)
+
+
+def _split_lightning(weights: _Weights, cfg: Any) -> Params:
+    """Lightning: qkv_proj holds, head by head, [query | key | value]; one norm over all heads."""
+    D, N, H = cfg.hidden_size, cfg.num_attention_heads, cfg.head_dim
+    fused = weights.take("qkv_proj.weight", (N * 3 * H, D)).T.reshape(D, N, 3, H)
+    params = {f"w{x}": _jax(fused[:, :, i]) for i, x in enumerate("qkv")}
+    params["wg"] = _heads_last(weights.take("output_gate.weight", (N * H, D)), N)
+    params["o_norm"] = _jax(weights.take("norm.weight", (N * H,)).reshape(N, H))
+    return params | _output(weights, (N, H, D), "out_proj")
+
+
+def _split_with_index(weights: _Weights, cfg: Any) -> Params:
+    """MSA: an index branch beside the projections, `indexer.q_proj` in transformers, `index_q_proj` in checkpoints."""
+    D, K, J = cfg.hidden_size, cfg.num_key_value_heads, cfg.index_head_dim
+    branch = "index_" if "index_q_proj.weight" in weights.found else "indexer."
+    return _split_projections(weights, cfg) | {
+        "wq_index": _heads_last(weights.take(f"{branch}q_proj.weight", (K * J, D)), K),
+        "wk_index": _jax(weights.take(f"{branch}k_proj.weight", (J, D)).T),
+        "q_index_norm": _jax(weights.take(f"{branch}q_norm.weight", (J,))),
+        "k_index_norm": _jax(weights.take(f"{branch}k_norm.weight", (J,))),
+    }
 
 
 _SPLITS: dict[str, Callable[[_Weights, Any], Params]] = {
     "falcon": _split_fused,
+    "lightning": _split_lightning,
     "mla": _split_latent,
+    "msa": _split_with_index,
     "sinks": _split_with_sinks,
 }
 """By model_type or by mechanism; _split_projections for all others."""

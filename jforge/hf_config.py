@@ -2,7 +2,7 @@
 
     layers(load("config.json"))[0]  ->  ("gqa", Config(hidden_size=4096, ...))
 
-What a model family's attention has, and where its layers of each kind sit, is said in hf_families. Neither
+What a model family's attention has is said in hf_families, where its layers of each kind sit in hf_kinds. Neither
 transformers nor torch is imported.
 """
 
@@ -72,7 +72,10 @@ def layer(config: Any, index: int) -> tuple[str, Any]:
         raise NotImplementedError(f"layer {index} of {model} is {kind}; only its {known} layers have a mechanism")
     fields = {name: value for name, value in family.fields(config, kind).items() if value is not None}
     name = family.mechanisms[kind] or _dense_name(fields["num_attention_heads"], fields["num_key_value_heads"])
-    return name, REGISTRY[name].Config(**fields)
+    config_class = REGISTRY[name].Config
+    if hasattr(config_class, "layer_index"):  # heads of lightning forget the slower the deeper their layer
+        fields["layer_index"] = index
+    return name, config_class(**fields)
 
 
 def num_layers(config: Any) -> int:

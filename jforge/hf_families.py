@@ -1,4 +1,4 @@
-"""What the attention of each model family has: the fields of a layer's Config, and which kind of layer sits where.
+"""What the attention of each model family has: the fields of a layer's Config. Which layer is of which kind: hf_kinds.
 
 One small function per family; FAMILIES is the table. Keys that a file may omit take the default of the transformers
 5.23 config class, since that is what such a file means.
@@ -8,15 +8,17 @@ Source: configuration_*.py and modeling_*.py of transformers 5.23.0.
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+from jforge import hf_kinds as kinds
 from jforge.core.config import positive, reject
-from jforge.hf_keys import integer, is_nested, need, rope_of, section
+from jforge.hf_keys import integer, is_nested, rope_of, section
+from jforge.hf_kinds import BLOCKS, FULL, LINEAR, SLIDING
 
-FULL, SLIDING, LINEAR, INDEXED = "full_attention", "sliding_attention", "linear_attention", "indexed_attention"
-_LEGACY_KINDS = {"attention": FULL, "mamba": LINEAR}  # as transformers renames them
 _DENSE = {FULL: None}
 _WINDOWS = {FULL: None, SLIDING: "sliding_window"}
 _SINKS = {FULL: "sinks", SLIDING: "sinks"}
 _LATENT = {FULL: "mla"}
+_LIGHTNING = {FULL: None, LINEAR: "lightning"}
+_BLOCK_SPARSE = {FULL: None, BLOCKS: "msa"}
 _GPT_OSS_ROPE = {
     "rope_type": "yarn",
     "factor": 32.0,
@@ -24,6 +26,19 @@ _GPT_OSS_ROPE = {
     "beta_slow": 1.0,
     "truncate": False,
     "original_max_position_embeddings": 4096,
+}
+_MINIMAX_M3_ALWAYS = {
+    "use_gemma_norm": True,
+    "use_qk_norm": True,
+    "qk_norm_type": "per_head",
+    "attention_output_gate": False,
+}
+_INDEX_KEYS = {  # transformers' key: the checkpoint's, the default of the class
+    "index_n_heads": ("sparse_num_index_heads", 4),
+    "index_head_dim": ("sparse_index_dim", 128),
+    "index_block_size": ("sparse_block_size", 128),
+    "index_topk_blocks": ("sparse_topk_blocks", 16),
+    "index_local_blocks": ("sparse_local_block", 1),
 }
 
 
@@ -33,9 +48,6 @@ class Family(NamedTuple):
     fields: Callable[[dict, str], dict]  # (config, kind) -> keyword arguments of Config
     kind: Callable[[dict, int], str]  # (config, layer) -> one of transformers' layer types
     mechanisms: Mapping[str, str | None] = _DENSE  # by kind; None: the dense one that the numbers of heads say
-
-
-# Families: the fields of a layer's Config
 
 
 def _base(
@@ -161,6 +173,60 @@ def _minimax_m2(config: dict, kind: str) -> dict:
     return fields | {"rope_parameters": rope_of(config, kind, theta=5e6, partial=partial), "qk_norm": "flat"}
 
 
+def _minimax(config: dict, kind: str) -> dict:
+    """MiniMax-01. rms_norm_eps is not lightning's: all code builds that norm with 1e-6 whatever the file says."""
+    _only(config, "sliding_window", None)
+    fields = _base(config, None, kv_heads=8, eps=1e-5)
+    if kind == LINEAR:
+        _only(config, "hidden_act", "silu")
+        heads = fields["num_attention_heads"]
+        if config["model_type"] == "minimax" and heads & (heads - 1):
+            raise NotImplementedError(
+                f"num_attention_heads is {heads}: for a number that is no power of two the slopes of transformers are "
+                "not those of MiniMax's code"
+            )
+        own = {name: fields[name] for name in ("hidden_size", "num_attention_heads", "head_dim")}
+        sizes = {"num_hidden_layers": config["num_hidden_layers"], "block_size": integer(config, "block_size", 256)}
+        return own | sizes
+    return fields | {"rope_parameters": _minimax_rope(config, kind, fields)}
+
+
+def _minimax_rope(config: dict, kind: str, fields: dict) -> dict:
+    """rotary_dim, a checkpoint's key, counts the channels that turn. Without it all do: transformers' minimax obeys no
+    partial_rotary_factor.
+    """
+    head_dim = fields["head_dim"] or fields["hidden_size"] / fields["num_attention_heads"]
+    turning = integer(config, "rotary_dim", head_dim)
+    return rope_of(config, kind, theta=1e6, partial=1.0) | {"partial_rotary_factor": turning / head_dim}
+
+
+def _minimax_m3(config: dict, kind: str) -> dict:
+    """Keys that the checkpoint has and transformers does not read must say what transformers does."""
+    for key, value in _MINIMAX_M3_ALWAYS.items():
+        _only(config, key, value)
+    fields = _base(config, rope_of(config, kind, theta=5e6, partial=1.0), kv_heads=4, head_dim=128)
+    fields |= {"qk_norm": "head", "norm_offset": 1.0}
+    return fields if kind == FULL else fields | _index_branch(config, fields["num_key_value_heads"])
+
+
+def _index_branch(config: dict, kv_heads: int) -> dict:
+    """The checkpoint's section wins over the flat keys of transformers, as there; sparse_init_block only it has."""
+    sparse = section(config, "sparse_attention_config")
+    for key, value in (("use_sparse_attention", True), ("sparse_score_type", "max")):
+        _only(sparse, key, value)
+    given = {flat: integer(sparse, key, integer(config, flat, default)) for flat, (key, default) in _INDEX_KEYS.items()}
+    if given["index_n_heads"] != kv_heads:
+        reject("index_n_heads", given["index_n_heads"], f"num_key_value_heads={kv_heads}: one for each")
+    del given["index_n_heads"]
+    return given | {"index_init_blocks": sparse.get("sparse_init_block")}
+
+
+def _only(config: Mapping, key: str, value: Any) -> None:
+    """Refuse a file that gives `key` another value than the one the mechanism has; a missing key or null is fine."""
+    if config.get(key) not in (None, value):
+        raise NotImplementedError(f"{key} is {config[key]!r}: only {value!r} has a mechanism in this model family")
+
+
 def _falcon(config: dict, kind: str) -> dict:
     """num_kv_heads counts only in the new architecture; without it multi_query (the default) means one head."""
     if config.get("alibi"):
@@ -210,103 +276,27 @@ def _kimi_linear(config: dict, kind: str) -> dict:
     return _mla(config, None, q_lora_rank=None)
 
 
-# Families: which kind of layer sits where
-
-
-def _listed(config: dict, index: int, key: str = "layer_types") -> Any:
-    """The layer's entry in config[key], a list over all layers; None if the file has no such list."""
-    entries = config.get(key)
-    if entries is None:
-        return None
-    if not isinstance(entries, (list, tuple)) or len(entries) != config["num_hidden_layers"]:
-        reject(key, entries, f"a list of num_hidden_layers={config['num_hidden_layers']} entries")
-    return _LEGACY_KINDS.get(entries[index], entries[index])
-
-
-def _all_full(config: dict, index: int) -> str:
-    return _listed(config, index) or FULL
-
-
-def _every(period: int, between: str, key: str | None = None) -> Callable[[dict, int], str]:
-    """The last of every `period` layers is full, the others are of the kind `between`; config[key] sets the period."""
-
-    def kind(config: dict, index: int) -> str:
-        n = integer(config, key, period) if key else period
-        return _listed(config, index) or (between if (index + 1) % n else FULL)
-
-    return kind
-
-
-def _has_window(config: dict) -> bool:
-    return bool(config.get("use_sliding_window")) and config.get("sliding_window", 4096) is not None
-
-
-def _qwen_kind(config: dict, index: int) -> str:
-    """As transformers reads it, max_window_layers counts the full layers that come before those with a window."""
-    if (kind := _listed(config, index)) is not None or not _has_window(config):
-        return kind or FULL
-    first = config.get("max_window_layers", 28)
-    if isinstance(first, bool) or not isinstance(first, int) or first < 0:
-        reject("max_window_layers", first, "an integer, 0 or more")
-    return SLIDING if index >= first else FULL
-
-
-def _qwen3_moe_kind(config: dict, index: int) -> str:
-    return SLIDING if _has_window(config) else _all_full(config, index)
-
-
-def _mistral_kind(config: dict, index: int) -> str:
-    """One window for all layers unless sliding_window is an explicit null: the class default is 4096."""
-    return SLIDING if config.get("sliding_window", 4096) is not None else _all_full(config, index)
-
-
-def _minimax_m2_kind(config: dict, index: int) -> str:
-    """Checkpoints list 1 for softmax attention; a 0 would be a lightning layer, as in MiniMax-Text-01."""
-    return LINEAR if _listed(config, index, "attn_type_list") == 0 else _all_full(config, index)
-
-
-def _deepseek_kind(config: dict, index: int) -> str:
-    """An indexer makes it DSA (DeepSeek-V3.2), also where a file keeps the model_type of V3."""
-    return INDEXED if config.get("index_topk") is not None else _all_full(config, index)
-
-
-def _kimi_linear_kind(config: dict, index: int) -> str:
-    """Checkpoints list their layers, counted from 1. Without a list there is no telling: see docs/divergences.md."""
-    if (kind := _listed(config, index)) is not None:
-        return kind
-    lists = section(config, "linear_attn_config")
-    if not lists:
-        raise ValueError("config has neither layer_types nor linear_attn_config; one must list the kinds of layers")
-    kinds = []
-    for key, kind in (("full_attn_layers", FULL), ("kda_layers", LINEAR)):
-        entries = need(lists, key)
-        if not isinstance(entries, (list, tuple)):
-            reject(key, entries, "a list of layers, counted from 1")
-        kinds += [kind] * (index + 1 in entries)
-    if len(kinds) != 1:
-        where = "both" if kinds else "neither"
-        raise ValueError(
-            f"layer {index} is in {where} of full_attn_layers and kda_layers, as {index + 1}; one must have it"
-        )
-    return kinds[0]
-
-
 FAMILIES: dict[str, Family] = {
-    "deepseek_v2": Family(_deepseek_v2, _deepseek_kind, _LATENT),
-    "deepseek_v3": Family(_deepseek_v3, _deepseek_kind, _LATENT),
-    "falcon": Family(_falcon, _all_full),
-    "gemma2": Family(_gemma2, _every(2, SLIDING), _WINDOWS),
-    "gemma3": Family(_gemma3, _every(6, SLIDING, "sliding_window_pattern"), _WINDOWS),
-    "gemma3_text": Family(_gemma3, _every(6, SLIDING, "sliding_window_pattern"), _WINDOWS),
-    "gpt_oss": Family(_gpt_oss, _every(2, SLIDING), _SINKS),
-    "kimi_k2": Family(_deepseek_v3, _deepseek_kind, _LATENT),
-    "kimi_linear": Family(_kimi_linear, _kimi_linear_kind, _LATENT),
-    "llama": Family(_llama, _all_full),
-    "minimax_m2": Family(_minimax_m2, _minimax_m2_kind),
-    "mistral": Family(_mistral, _mistral_kind, _WINDOWS),
-    "olmo2": Family(_olmo2, _all_full),
-    "qwen2": Family(_qwen2, _qwen_kind, _WINDOWS),
-    "qwen3": Family(_qwen3, _qwen_kind, _WINDOWS),
-    "qwen3_moe": Family(_qwen3_moe, _qwen3_moe_kind, _WINDOWS),
-    "qwen3_next": Family(_qwen3_next, _every(4, LINEAR, "full_attention_interval")),
+    "deepseek_v2": Family(_deepseek_v2, kinds.deepseek, _LATENT),
+    "deepseek_v3": Family(_deepseek_v3, kinds.deepseek, _LATENT),
+    "falcon": Family(_falcon, kinds.all_full),
+    "gemma2": Family(_gemma2, kinds.every(2, SLIDING), _WINDOWS),
+    "gemma3": Family(_gemma3, kinds.every(6, SLIDING, "sliding_window_pattern"), _WINDOWS),
+    "gemma3_text": Family(_gemma3, kinds.every(6, SLIDING, "sliding_window_pattern"), _WINDOWS),
+    "gpt_oss": Family(_gpt_oss, kinds.every(2, SLIDING), _SINKS),
+    "kimi_k2": Family(_deepseek_v3, kinds.deepseek, _LATENT),
+    "kimi_linear": Family(_kimi_linear, kinds.kimi_linear, _LATENT),
+    "llama": Family(_llama, kinds.all_full),
+    "minimax": Family(_minimax, kinds.minimax, _LIGHTNING),
+    "minimax_m1": Family(_minimax, kinds.minimax, _LIGHTNING),
+    "minimax_m2": Family(_minimax_m2, kinds.minimax_m2),
+    "minimax_m3_vl": Family(_minimax_m3, kinds.minimax_m3, _BLOCK_SPARSE),
+    "minimax_m3_vl_text": Family(_minimax_m3, kinds.minimax_m3, _BLOCK_SPARSE),
+    "minimax_text_01": Family(_minimax, kinds.minimax, _LIGHTNING),
+    "mistral": Family(_mistral, kinds.mistral, _WINDOWS),
+    "olmo2": Family(_olmo2, kinds.all_full),
+    "qwen2": Family(_qwen2, kinds.qwen, _WINDOWS),
+    "qwen3": Family(_qwen3, kinds.qwen, _WINDOWS),
+    "qwen3_moe": Family(_qwen3_moe, kinds.qwen3_moe, _WINDOWS),
+    "qwen3_next": Family(_qwen3_next, kinds.every(4, LINEAR, "full_attention_interval")),
 }

@@ -25,12 +25,19 @@ def track(items: Iterable, description: str) -> Iterator:
 
 
 def size(count: float) -> str:
-    """Bytes in binary units: 4096 B, 16.0 KiB, 4.00 GiB."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if count < 10240 or unit == "GiB":
-            return f"{count:,.0f} {unit}" if unit == "B" else f"{count:,.1f} {unit}"
+    """Bytes in binary units: 4,096 B, 16.0 KiB, 4.0 GiB. Below 10 KiB every byte shows."""
+    if count < 10240:
+        return f"{count:,.0f} B"
+    for unit in ("KiB", "MiB"):
         count /= 1024
-    raise AssertionError
+        if count < 1024:
+            return f"{count:,.1f} {unit}"
+    return f"{count / 1024:,.1f} GiB"
+
+
+def exact(count: float) -> str:
+    """A number of bytes with all its digits; two decimals where tokens share an entry unevenly."""
+    return f"{count:,.0f}" if count == int(count) else f"{count:,.2f}"
 
 
 def grid(*columns: str, right: int = 99) -> Table:
@@ -41,10 +48,19 @@ def grid(*columns: str, right: int = 99) -> Table:
     return table
 
 
+def width(table: Table) -> int:
+    """Columns of text that the table takes where nothing is cut."""
+    return table.__rich_measure__(OUT, OUT.options.update(max_width=1000)).maximum
+
+
 def show(title: str, table: Table) -> None:
-    """The title on lines of its own, so that a narrow table does not fold it."""
+    """The title on lines of its own, so that a narrow table does not fold it. No digit is ever cut: the terminal wraps
+    the lines of a table that is wider than it is.
+    """
     OUT.print(title, style="bold", highlight=False)
-    OUT.print(table)
+    if (needed := width(table)) > OUT.width:
+        table.width = needed
+    OUT.print(table, crop=False)
 
 
 # table
@@ -52,95 +68,150 @@ def show(title: str, table: Table) -> None:
 
 def table(context: int, dtype: str) -> dict:
     """Every mechanism on its first shipped model (its first example where it has none), one layer, one row."""
-    rows = []
-    for name in jforge.names():
-        att = jforge.get(name)
-        model, cfg = next(iter(att.models.items()), ("example", att.examples[0]))
-        cost = att.cost(cfg, context=context, dtype=jnp.dtype(dtype))
-        rows.append(
-            {
-                "mechanism": name,
-                "model": model,
-                "cache": {n: " ".join(b.dims) for n, b in att.cache_spec(cfg).items()},
-                "bytes_per_token": float(cost.per_token),
-                "fixed_bytes": float(cost.fixed),
-                "stored_bytes": sum(cost.stored.values()),
-                "written_bytes": sum(cost.written.values()),
-                "read_bytes": sum(cost.read.values()),
-                "flops_per_byte": cost.flops / sum(cost.read.values()),
-                "summary": att.summary,
-            }
-        )
-    return {"context": context, "dtype": dtype, "rows": rows}
+    return {"context": context, "dtype": dtype, "rows": [_table_row(name, context, dtype) for name in jforge.names()]}
+
+
+def _table_row(name: str, context: int, dtype: str) -> dict:
+    att = jforge.get(name)
+    model, cfg = next(iter(att.models.items()), ("example", att.examples[0]))
+    cost, spec = att.cost(cfg, context=context, dtype=jnp.dtype(dtype)), att.cache_spec(cfg)
+    return {
+        "mechanism": name,
+        "model": model,
+        "cache": {n: " ".join(b.dims) for n, b in spec.items()},
+        "bytes_per_token": float(cost.per_token),
+        "fixed_bytes": float(cost.fixed),
+        "stored_bytes": sum(cost.stored.values()),
+        "written_bytes": sum(cost.written.values()),
+        "read_bytes": sum(cost.read.values()),
+        "scanned_bytes": scanned(spec, cost),
+        "flops_per_byte": cost.flops / sum(cost.read.values()),
+        "summary": att.summary,
+    }
+
+
+def scanned(spec, cost) -> int:
+    """Bytes that a step reads of buffers that grow with the context and are read whole; capacity = context."""
+    grows = (n for n, b in spec.items() if b.every is not None and b.limit is None)
+    return sum(cost.read.get(n, 0) for n in grows if cost.read.get(n) == cost.stored[n])
+
+
+_TABLE = {  # in the order in which a narrow terminal does without them, from the end
+    "B/token": lambda row: exact(row["bytes_per_token"]),
+    "fixed": lambda row: size(row["fixed_bytes"]),
+    "reads": lambda row: size(row["read_bytes"]),
+    "scans": lambda row: size(row["scanned_bytes"]),
+    "stored": lambda row: size(row["stored_bytes"]),
+    "writes": lambda row: size(row["written_bytes"]),
+    "flop/B": lambda row: f"{row['flops_per_byte']:.1f}",
+}
 
 
 def show_table(data: dict) -> None:
-    title = f"One layer, one row of {data['context']:,} tokens, {data['dtype']} cache"
-    columns = ("mechanism", "model", "cache", "B/token", "fixed", "stored", "step writes", "step reads", "flop/B")
-    out = grid(*columns, right=3)
+    for count in range(len(_TABLE), 3, -1):
+        out = _table_grid(data["rows"], list(_TABLE)[:count])
+        if width(out) <= OUT.width:
+            break
+    else:  # the names of models fold
+        model, names = out.columns[1], max(len(row["model"]) for row in data["rows"])
+        model.no_wrap, model.overflow, model.width = False, "fold", max(12, names - width(out) + OUT.width)
+    show(f"One layer, one row of {data['context']:,} tokens, {data['dtype']} cache", out)
+    OUT.print("reads: by one decode step; scans: of these, growing buffers read whole\n", highlight=False)
+    notes = Table.grid(padding=(0, 2))
+    notes.add_column(no_wrap=True)
     for row in data["rows"]:
-        out.add_row(
-            row["mechanism"],
-            row["model"],
-            ", ".join(f"{n} {dims.replace(' ', '')}" for n, dims in row["cache"].items()),
-            f"{row['bytes_per_token']:,.0f}",
-            size(row["fixed_bytes"]),
-            *(size(row[f"{what}_bytes"]) for what in ("stored", "written", "read")),
-            f"{row['flops_per_byte']:.1f}",
-        )
-    show(title, out)
-    for row in data["rows"]:
-        OUT.print(f"{row['mechanism']}: {row['summary']}", highlight=False)
+        cache = ", ".join(f"{n}:{dims.replace(' ', '')}" for n, dims in row["cache"].items())
+        notes.add_row(row["mechanism"], f"{row['summary']}. Cache {cache}")
+    OUT.print(notes)
+
+
+def _table_grid(rows: list[dict], numbers: list[str]) -> Table:
+    out = grid("mechanism", "model", *numbers, right=2)
+    for row in rows:
+        out.add_row(row["mechanism"], row["model"], *(_TABLE[name](row) for name in numbers))
+    return out
 
 
 # cost
 
 
-def cost(name: str, source: str, costs: list, context: int, batch: int, dtype: str) -> dict:
-    """One layer's and all layers' bytes by buffer; the layers may differ, so the first is shown as the example."""
+def cost(
+    name: str, source: str, costs: list, context: int, batch: int, dtype: str, mechanisms: list[str] | None = None
+) -> dict:
+    """Bytes by buffer of each kind of layer (one mechanism, one cost), of all layers of `name`, and of the model.
 
-    def plain(c) -> dict:
-        return {
-            "buffers": {
-                n: {"stored": c.stored[n], "written": c.written.get(n, 0), "read": c.read.get(n, 0)} for n in c.stored
-            },
-            "stored": sum(c.stored.values()),
-            "written": sum(c.written.values()),
-            "read": sum(c.read.values()),
-            "bytes_per_token": float(c.per_token),
-            "fixed": float(c.fixed),
-            "flops": c.flops,
-            "entries_read": c.entries_read,
-        }  # fmt: skip
-
-    head = {
+    costs: one a layer of the model. mechanisms: the layers' names, all `name` where not given.
+    """
+    mechanisms = mechanisms or [name] * len(costs)
+    kinds: dict[int, list[int]] = {}
+    for i in range(len(costs)):
+        same = (j for j in kinds if mechanisms[j] == mechanisms[i] and costs[j] == costs[i])
+        kinds.setdefault(next(same, i), []).append(i)
+    mine = [c for mechanism, c in zip(mechanisms, costs, strict=True) if mechanism == name]
+    return {
         "mechanism": name,
         "source": source,
-        "layers": len(costs),
         "context": context,
         "batch": batch,
         "dtype": dtype,
+        "layers": len(mine),
+        "layer": _plain(mine[0]),
+        "all_layers": _plain(sum(mine[1:], mine[0])),
+        "kinds": [{"mechanism": mechanisms[i], "layers": at, **_plain(costs[i])} for i, at in kinds.items()],
+        "model": {"layers": len(costs), **_plain(sum(costs[1:], costs[0]))},
     }
-    return {**head, "layer": plain(costs[0]), "all_layers": plain(sum(costs[1:], costs[0]))}
+
+
+def _plain(c) -> dict:
+    """A Cost as JSON."""
+    return {
+        "buffers": {
+            n: {"stored": c.stored[n], "written": c.written.get(n, 0), "read": c.read.get(n, 0)} for n in c.stored
+        },
+        "stored": sum(c.stored.values()),
+        "written": sum(c.written.values()),
+        "read": sum(c.read.values()),
+        "bytes_per_token": float(c.per_token),
+        "fixed": float(c.fixed),
+        "flops": c.flops,
+        "entries_read": c.entries_read,
+    }  # fmt: skip
 
 
 def show_cost(data: dict) -> None:
-    layers, one, everything = data["layers"], data["layer"], data["all_layers"]
-    title = (
-        f"{data['mechanism']} in {data['source']}: {data['batch']} x {data['context']:,} tokens, {data['dtype']} cache"
-    )
+    """Every kind of layer of the mechanism by buffer, other mechanisms in a row each, and the model."""
+    what, model = ("stored", "written", "read"), data["model"]
     out = grid("", "stored", "step writes", "step reads", right=1)
-    for name, buffer in one["buffers"].items():
-        out.add_row(f"layer 0, {name}", *(f"{buffer[what]:,} B" for what in ("stored", "written", "read")))
-    for label, cost in (("layer 0", one), (f"{layers} layer{'s' if layers > 1 else ''}", everything)):
-        out.add_row(label, *(f"{cost[what]:,} B" for what in ("stored", "written", "read")))
-    out.add_row("", *(size(everything[what]) for what in ("stored", "written", "read")))
-    show(title, out)
-    OUT.print(
-        f"A token adds {one['bytes_per_token']:,.0f} B to a layer and {everything['bytes_per_token']:,.0f} B to all; "
-        f"an attend step of a layer takes {one['flops']:,} flops, {one['flops'] / one['read']:.1f} a byte read.",
-        highlight=False,
-    )
+
+    def row(label: str, cost: dict, layers: int = 1) -> None:
+        out.add_row(label, *(f"{layers * cost[key]:,} B" for key in what))
+
+    kinds = sorted(data["kinds"], key=lambda kind: kind["mechanism"] != data["mechanism"])
+    for kind in kinds:
+        first, count = f"layer {kind['layers'][0]}", len(kind["layers"])
+        if kind["mechanism"] != data["mechanism"]:
+            row(f"{_layers(count)}, {kind['mechanism']}", kind, count)
+            continue
+        for name, buffer in kind["buffers"].items():
+            row(f"{first}, {name}", buffer)
+        row(first, kind)
+        if len(kinds) > 1:
+            row(f"{count} like {first}", kind, count)
+    row(_layers(model["layers"]), model)
+    out.add_row("", *(size(model[key]) for key in what))
+    sizes = f"{data['batch']} x {data['context']:,} tokens, {data['dtype']} cache"
+    show(f"{data['mechanism']} in {data['source']}: {sizes}", out)
+    for kind in kinds:
+        if kind["mechanism"] == data["mechanism"]:
+            adds = f"layer {kind['layers'][0]}: one more token a row adds {exact(kind['bytes_per_token'])} B"
+            flops = f"an attend step takes {kind['flops']:,} flops, {kind['flops'] / kind['read']:.1f} a byte read"
+            OUT.print(f"{adds}; {flops}", highlight=False)
+    adds = f"one more token a row adds {exact(model['bytes_per_token'])} B"
+    OUT.print(f"{_layers(model['layers'])}: {adds}", highlight=False)
+
+
+def _layers(count: int) -> str:
+    return f"{count} layer{'s' if count > 1 else ''}"
 
 
 # check
@@ -257,55 +328,3 @@ def show_equiv(data: dict) -> None:
     OUT.print()
     show_frameworks(data["frameworks"])
     OUT.print(f"on {data['device']}", highlight=False)
-
-
-# bench
-
-
-def show_bench(data: dict) -> None:
-    out = grid(
-        "op", "B", "N", "K", "S", "implementation", "us", "p10", "p90", "GB/s", "% of ceiling", "kernels", right=1
-    )
-    for row in data["rows"]:
-        if row["what"] == "ceiling":
-            OUT.print(f"read ceiling {row['GB_per_s']:,.0f} GB/s", highlight=False)
-            continue
-        head = (row["what"], *(f"{row.get(axis, 1):,}" for axis in "BNKS"), row["implementation"])
-        if "refused" in row:
-            out.add_row(*head, "refused", "", "", "", "", "")
-            continue
-        share = f"{100 * row['of_ceiling']:.0f}" if "of_ceiling" in row else ""
-        times = (f"{row[k]:,.1f}" for k in ("median", "p10", "p90"))
-        out.add_row(*head, *times, f"{row['GB_per_s']:,.0f}", share, str(row["kernels"] or ""))
-    where = f"{data['device']}, commit {data['commit']}"
-    dtype = next((row["dtype"] for row in data["rows"] if "dtype" in row), "")
-    show(f"Whole calls, merge included, {dtype}, on {where}", out)
-    for row in data["rows"]:
-        if "refused" in row:
-            OUT.print(f"{row['implementation']}: {row['refused']}", highlight=False)
-
-
-def plot_bench(data: dict, path: str) -> None:
-    """Achieved GB/s by shape, one marker an implementation, and the read ceiling as a line."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    rows = [row for row in data["rows"] if "median" in row]
-    shapes = list(dict.fromkeys((row["what"], *(row.get(axis, 1) for axis in "BNKS")) for row in rows))
-    figure, axes = plt.subplots(figsize=(9, 4.5), layout="constrained")
-    for i, name in enumerate(dict.fromkeys(row["implementation"] for row in rows)):
-        mine = [row for row in rows if row["implementation"] == name]
-        x = [shapes.index((row["what"], *(row.get(axis, 1) for axis in "BNKS"))) for row in mine]
-        axes.plot(x, [row["GB_per_s"] for row in mine], "osD^vP*X"[i % 8], label=name, markersize=7, alpha=0.8)
-    for row in data["rows"]:
-        if row["what"] == "ceiling":
-            axes.axhline(row["GB_per_s"], color="grey", linestyle="--", label="read ceiling")
-    axes.set_xticks(range(len(shapes)), [f"{op[7:]}\nB{b} N{n}\nK{k}\nS{s:,}" for op, b, n, k, s in shapes], fontsize=8)
-    axes.set_ylabel("GB/s of q, keys, values and out")
-    axes.set_ylim(bottom=0)
-    axes.set_title(f"decode ops, whole call, {data['device']}")
-    axes.legend(fontsize=8, loc="lower left")
-    figure.savefig(path, dpi=120)
-    plt.close(figure)

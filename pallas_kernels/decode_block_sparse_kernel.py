@@ -28,13 +28,14 @@ def kernel(f, names, *refs, rows_s=None, **smem):
 
 
 def _queries(f, where, q, q_s, q_full):
+    """Copy the list's query boxes."""
     for j in range(f.boxes):
         t, unit, _ = where.box(f, j)
         plgpu.copy_gmem_to_smem(q.at[where.b, t, unit, pl.ds(0, BOX)], q_s.at[pl.ds(j * BOX, BOX)], q_full)
 
 
 def _produce_tokens(f, where, given, *, q_s, k_s, v_s, q_full, k_full, v_full, k_free, v_free, **_):
-    """Copy the query boxes once, then gather K and V tiles into the ring."""
+    """Gather K and V tiles into the ring."""
     _queries(f, where, given["q"], q_s, q_full)
 
     def fetch(rows, slot):
@@ -53,7 +54,7 @@ def _produce_tokens(f, where, given, *, q_s, k_s, v_s, q_full, k_full, v_full, k
 
 
 def _produce_blocks(f, where, given, *, q_s, k_s, v_s, q_full, k_full, v_full, k_free, v_free, **_):
-    """Copy the query boxes once, then the pieces of K and V tiles into the ring."""
+    """Copy the pieces of K and V tiles into the ring."""
     _queries(f, where, given["q"], q_s, q_full)
 
     @pl.loop(0, where.steps)

@@ -20,6 +20,7 @@ from pallas_kernels.plan import SMS
 
 PIECE = 32  # key channels that one TMA copy brings in
 WIDTHS = (128, 64, 32)  # value columns of one program
+TILE_BYTES = 64 * 1024  # of which an SM holds three
 
 
 def decode_linear(q, k, v, state, decay, *, beta=None):
@@ -78,9 +79,9 @@ class Facts:
 
 
 def make_facts(shape, V, decay_axes, delta, width=None) -> Facts:
-    """The plan of a call: the widest tiles of which every SM gets two. `width` overrides it (for tuning)."""
+    """The plan of a call: the widest tiles of which every SM gets two and holds three. `width` overrides it."""
     B, N, H = shape
-    fit = [w for w in WIDTHS if V % w == 0 and B * N * (V // w) >= 2 * SMS]
+    fit = [w for w in WIDTHS if V % w == 0 and B * N * (V // w) >= 2 * SMS and 4 * H * w <= TILE_BYTES]
     return Facts(H, V, width or max(fit, default=WIDTHS[-1]), decay_axes, delta)
 
 

@@ -69,15 +69,13 @@ class Ring:
         plgpu.barrier_wait(self.full.at[slot])
         if self.scale is None:
             return self.k_s.at[slot], None
-        keys = plgpu.load(self.k_s.at[slot], layout=NARROW)
+        keys, factor = plgpu.load(self.k_s.at[slot], layout=NARROW), plgpu.load(self.scale_s.at[slot], layout=layout)
         if keys.dtype != jnp.int8:
             keys = keys.astype(jnp.float16)  # the only conversion of 8-bit floats that sm_90 has
-        if keys.dtype != self.wide_s.dtype:
-            keys = keys.astype(jnp.float32) if keys.dtype == jnp.float16 else keys
-            keys = keys.astype(self.wide_s.dtype)
-        self.wide_s[...] = keys
-        plgpu.commit_smem()
-        return self.wide_s, plgpu.load(self.scale_s.at[slot], layout=layout)
+            keys = keys if self.wide_s.dtype == jnp.float16 else keys.astype(jnp.float32)
+        self.wide_s[...] = keys.astype(self.wide_s.dtype)
+        plgpu.commit_smem()  # for the MMA, and for the copy that overwrites what was read here
+        return self.wide_s, factor
 
     def give_back(self, i):
         plgpu.barrier_arrive(self.free.at[self.slot(i)])

@@ -3,16 +3,19 @@
 import json
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import jax.numpy as jnp
 import pytest
+from rich.console import Console
 
 import jforge
-from jforge import cli, report
+from jforge import cli, report, report_bench
 from jforge.harness import bench
 
-CONFIG = Path(jforge.__file__).parent / "configs" / "llama-3.1-8b.json"
+CONFIGS = Path(jforge.__file__).parent / "configs"
+CONFIG = CONFIGS / "llama-3.1-8b.json"
 
 
 def run(capsys, *argv: str) -> tuple[int, str, str]:
@@ -32,6 +35,38 @@ def test_table_lists_every_mechanism(capsys):
     assert code == 0 and all(name in out for name in jforge.names()) and "4,096" in out
 
 
+@pytest.mark.parametrize("width", [120, 100, 80, 40])
+def test_table_cuts_no_number(capsys, monkeypatch, width):
+    """Per token, fixed, read and scanned bytes stand whole in each mechanism's line; down to 80 no line is too long."""
+    monkeypatch.setattr(report, "OUT", Console(width=width))
+    rows = report.table(131072, "bfloat16")["rows"]
+    report.show_table({"context": 131072, "dtype": "bfloat16", "rows": rows})
+    lines = capsys.readouterr().out.splitlines()
+    for row in rows:
+        (line, *_) = (line for line in lines if line.split()[:1] == [row["mechanism"]])
+        sizes = [report.size(row[key]) for key in ("fixed_bytes", "read_bytes", "scanned_bytes")]
+        numbers = [report.exact(row["bytes_per_token"]), *sizes]
+        assert " ".join(numbers) in " ".join(line.split()) and "\u2026" not in line
+    assert width < 80 or max(map(len, lines)) <= width
+
+
+def scanned(name: str, context: int) -> int:
+    att = jforge.get(name)
+    cfg = next(iter(att.models.values()))
+    return report.scanned(att.cache_spec(cfg), att.cost(cfg, context=context))
+
+
+def test_scanned_bytes_are_those_of_the_index():
+    """An index key of 128 channels a token; of moba's means one a block, once a context is longer than its lists."""
+    context = 131072
+    assert scanned("msa", context) == scanned("dsa", context) == 256 * context
+    assert scanned("csa", context) == 256 * context // 4
+    assert scanned("gqa", context) == 4096 * context
+    assert scanned("sliding_window", context) == scanned("lightning", context) == scanned("block_sparse", context) == 0
+    assert scanned("moba", 2**20) == 4 * 8 * 128 * 2**20 // 4096
+    assert scanned("moba", context) > 4096 * context
+
+
 @pytest.mark.parametrize("text,tokens", [("131072", 131072), ("128k", 131072), ("1m", 2**20), ("1M", 2**20), ("3", 3)])
 def test_context_units(text, tokens):
     assert cli.context(text) == tokens
@@ -47,6 +82,43 @@ def test_cost_of_llama(capsys):
     assert data["all_layers"]["written"] == 2 * 32 * 4096
     code, out, _ = run(capsys, "cost", "gqa", "--config", str(CONFIG), "--context", "128k")
     assert code == 0 and "17,179,869,184 B" in out and "16.0 GiB" in out
+
+
+def test_cost_of_a_model_with_two_kinds_of_one_mechanism(capsys):
+    """gpt-oss: every other layer has a window of 128. 2 * 8 * 64 * 2 B a token and layer."""
+    argv = "cost", "sinks", "--config", str(CONFIGS / "gpt-oss-120b.json"), "--context", "8k"
+    data = json.loads(run(capsys, *argv, "--json")[1])
+    assert [(kind["layers"], kind["read"]) for kind in data["kinds"]] == [
+        (list(range(0, 36, 2)), 2048 * 128),
+        (list(range(1, 36, 2)), 2048 * 8192),
+    ]
+    assert data["model"]["layers"] == 36 and data["model"]["read"] == 18 * 2048 * (128 + 8192)
+    code, out, _ = run(capsys, *argv)
+    rows = {line.split("  ")[0]: line for line in out.splitlines()}
+    assert code == 0 and {"layer 0, k", "18 like layer 0", "layer 1, v", "18 like layer 1", "36 layers"} <= set(rows)
+    assert f"{18 * 2048 * 8192:,} B" in rows["18 like layer 1"] and f"{18 * 2048 * 8320:,} B" in rows["36 layers"]
+    assert "layer 0: one more token a row adds 0 B;" in out and "layer 1: one more token a row adds 2,048 B;" in out
+    assert "36 layers: one more token a row adds 36,864 B" in out
+
+
+def test_cost_of_a_model_with_two_mechanisms(capsys):
+    """gemma-3: one full layer after five with a window of 1024; both belong to the model's sum. 8192 B a token."""
+    argv = "cost", "gqa", "--config", str(CONFIGS / "gemma-3-27b.json"), "--context", "8k"
+    data = json.loads(run(capsys, *argv, "--json")[1])
+    assert {kind["mechanism"]: len(kind["layers"]) for kind in data["kinds"]} == {"sliding_window": 52, "gqa": 10}
+    assert data["layers"] == 10 and data["all_layers"]["read"] == 10 * 8192 * 8192
+    assert data["model"]["read"] == 8192 * (10 * 8192 + 52 * 1024)
+    _, out, _ = run(capsys, *argv)
+    rows = {line.split("  ")[0]: line for line in out.splitlines()}
+    assert "layer 5, k" in rows and "layer 0, k" not in rows
+    assert f"{52 * 8192 * 1024:,} B" in rows["52 layers, sliding_window"]
+    assert f"{data['model']['read']:,} B" in rows["62 layers"]
+
+
+def test_layers_that_cost_the_same_are_one_kind(capsys):
+    """The lightning layers of MiniMax-Text-01 have Configs of their own (each its index), and one cost."""
+    _, out, _ = run(capsys, "cost", "lightning", "--config", str(CONFIGS / "minimax-text-01.json"))
+    assert "70 like layer 0" in out and "10 layers, gqa" in out and "80 layers" in out
 
 
 def test_check_reports_a_broken_law(capsys, monkeypatch, tmp_path):
@@ -106,14 +178,13 @@ def test_a_mistake_is_one_line_and_exit_code_2(capsys, monkeypatch, tmp_path, ar
 
 
 def test_bench_on_a_cpu_records_and_draws(capsys, monkeypatch, tmp_path):
-    monkeypatch.setattr(bench, "CPU_SHAPES", (bench.Shape(1, 4, 2, 64),))
-    monkeypatch.setattr(bench.bench_cpu, "__defaults__", (bench.CPU_SHAPES,))
+    monkeypatch.setattr(bench, "bench_cpu", partial(bench.bench_cpu, (bench.Shape(1, 4, 2, 64),)))
     out, png = tmp_path / "rows.jsonl", tmp_path / "rates.png"
     code, shown, _ = run(capsys, "bench", "decode_attention", "--samples", "2", "--out", str(out), "--plot", str(png))
     rows = [json.loads(line) for line in out.read_text().splitlines()]
     assert code == 0 and {row["implementation"] for row in rows} == {"jforge (XLA)", "torch_ref"}
     assert all(row["median"] > 0 and row["error"] <= 1e-5 and row["device"] == "cpu" for row in rows)
-    assert "jforge (XLA)" in shown and png.read_bytes().startswith(b"\x89PNG")
+    assert "jforge (XLA)" in shown and "B1 N4 K2 S64" in shown and png.read_bytes().startswith(b"\x89PNG")
 
 
 def test_a_wrong_kernel_gets_no_time(monkeypatch):
@@ -123,14 +194,21 @@ def test_a_wrong_kernel_gets_no_time(monkeypatch):
     assert row["refused"] == "wrong result" and "median" not in row
 
 
+def test_sizes_of_a_benchmark_row():
+    row = {"what": "decode_block_sparse", "B": 64, "N": 64, "K": 4, "S": 131072, "H": 128, "L": 16, "block_size": 128}
+    assert report_bench._shape(row) == "B64 N64 K4 S131,072 L16 block_size 128"
+    assert report_bench._shape({"B": 1, "S": 8, "window": 0}) == "B1 S8"
+
+
 def test_json_has_no_infinity():
     assert report._number(float("inf")) is None and report._number(0.5) == 0.5
 
 
 def test_sizes():
-    assert [report.size(n) for n in (0, 4096, 10240, 2**24, 16 * 2**30)] == [
-        "0 B", "4,096 B", "10.0 KiB", "16.0 MiB", "16.0 GiB"
+    assert [report.size(n) for n in (0, 4096, 10240, 2**24, 2**31, 2**41)] == [
+        "0 B", "4,096 B", "10.0 KiB", "16.0 MiB", "2.0 GiB", "2,048.0 GiB"
     ]  # fmt: skip
+    assert [report.exact(n) for n in (4097.0, 1000, 2.5)] == ["4,097", "1,000", "2.50"]
 
 
 def test_import_needs_only_jax_numpy_and_jaxtyping():

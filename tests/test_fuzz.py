@@ -4,14 +4,16 @@ import math
 
 import numpy as np
 import pytest
+import torch
 
 from jforge.harness.backends import BACKENDS
 from jforge.harness.cases import Case
-from jforge.harness.fuzz import OPS, VIEWS, Draw, Tally, check, fuzz, main
+from jforge.harness.fuzz import Tally, check, fuzz, main
+from jforge.harness.fuzz_draws import OPS, VIEWS, Draw
 
 # The type checker draws random numbers, which hypothesis forbids; and a planted bug need not satisfy it.
 pytestmark = pytest.mark.usefixtures("untyped")
-DENSE = "decode_attention"
+DENSE, BLOCKS = "decode_attention", "decode_block_sparse"
 EXAMPLES = {"jforge": 200, "torch_ref": 200, "triton": 60, "pallas": 30}  # an op; `make fuzz` runs 500 a backend
 
 
@@ -41,6 +43,11 @@ def _parts(dtype="float16", view="plain", at=0, V=12):
     return Draw(Case("parts", "merge_states", dict(P=2, B=1, T=1, N=1, V=V), (2,)), dtype, 0, view, at)
 
 
+def _blocks(dtype="float16", view="plain", at=0, S=64, V=64, **options):
+    sizes = dict(B=1, T=1, N=1, K=1, S=S, H=64, V=V, X=1, L=2)
+    return Draw(Case("blocks", BLOCKS, sizes, (S,), {"block_size": 16, **options}), dtype, 0, view, at)
+
+
 TILES, TF32, ROWS = "TMA needs a positive multiple of 8", "only as tf32", "multiple of 16 bytes"
 REFUSALS = (
     ("triton", _dense(view="paged", at=16), "page_table has no Triton kernel yet"),
@@ -50,6 +57,10 @@ REFUSALS = (
     ("pallas", _dense(S=68, view="paged", at=68), TILES),
     ("pallas", _latent("float32"), TF32),
     ("pallas", _latent(S=67), TILES),
+    ("pallas", _blocks("float32"), TF32),
+    ("pallas", _blocks(S=67), "TMA needs a multiple of 8"),
+    ("pallas", _blocks(S=72, view="paged", at=72), "its multiple or divide it"),
+    ("pallas", _blocks(V=0, softcap=5.0), "has no cap"),
     ("pallas", _parts(), ROWS),
     ("pallas", _parts(V=6, view="split", at=1), ROWS),
 )
@@ -107,6 +118,21 @@ def _reversed_pages(right, *arrays, page_table=None, **options):
     return right(*arrays, page_table=page_table, **options)
 
 
+def _minus_1_is_block_0(right, q, k, v, lists, lengths, **options):
+    return right(q, k, v, lists * (lists != -1), lengths, **options)
+
+
+def _one_list_a_group(right, q, k, v, lists, lengths, **options):
+    share = lists.shape[2] // k.shape[2]
+    return right(q, k, v, lists[:, :, np.arange(lists.shape[2]) // share * share], lengths, **options)
+
+
+def _newest_for_all(right, q, k, v, lists, lengths, **options):
+    """Every query of a row sees what its last one does. In torch alone."""
+    parts = [right(q[:, [t]], k, v, lists[:, [t]], lengths, **options) for t in range(q.shape[1])]
+    return tuple(torch.cat(part, 1) for part in zip(*parts, strict=True))
+
+
 def _base_2_parts(right, outs, lses):
     out, lse = right(outs, lses / math.log(2))
     return out, lse * math.log(2)
@@ -120,6 +146,10 @@ BUGS = {
     "query head n on KV head n % K": (DENSE, _group_modulo, ("jforge", "torch_ref")),
     "bits that depend on the row's place": ("merge_states", _batch_dependent, ("triton",)),
     "pages in reverse": (DENSE, _reversed_pages, ("jforge",)),
+    "-1 is block 0": (BLOCKS, _minus_1_is_block_0, ("jforge", "torch_ref")),
+    "one list for the heads of a group": (BLOCKS, _one_list_a_group, ("torch_ref",)),
+    "all queries see the newest token": (BLOCKS, _newest_for_all, ("torch_ref",)),
+    "block sinks scaled": (BLOCKS, _scaled_sinks, ("torch_ref",)),
     "parts weighted in base 2": ("merge_states", _base_2_parts, ("jforge", "torch_ref", "triton")),
 }
 PLANTED = [(bug, name) for bug, (_, _, names) in BUGS.items() for name in names]

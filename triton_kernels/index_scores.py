@@ -169,7 +169,8 @@ def _plan(op, q_index, k_index, scaled, unit, config):
     config = config or default_score_config(q_index.element_size(), k_index.element_size(), dim, heads)
     step = max(unit, config.block_n)
     steps = replace(config, block_n=step, min_split=max(step, config.min_split))
-    return config, fill_splits(batch * tokens, slots, steps, runtime.sm_count(q_index.device), MAX_SPLITS)
+    sms = runtime.sm_count(q_index.device)
+    return config, fill_splits(batch * tokens, slots, steps, sms, MAX_SPLITS, tolerance=0.0)
 
 
 def run_tokens(q_index, k_index, weights, lengths, *, k_scale=None, config=None):

@@ -120,7 +120,8 @@ def default_score_config(dtype_bytes, key_bytes, dim, heads):
     """As `default_config`, for the scores of an indexer with I = heads of J = dim channels.
 
     dtype_bytes: of the queries; key_bytes: of the stored keys. Keys are the rows of the MMAs and heads their columns.
-    Keys of one byte become operands in registers: tiles of fewer keys leave room for them.
+    Keys of one byte become operands in registers: tiles of fewer keys leave room for them. A wave is two programs for
+    each that fits an SM, so that those of long rows can follow those of short ones.
     """
     rows, width = max(16, pow2_ceil(heads)), max(16, pow2_ceil(dim))
     small = key_bytes == 1
@@ -132,7 +133,8 @@ def default_score_config(dtype_bytes, key_bytes, dim, heads):
         warps = 8 if rows > 128 or (small and rows > 64) else 4
         stages = 2 if rows * width > 32768 else 4 if small else 3
     shared = (rows * dtype_bytes + stages * block_n * key_bytes) * width
-    return Config(block_n, warps, stages, max(1, min(12 // warps, 228 * 1024 // (shared + 2048))), block_n)
+    resident = max(1, min(12 // warps, 228 * 1024 // (shared + 2048)))
+    return Config(block_n, warps, stages, 2 * resident, 2 * block_n)
 
 
 @lru_cache
@@ -171,13 +173,14 @@ def lookup(op, dtype, dtype_bytes, head_dim, value_dim, rows, group, batch_heads
 
 
 @lru_cache
-def fill_splits(programs, span, config, sms, limit=256):
+def fill_splits(programs, span, config, sms, limit=256, tolerance=0.15):
     """Number of splits that fills the card: the smallest whose waves take nearly the least time.
 
     programs: programs of one split (B * K * row blocks); span: most keys that one of them can see. sms * ctas_per_sm
     programs make a wave, and a wave lasts as long as the tiles of one split. Splits beyond need cost partial results
-    and a longer merge, so the first count within 15% of the least time is taken (FlashAttention's rule). Counts that
-    would leave a split without tiles at full length are never taken.
+    and a longer merge, so the first count within 15% of the least time is taken (FlashAttention's rule); a kernel that
+    merges nothing asks for the least time itself. Counts that would leave a split without tiles at full length are
+    never taken.
     """
     tiles = max(1, -(-span // config.block_n))
     most = max(1, min(limit, -(-span // config.min_split)))
@@ -188,4 +191,4 @@ def fill_splits(programs, span, config, sms, limit=256):
         used = -(-tiles // tiles_each)
         time[used] = -(-used * programs // wave) * tiles_each
     least = min(time.values())
-    return next(count for count in sorted(time) if time[count] * 0.85 <= least)
+    return next(count for count in sorted(time) if time[count] * (1 - tolerance) <= least)

@@ -1,6 +1,21 @@
 """The mechanisms. A new one is a file here, its twin in torch_ref, and a line in REGISTRY."""
 
-from jforge.attention import block_sparse, dense, dsa, lightning, mla, moba, msa, nsa, sinks, sliding_window, streaming, v4
+from jforge.attention import (
+    block_sparse,
+    csa,
+    dense,
+    dsa,
+    hca,
+    lightning,
+    mla,
+    moba,
+    msa,
+    nsa,
+    sinks,
+    sliding_window,
+    streaming,
+    v4,
+)
 
 REGISTRY = {
     "single_head": dense.single_head,
@@ -18,4 +33,6 @@ REGISTRY = {
     "msa": msa.msa,
     "dsa": dsa.dsa,
     "v4_window": v4.v4_window,
+    "csa": csa.csa,
+    "hca": hca.hca,
 }

@@ -1,6 +1,7 @@
 """How results are judged: one table of tolerances and the few metrics that go with it."""
 
 import math
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -90,3 +91,55 @@ def caches(spec, cfg, got, want) -> float:
 
 def finite(tree) -> bool:
     return all(np.isfinite(np.asarray(leaf, np.float64)).all() for leaf in jax.tree.leaves(tree))
+
+
+class Picks(NamedTuple):
+    """How many rows of picks there were, how many of them a tie left open, and how many are wrong."""
+
+    rows: int
+    tied: int
+    wrong: int
+
+
+def picks(got, want, scores, k: int, epsilon: float) -> Picks:
+    """Compare what two implementations pick as the k best of `scores`, where rounding may decide a tie either way.
+
+    margin = (k-th largest score) - (the next one). Where it is at least `epsilon`, the sets must be equal; below it the
+    row is tied, and the sets may differ. In every row the i-th largest score of each list must be within `epsilon` of
+    the i-th largest of all. So lists made by scores within epsilon / 2 of these are right. Order never counts. A row is
+    wrong too where a list has a token twice, one of score -inf, or not min(k, scores above -inf) tokens.
+
+    got, want: int [..., L], entries outside 0..S-1 for none. scores: [..., S], the most exact there are; -inf where a
+    query does not see, +inf for what is forced. Raises ValueError for shapes that do not fit, NaN in scores, k < 1 and
+    epsilon < 0.
+    """
+    lists, scores = [np.asarray(a) for a in (got, want)], np.asarray(scores, np.float64)
+    for name, array in zip(("got", "want"), lists, strict=True):
+        if array.shape[:-1] != scores.shape[:-1]:
+            raise ValueError(f"{name} has shape {array.shape}; the axes before its last must be {scores.shape[:-1]}")
+    if np.isnan(scores).any():
+        raise ValueError("scores holds NaN; it must hold numbers, -inf for what may not be picked")
+    if isinstance(k, bool) or not isinstance(k, (int, np.integer)) or k < 1:
+        raise ValueError(f"k is {k!r}; it must be a positive integer")
+    if not epsilon >= 0:
+        raise ValueError(f"epsilon is {epsilon!r}; it must be at least 0")
+    best = _descending(scores, k + 1)
+    tied = (_distance(best[..., k - 1], best[..., k]) < epsilon) & (best[..., k] > -math.inf)
+    times = [(np.arange(scores.shape[-1]) == a[..., None]).sum(axis=-2) for a in lists]  # each token in each list
+    right = tied | (times[0] == times[1]).all(axis=-1)
+    for n in times:
+        ranked = _descending(np.where(n > 0, scores, -math.inf), k)
+        right &= (n <= (scores > -math.inf)).all(axis=-1) & (n.sum(axis=-1) == (best[..., :k] > -math.inf).sum(axis=-1))
+        right &= (_distance(ranked, best[..., :k]) <= epsilon).all(axis=-1)
+    return Picks(right.size, int(tied.sum()), int((~right).sum()))
+
+
+def _descending(scores: np.ndarray, count: int) -> np.ndarray:
+    """The `count` largest scores of each row, largest first; -inf where there are no more."""
+    missing = [(0, 0)] * (scores.ndim - 1) + [(0, max(0, count - scores.shape[-1]))]
+    return np.pad(np.sort(scores, axis=-1)[..., ::-1], missing, constant_values=-math.inf)[..., :count]
+
+
+def _distance(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """|a - b|, 0 where both are the same infinity."""
+    return np.abs(np.subtract(a, b, out=np.zeros_like(a), where=a != b))

@@ -2,10 +2,8 @@
 
     python -m jforge.harness.fuzz --examples 500 [--backend NAME] [--op OP] [--seed N]
 
-Sizes come from a few buckets, since Mosaic's interpreter compiles every new shape; lengths, options and values are
-free. Each example also draws a view of the same question, whose answer must not differ: the batch permuted, one row
-among emptied ones, the cache in shuffled pages, the keys in two calls that `merge_states` joins. A new op is one
-strategy and one entry of OPS.
+Each example is a question from fuzz_draws.py and a view of it, whose answer must not differ: the batch permuted, one
+row among emptied ones, the cache in shuffled pages, the keys in two calls that `merge_states` joins.
 
 A failure prints the smallest case found and the command that brings it back, and exits with 1. hypothesis is in the
 `dev` extra only, so nothing else of jforge imports this file.
@@ -19,47 +17,21 @@ import random
 import re
 import sys
 import time
-from collections.abc import Callable
 
 import hypothesis
 import numpy as np
-from hypothesis import strategies as st
 
 from jforge.harness import compare, oracle
 from jforge.harness.backends import BACKENDS, Backend, gpu
-from jforge.harness.cases import DTYPES, Case, Inputs, build
+from jforge.harness.cases import DTYPES, Inputs, build
+from jforge.harness.fuzz_draws import OPS, Draw, draws, refusal
 
-# B, T, N, K, S, H, V: groups of 1 to 8, 12 and 16; all head dims; 67 and 129 slots, which Pallas refuses
-ATTENTION = (
-    (2, 1, 8, 2, 128, 64, 64), (2, 1, 6, 2, 192, 128, 128), (2, 1, 5, 1, 64, 64, 64), (2, 2, 6, 1, 128, 64, 64),
-    (2, 4, 4, 2, 136, 64, 64), (2, 1, 14, 2, 72, 80, 80), (2, 1, 4, 4, 136, 96, 96), (2, 1, 16, 1, 72, 192, 128),
-    (2, 2, 12, 1, 64, 256, 256), (3, 1, 8, 1, 256, 64, 64), (2, 4, 6, 2, 67, 64, 64), (2, 1, 16, 2, 129, 128, 128),
-)  # fmt: skip
-# B, T, N, S, C, R
-LATENT = (
-    (2, 1, 4, 128, 64, 16), (2, 1, 16, 192, 128, 64), (2, 2, 8, 64, 64, 16), (2, 4, 16, 136, 64, 64),
-    (1, 1, 64, 72, 128, 64), (2, 1, 5, 67, 64, 8), (3, 1, 8, 256, 64, 16),
-)  # fmt: skip
-# P, B, T, N, V: rows of 12 values are not a multiple of 16 bytes in 16 bits, 40 parts are more than one TMA copy
-PARTS = ((1, 2, 1, 3, 64), (3, 2, 2, 1, 128), (7, 2, 1, 2, 64), (2, 3, 1, 2, 12), (4, 1, 2, 1, 256), (40, 2, 1, 1, 64))
-CACHES = {"decode_attention": ("k", "v"), "decode_mla": ("latent", "k_rope")}
+CACHES = {
+    "decode_attention": ("k", "v"),
+    "decode_block_sparse": ("k", "v"),
+    "decode_mla": ("latent", "k_rope"),
+}
 KERNELS = ("triton", "pallas")  # of which DESIGN asks the same bits in any batch
-VIEWS = ("plain", "permuted", "alone", "paged", "split")
-
-
-@dataclasses.dataclass(frozen=True)
-class Draw:
-    """One example: a case, the dtype and seed of its values, and how the question is put.
-
-    view: "plain"; "permuted" (the batch in another order); "alone" (row `at`, all others emptied); "paged" (pages of
-    `at` slots); "split" (keys before and after slot `at` in two calls, or parts before and after part `at`).
-    """
-
-    case: Case
-    dtype: str
-    seed: int
-    view: str = "plain"
-    at: int = 0
 
 
 @dataclasses.dataclass
@@ -73,115 +45,6 @@ class Tally:
     @property
     def examples(self) -> int:
         return self.judged.total() + self.refused.total()
-
-
-# --- what is drawn
-
-
-@st.composite
-def _decode_attention(draw, dtypes: tuple[str, ...], out: tuple[str, ...]) -> Draw:
-    sizes = dict(zip("BTNKSHV", draw(st.sampled_from(ATTENTION)), strict=True))
-    options = _options(draw, sizes, out) | _optional(draw, softcap=st.floats(0.5, 50.0))
-    return _over_a_cache(draw, "decode_attention", sizes, options, dtypes)
-
-
-@st.composite
-def _decode_mla(draw, dtypes: tuple[str, ...], out: tuple[str, ...]) -> Draw:
-    sizes = dict(zip("BTNSCR", draw(st.sampled_from(LATENT)), strict=True))
-    return _over_a_cache(draw, "decode_mla", sizes, _options(draw, sizes, out), dtypes)
-
-
-@st.composite
-def _merge_states(draw, dtypes: tuple[str, ...], out: tuple[str, ...]) -> Draw:
-    sizes = dict(zip("PBTNV", draw(st.sampled_from(PARTS)), strict=True))
-    lengths = tuple(draw(st.integers(0, sizes["P"])) for _ in range(sizes["B"]))
-    view = draw(st.sampled_from(("plain", "permuted", "split")))
-    at = draw(st.integers(0, sizes["P"])) if view == "split" else 0
-    case = Case("fuzz", "merge_states", sizes, lengths)
-    return Draw(case, draw(st.sampled_from(dtypes)), draw(_seeds()), view, at)
-
-
-OPS: dict[str, Callable[..., st.SearchStrategy[Draw]]] = {
-    "decode_attention": _decode_attention,
-    "decode_mla": _decode_mla,
-    "merge_states": _merge_states,
-}
-
-
-def _seeds():
-    return st.integers(0, 2**16)
-
-
-def _optional(draw, **strategies) -> dict:
-    """Each keyword argument given or left out."""
-    drawn = {name: draw(st.none() | strategy) for name, strategy in strategies.items()}
-    return {name: value for name, value in drawn.items() if value is not None}
-
-
-def _options(draw, sizes: dict[str, int], out: tuple[str, ...]) -> dict:
-    """Logits of a spread from 0.1, nearly uniform weights, to 4; windows and chunks at the edges of tiles and cache.
-
-    No larger ones: float32 holds a logit x to x * 2^-24, and exp makes that the relative error of a weight.
-    """
-    T, S = sizes["T"], sizes["S"]
-    width = sizes["H"] if "H" in sizes else sizes["C"] + sizes["R"]
-    return _optional(
-        draw,
-        window=st.sampled_from((1, T, 63, 64, 65, S - 1, S, S + 5)) | st.integers(1, S),
-        chunk=st.sampled_from((16, 64, 100, 128, S + 1)),
-        sinks=st.just(True),
-        scale=st.floats(0.1, 4.0).map(lambda spread: spread * width**-0.5),
-        out_dtype=st.sampled_from(out),
-    )
-
-
-def _over_a_cache(draw, op: str, sizes: dict[str, int], options: dict, dtypes: tuple[str, ...]) -> Draw:
-    view = draw(st.sampled_from(VIEWS))
-    if view == "split":  # with more queries or a window, the keys of a part end elsewhere for each query or row
-        sizes = sizes | {"T": 1}
-        options.pop("window", None)
-    if view in ("permuted", "alone"):  # with a chunk the bits are compared too; "plain" goes without one
-        options.setdefault("chunk", 64)
-    B, T, S = (sizes[axis] for axis in "BTS")
-    window, chunk = options.get("window", S), options.get("chunk", S)
-    near = {n + d for n in (64, 128, window, chunk) for d in (-1, 0, 1)} | {0, 1, T - 1, T, S - 1, S}
-    row = st.sampled_from(sorted(n for n in near if 0 <= n <= S)) | st.integers(0, S)
-    lengths = tuple(draw(row) for _ in range(B))
-    pages = [n for n in (8, 16, 32, 64, S) if S % n == 0]
-    choices = {"alone": st.integers(0, B - 1), "paged": st.sampled_from(pages), "split": st.integers(0, S)}
-    at = draw(choices.get(view, st.just(0)))
-    return Draw(Case("fuzz", op, sizes, lengths, options), draw(st.sampled_from(dtypes)), draw(_seeds()), view, at)
-
-
-def draws(backend: Backend, op: str) -> st.SearchStrategy[Draw]:
-    """Examples of `op` in the dtypes that the backend is judged in here, and for Pallas now and then in the one that
-    it must refuse. float32 results are for all; Triton's interpreter truncates to bfloat16 where a GPU rounds.
-    """
-    judged = backend.gpu_dtypes if gpu() else backend.dtypes
-    out = tuple(dict.fromkeys(("float32", *judged)))
-    return OPS[op](judged * 4 + ("float32",) if backend.name == "pallas" else judged, out)
-
-
-# --- what a backend may refuse
-
-
-def refusal(backend: Backend, draw: Draw) -> str | None:
-    """The reason (a pattern) that the backend documents for not answering this example; None: it must answer."""
-    op, sizes, paged = draw.case.op, draw.case.sizes, draw.view == "paged"
-    if backend.name == "triton":
-        if op == "decode_attention" and paged:
-            return "page_table has no Triton kernel yet"
-        if op == "decode_mla" and paged and (draw.at < 16 or draw.at & (draw.at - 1)):
-            return "the page size is"
-    if backend.name == "pallas":
-        if op == "merge_states":
-            itemsize = 4 if draw.view == "split" else DTYPES[draw.dtype].itemsize
-            return "multiple of 16 bytes" if sizes["V"] * itemsize % 16 else None
-        if draw.dtype == "float32":
-            return "only as tf32"
-        if (draw.at if paged else sizes["S"]) % 8:
-            return "TMA needs a positive multiple of 8"
-    return None
 
 
 # --- how an example is judged
@@ -213,6 +76,8 @@ def _judge(backend: Backend, draw: Draw) -> tuple[str | None, float]:
     """(what is wrong, the worst error over its tolerance)."""
     case = draw.case
     inputs = build(case, draw.dtype, draw.seed)
+    if case.op == "decode_block_sparse":
+        inputs = _with_garbage(inputs, draw)
     asked, got = _ask(backend, draw, inputs)
     with np.errstate(all="raise", under="ignore"):  # the oracle must not overflow unseen
         want = getattr(oracle, case.op)(*asked.arrays.values(), **asked.options)
@@ -250,31 +115,50 @@ def _ask(backend: Backend, draw: Draw, inputs: Inputs) -> tuple[Inputs, tuple[np
         case "permuted":
             order = np.roll(np.arange(draw.case.sizes["B"]), 1)  # a random order of two rows is often the old one
             axis = 1 if op == "merge_states" else 0
-            moved = {name: np.take(array, order, axis) for name, array in arrays.items()}
+            moved = {n: array if array is None else np.take(array, order, axis) for n, array in arrays.items()}
             got = backend.call(op, Inputs(moved, inputs.options))
             return inputs, tuple(part[np.argsort(order)] for part in got)
         case "alone":
-            lengths = np.zeros_like(arrays["lengths"])
-            lengths[draw.at] = arrays["lengths"][draw.at]
-            inputs = Inputs({**arrays, "lengths": lengths}, inputs.options)
+            others = np.arange(draw.case.sizes["B"]) != draw.at
+            arrays = dict(arrays)
+            for name, nothing in (("lengths", 0), ("block_indices", -1)):
+                if arrays.get(name) is not None:
+                    arrays[name] = np.where(others.reshape(-1, *[1] * (arrays[name].ndim - 1)), nothing, arrays[name])
+            inputs = Inputs(arrays, inputs.options)
         case "paged":
-            return inputs, backend.call(op, _paged(inputs, CACHES[op], draw.at, rng))
+            return inputs, backend.call(op, _paged(inputs, op, draw.at, rng))
         case "split":
             return inputs, _split(backend, draw, inputs)
     return inputs, backend.call(op, inputs)
 
 
-def _paged(inputs: Inputs, caches: tuple[str, ...], page: int, rng: np.random.Generator) -> Inputs:
-    """The caches as shuffled pools with one page of NaN; entries that no length reaches point outside the pool."""
-    arrays, lengths = dict(inputs.arrays), inputs.arrays["lengths"]
-    B, S = arrays[caches[0]].shape[:2]
+def _with_garbage(inputs: Inputs, draw: Draw) -> Inputs:
+    """Every -1 of the lists as it is, or as another index that a call must ignore."""
+    lists, S = inputs.arrays["block_indices"], draw.case.sizes["S"]
+    past = -(-S // draw.case.options["block_size"])
+    ignored = np.array([-1, -1, -2, past, 2**31 - 1, -(2**31)], np.int64).astype(np.int32)
+    other = np.random.default_rng(draw.seed).choice(ignored, lists.shape)
+    return Inputs({**inputs.arrays, "block_indices": np.where(lists < 0, other, lists)}, inputs.options)
+
+
+def _paged(inputs: Inputs, op: str, page: int, rng: np.random.Generator) -> Inputs:
+    """The caches as shuffled pools with one page of NaN; entries that nobody may follow point outside the pool: past
+    the lengths, or where heads pick their blocks those of pages that nobody picked.
+    """
+    arrays = dict(inputs.arrays)
+    caches = [name for name in CACHES[op] if arrays[name] is not None]
+    first = arrays[caches[0]]
+    B, S = first.shape[:2]
+    if op == "decode_block_sparse":
+        unread = np.isnan(first.astype(np.float32)).reshape(B, S // page, -1).all(axis=2)
+    else:
+        unread = np.arange(S // page) >= -(-arrays["lengths"][:, None] // page)
     order = rng.permutation(B * S // page).astype(np.int32)
     for name in caches:
         pool = np.full((B * S // page + 1, page, *arrays[name].shape[2:]), np.nan, arrays[name].dtype)
         pool[order] = arrays[name].reshape(-1, *pool.shape[1:])
         arrays[name] = pool
-    table = order.reshape(B, -1)
-    table[np.arange(S // page) >= -(-lengths[:, None] // page)] = 10**6
+    table = np.where(unread, np.int32(10**6), order.reshape(B, -1))
     return Inputs(arrays, {**inputs.options, "page_table": table})
 
 
@@ -288,6 +172,14 @@ def _split(backend: Backend, draw: Draw, inputs: Inputs) -> tuple[np.ndarray, ..
         for mine in (first, ~first):
             kept = np.where(mine[:, None, None, None], arrays["lses"], -np.inf).astype(arrays["lses"].dtype)
             parts.append(backend.call("merge_states", Inputs({"outs": outs, "lses": kept}, {})))
+    elif draw.case.op == "decode_block_sparse":
+        lists, options = arrays["block_indices"], {**inputs.options, "out_dtype": "float32"}
+        first = np.arange(lists.shape[-1]) < at
+        parts = []
+        for mine in (first, ~first):
+            some = {**arrays, "block_indices": np.where(mine, lists, -1)}
+            parts.append(backend.call(draw.case.op, Inputs(some, options)))
+            options = {name: value for name, value in options.items() if name != "sinks"}  # one call carries the sink
     else:
         lengths = arrays["lengths"]
         before = {**arrays, "lengths": np.minimum(lengths, at)}

@@ -11,7 +11,7 @@ import transformers
 
 from jforge import hf_config
 from jforge.attention import REGISTRY
-from jforge.harness.tiny_models import LLAMA3, MODELS
+from jforge.harness.tiny_configs import LLAMA3, MODELS
 from jforge.hf_config import layer, layers, load
 
 EXAMPLES = Path(hf_config.__file__).parent / "configs"
@@ -59,7 +59,8 @@ def test_minimax_m2():
 @pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.json")), ids=lambda path: path.stem)
 def test_example_reads_the_same_through_transformers(path):
     config = load(path)
-    known_as = {"kimi_k2": "deepseek_v3"}.get(config["model_type"], config["model_type"])
+    names = {"kimi_k2": "deepseek_v3", "minimax_text_01": "minimax"}
+    known_as = names.get(config["model_type"], config["model_type"])
     theirs = transformers.AutoConfig.for_model(**config | {"model_type": known_as})
     assert layers(theirs) == layers(config)
 
@@ -150,7 +151,9 @@ def test_yarn_numbers_of_0_are_not_given(key):
         ("gpt_oss", {"num_attention_heads": 8}),
         ("olmo2", {}),
         ("falcon", {}),
+        ("minimax", {"num_attention_heads": 8, "layer_types": ["linear_attention", "full_attention"] * 3}),
         ("minimax_m2", {"num_attention_heads": 8}),
+        ("minimax_m3_vl_text", {"layer_types": ["full_attention", "minimax_m3_sparse"] * 3}),
         ("qwen3_next", {}),
         ("deepseek_v2", {}),
         ("deepseek_v3", {"num_key_value_heads": 4}),
@@ -212,6 +215,9 @@ def kinds(config):
         ),
         ({"model_type": "qwen3", "sliding_window": 8}, ["gqa"] * 6),
         ({"model_type": "qwen3_moe", "use_sliding_window": True, "sliding_window": 8}, ["sliding_window"] * 6),
+        ({"model_type": "minimax", "attn_type_list": [0, 0, 1] * 2}, ["lightning", "lightning", "gqa"] * 2),
+        ({"model_type": "minimax", "layer_types": ["linear_attention", "attention"] * 3}, ["lightning", "gqa"] * 3),
+        ({"model_type": "minimax", "layer_types": ["sliding_attention"] * 6}, ["sliding_attention"] * 6),
         ({"model_type": "minimax_m2", "attn_type_list": [1, 0] * 3}, ["gqa", "linear_attention"] * 3),
         ({"model_type": "llama", "layer_types": ["chunked_attention"] * 6}, ["chunked_attention"] * 6),
         ({"model_type": "llama", "layer_types": ["sliding_attention"] * 6}, ["sliding_attention"] * 6),
@@ -334,4 +340,5 @@ def test_imports_neither_transformers_nor_torch():
 
 def test_families_are_all_tested():
     tested = {spec.config().model_type for spec in MODELS.values()}
-    assert tested | {"gemma3", "kimi_k2"} == set(hf_config.FAMILIES)
+    others = {"gemma3", "kimi_k2", "minimax_m1", "minimax_m3_vl", "minimax_text_01"}  # in the files of their models
+    assert tested | others == set(hf_config.FAMILIES)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from jforge.harness.tiny_models import MODELS
+from jforge.harness.tiny_configs import MODELS
 from jforge.hf import convert
 
 CONFIG = {

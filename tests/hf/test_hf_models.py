@@ -5,7 +5,8 @@ import pytest
 from jforge import hf
 from jforge.attention import REGISTRY
 from jforge.harness.compare import OUT
-from jforge.harness.tiny_models import MODELS, SPLITS, against_transformers
+from jforge.harness.tiny_configs import MODELS
+from jforge.harness.tiny_models import SPLITS, against_transformers
 
 
 @pytest.mark.parametrize("name", MODELS)

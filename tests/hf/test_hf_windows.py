@@ -13,7 +13,8 @@ import transformers
 from jforge import cli, hf_config
 from jforge.harness import tiny_models
 from jforge.harness.compare import OUT
-from jforge.harness.tiny_models import SPLITS, WINDOW, against_transformers
+from jforge.harness.tiny_configs import LINEAR, WINDOW
+from jforge.harness.tiny_models import SPLITS, against_transformers
 from jforge.hf import convert
 from jforge.hf_config import layer, layers, load
 
@@ -295,7 +296,7 @@ def test_it_sees_another_order_of_the_ring(order, monkeypatch):
     [
         ("gemma2, window", "attn_logit_softcapping", None),
         ("gemma3, window", "norm_offset", 0.0),
-        ("gemma3, window", "rope_parameters", tiny_models.LINEAR),
+        ("gemma3, window", "rope_parameters", LINEAR),
         ("gpt_oss", "rope_parameters", {"truncate": True}),
         ("gpt_oss", "rope_parameters", {"attention_factor": 1.0}),
         ("gpt_oss", "sinks", 0.0),

@@ -54,7 +54,7 @@ BLOCKS = [
     IndexCase((5,), 8, 1, size=64),
     # Several queries, some of which see nothing; more rows than a program has, in whole boxes and with boxes to spare.
     IndexCase((2, 67), 72, 5, size=8, T=3),
-    IndexCase((70, 1), 128, 64, size=16, T=2),
+    IndexCase((70, 9), 128, 64, size=16, T=2),
     IndexCase((70,), 72, 36, size=32, T=2),
     # Keys of 8 bits.
     IndexCase((136, 75), 136, 4, 128, size=16, dtype="bfloat16", k_dtype="float8_e4m3fn"),

@@ -164,12 +164,16 @@ def topk_indices(scores, k):
     return picks.reshape(*scores.shape[:-1], k)
 
 
-def worst_row(scores, expected):
-    """Largest relative norm error of one row of scores, the last axis; inf where -inf is misplaced and for any NaN."""
+def worst_query(scores, expected):
+    """Largest relative norm error of the scores of one query, B T ..; inf where -inf is misplaced and for any NaN.
+
+    Over a query's heads and blocks together: a single product can be near 0, where float32 has no relative accuracy.
+    """
     scores = np.asarray(scores.double().cpu())
     if scores.shape != expected.shape or (np.isneginf(scores) != np.isneginf(expected)).any():
         return np.inf
-    scores, expected = (np.where(np.isneginf(expected), 0.0, x) for x in (scores, expected))
+    seen = ~np.isneginf(expected)
+    scores, expected = (np.where(seen, x, 0.0).reshape(*x.shape[:2], -1) for x in (scores, expected))
     if not np.isfinite(scores).all():
         return np.inf
     norm = np.linalg.norm(expected, axis=-1)

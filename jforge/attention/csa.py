@@ -1,0 +1,250 @@
+"""CSA, compressed sparse attention: the last W tokens, and of one entry for every m tokens those an indexer picks.
+
+    entry w     = norm(sum over rows of softmax(z) * u), turned at position w m: m tokens of block w with one series
+                  of channels, m of block w - 1 with the other                                        (v4_compress)
+    key w       = the same with parameters of its own, J wide
+    q_I         = c_q Wq_I, no norm, turned at t;     a_t = x Ww (I J)^-1/2
+    score_{t,w} = sum over i of a_{t,i} relu(q_I,{t,i} . key_w) over the entries w with (w + 1) m <= t + 1
+    o_t         = one softmax, with a sink, over the vectors of the window and the min(L, seen) entries of top score
+
+All heads share the picks; ties take the lower entry. The token that completes a block may pick its entry. L counts
+entries: 512 of them stand for 2048 tokens.
+
+Cache: a ring of W vectors, the entries, the index keys, and for both compressors float32 rows u and z of the last
+complete block and the open one.
+
+Sources: DeepSeek-V4 (arXiv 2606.19348), its inference code, transformers' deepseek_v4. As in the last, index queries
+and keys are neither multiplied by a Hadamard matrix, which changes no product, nor rounded to fp4.
+"""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+import jforge.ops as jax_ops
+from jforge.attention import v4, v4_compress
+from jforge.attention.v4 import Params
+from jforge.attention.v4_compress import Compressor
+from jforge.core import masks, ring
+from jforge.core.attend import einsum
+from jforge.core.attention import Attention, init_cache_from
+from jforge.core.config import FrozenDict, positive_int, reject
+from jforge.core.softmax import accumulation_dtype
+from jforge.core.spec import CacheSpec, cache_class
+from jforge.core.step import Step, begin, end, one_token
+from jforge.cost import Cost
+from jforge.ops.index_scores import token_scores
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(v4_compress.Config):
+    """The fields of hca and the indexer's."""
+
+    index_n_heads: int
+    index_head_dim: int
+    index_topk: int  # entries, each of them m tokens and the m before
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name in ("index_n_heads", "index_head_dim", "index_topk"):
+            positive_int(name, getattr(self, name))
+        if self.index_head_dim < self.qk_rope_head_dim:
+            allowed = f"at least qk_rope_head_dim={self.qk_rope_head_dim}, the channels that turn"
+            reject("index_head_dim", self.index_head_dim, allowed)
+
+
+@cache_class
+class CSACache:
+    """kv: the window's vectors, token p in slot p mod W. States: rows [:m] are the last complete block, row m + r the
+    token r of the open one; 0 where there is none.
+    """
+
+    kv: jax.Array  # B W H
+    c_kv: jax.Array  # B S/m H, entries after norm and RoPE
+    k_index: jax.Array  # B S/m J, index keys after norm and RoPE
+    state_kv: jax.Array  # B 2m 2H, float32 or wider
+    state_score: jax.Array  # B 2m 2H, bias included
+    index_state_kv: jax.Array  # B 2m 2J
+    index_state_score: jax.Array  # B 2m 2J
+    length: jax.Array  # int32[B]
+
+
+def compressors(cfg: Config) -> tuple[Compressor, Compressor]:
+    """Those of the entries and of the index keys."""
+    m = cfg.compress_rate
+    index = Compressor("ic", "k_index", "index_state", cfg.index_head_dim, m, overlap=True)
+    return Compressor("c", "c_kv", "state", cfg.head_dim, m, overlap=True), index
+
+
+def shapes(cfg: Config) -> dict[str, tuple[int, ...]]:
+    """{parameter: shape} of a Config."""
+    D, I, J = cfg.hidden_size, cfg.index_n_heads, cfg.index_head_dim  # noqa: E741
+    out = v4.shapes(cfg) | {"wq_index": (cfg.q_lora_rank, I, J), "ww_index": (D, I)}
+    for compressor in compressors(cfg):
+        out |= compressor.shapes(D)
+    return out
+
+
+def init_params(key: Array, cfg: Config, dtype=jnp.float32) -> Params:
+    return v4.draw(key, cfg, shapes(cfg), dtype)
+
+
+def index_queries(
+    params: Params, cfg: Config, x: Float[Array, "B T D"], latent: Float[Array, "B T Lq"], positions
+) -> tuple[Float[Array, "B T I J"], Float[Array, "B T I"]]:
+    """(q_I, a) of the new tokens; the weights of the index heads are float32 or wider."""
+    q_index = v4.rotate(cfg, einsum("btl,lij->btij", latent, params["wq_index"]), positions)
+    weights = einsum("btd,di->bti", x, params["ww_index"]).astype(accumulation_dtype(x))
+    return q_index, weights * (cfg.index_n_heads * cfg.index_head_dim) ** -0.5
+
+
+def choose(cfg: Config, scores: Float[Array, "B T E"], ops=jax_ops) -> Int[Array, "B T L"]:
+    """The L entries of top score; -1 where fewer are seen."""
+    return ops.topk_indices(scores, min(cfg.index_topk, max(1, scores.shape[-1])))
+
+
+def _picked(
+    cfg: Config, q_index, k_index: Float[Array, "B E J"], weights, seen: Bool[Array, "B T E"]
+) -> Bool[Array, "B T E"]:
+    """The picks of every query as a mask, for forward and prefill."""
+    picks = choose(cfg, token_scores(q_index, k_index, weights, seen))
+    (B, T, E), none = seen.shape, seen.shape[-1]
+    rows, columns = jnp.arange(B)[:, None, None], jnp.arange(T)[:, None]
+    return jnp.zeros((B, T, E), bool).at[rows, columns, jnp.where(picks < 0, none, picks)].set(True, mode="drop")
+
+
+def forward(params: Params, cfg: Config, x: Float[Array, "B T D"], positions=None) -> Float[Array, "B T D"]:
+    """The definition. `positions` (int B T) feed RoPE only; blocks follow the order of x."""
+    order, positions = v4.in_order(cfg, x, positions)
+    q, latent, kv = v4.project(params, cfg, x, positions)
+    q_index, weights = index_queries(params, cfg, x, latent, positions)
+    entries, k_index = (c.compress(params, cfg, x, order, positions) for c in compressors(cfg))
+    near = masks.window(order[..., None], order[:, None], cfg.sliding_window)
+    far = _picked(cfg, q_index, k_index, weights, v4_compress.seen(cfg, order, k_index.shape[1]))
+    out = v4_compress.attend_both(params, cfg, q, kv, near, entries, far)
+    return v4.project_out(params, cfg, out, positions).astype(x.dtype)
+
+
+def prefill(
+    params: Params, cfg: Config, x: Float[Array, "B T D"], cache: CSACache, lengths=None
+) -> tuple[Float[Array, "B T D"], CSACache]:
+    """Make the entries that the new tokens complete; attend over the old ring, the new tokens and each one's picks."""
+    cache_spec(cfg).check(cache)
+    step = begin(x, cache.length, lengths, cfg.hidden_size, v4_compress.capacity(cfg, cache))
+    q, latent, kv = v4.project(params, cfg, step.x, step.positions)
+    q_index, weights = index_queries(params, cfg, step.x, latent, step.positions)
+    recent, near = v4.recent(cfg, cache.kv, cache.length, kv, step)
+    main, index = (c.extend(params, cfg, cache, step) for c in compressors(cfg))
+    cache = CSACache(kv=ring.write(cache.kv, kv, step), **main, **index, length=step.length)
+    q, q_index = q.astype(recent.dtype), q_index.astype(recent.dtype)
+    seen = v4_compress.seen(cfg, step.positions, cache.k_index.shape[1]) & step.keep[..., None]
+    far = _picked(cfg, q_index, cache.k_index, weights, seen)
+    out = v4_compress.attend_both(params, cfg, q, recent, near, cache.c_kv, far)
+    return end(step, v4.project_out(params, cfg, out, step.positions), x.dtype), cache
+
+
+def decode(
+    params: Params, cfg: Config, x: Float[Array, "B 1 D"], cache: CSACache, ops=jax_ops
+) -> tuple[Float[Array, "B 1 D"], CSACache]:
+    """One token a row: the ring, a scan of the index keys, and a gather of the picked entries."""
+    cache_spec(cfg).check(cache)
+    step = begin(one_token(x), cache.length, None, cfg.hidden_size, v4_compress.capacity(cfg, cache))
+    q, latent, cache = _append(params, cfg, step, cache)
+    picks = _select(params, cfg, step, latent, cache, ops)
+    near = v4.attend_ring(params, cfg, q, cache.kv, step, ops)
+    more = {"block_size": 1, "scale": cfg.scaling, "out_dtype": accumulation_dtype(x)}
+    far = ops.decode_block_sparse(q, cache.c_kv[:, :, None], None, picks, None, **more)
+    out = v4_compress.merge(ops, near, far)
+    return end(step, v4.project_out(params, cfg, out, step.positions), x.dtype), cache
+
+
+def _append(params: Params, cfg: Config, step: Step, cache: CSACache) -> tuple[Array, Array, CSACache]:
+    """(q in the cache's dtype, the query latent, the cache with one more token a row)."""
+    q, latent, kv = v4.project(params, cfg, step.x, step.positions)
+    main, index = (c.extend_by_one(params, cfg, cache, step) for c in compressors(cfg))
+    cache = CSACache(kv=ring.write(cache.kv, kv, step), **main, **index, length=step.length)
+    return q.astype(cache.kv.dtype), latent, cache
+
+
+def _select(params: Params, cfg: Config, step: Step, latent, cache: CSACache, ops) -> Int[Array, "B 1 1 L"]:
+    q_index, weights = index_queries(params, cfg, step.x, latent, step.positions)
+    complete = step.length // cfg.compress_rate
+    scores = ops.index_scores(q_index.astype(cache.k_index.dtype), cache.k_index, weights, complete)
+    return choose(cfg, scores, ops)[:, :, None]
+
+
+def select(params: Params, cfg: Config, x: Float[Array, "B 1 D"], cache: CSACache) -> Int[Array, "B 1 1 L"]:
+    """The entries that decode would gather for x; the one that x completes takes part in the choice."""
+    step = begin(one_token(x), cache.length, None, cfg.hidden_size, v4_compress.capacity(cfg, cache))
+    _, latent, cache = _append(params, cfg, step, cache)
+    return _select(params, cfg, step, latent, cache, jax_ops)
+
+
+def tokens_of(cfg: Config, selection, S: int) -> Bool[Array, "B T S"]:
+    """The 2m tokens that each picked entry pools, m for the first; with None, those of the window."""
+    token = jnp.arange(S)
+    if selection is None:
+        return masks.window(token[:, None], token, cfg.sliding_window)[None]
+    block, picked = token // cfg.compress_rate, selection[..., None]
+    pooled = (picked >= 0) & ((block == picked) | (block == picked - 1))
+    return pooled.any(axis=(2, 3))
+
+
+def cache_spec(cfg: Config) -> CacheSpec:
+    main, index = (c.buffers(axis) for c, axis in zip(compressors(cfg), "HJ", strict=True))
+    return CacheSpec(CSACache, {"kv": v4.window_buffer(cfg)} | main | index)
+
+
+def cost(
+    cfg: Config, *, context: int, batch: int = 1, capacity: int | None = None, dtype=jnp.bfloat16, closing: bool = False
+) -> Cost:
+    """One step reads the ring, all index keys and min(L, their number) entries; every m-th the states as well."""
+    spec = cache_spec(cfg)
+    entries = spec["k_index"].slots(context)
+    picks = min(cfg.index_topk, entries)
+    attended = 2 * cfg.num_attention_heads * cfg.head_dim * picks
+    return v4_compress.layer_cost(
+        spec,
+        cfg,
+        compressors(cfg),
+        read={"c_kv": picks, "k_index": entries},
+        flops=2 * (attended + cfg.index_n_heads * cfg.index_head_dim * entries),
+        context=context,
+        batch=batch,
+        capacity=capacity,
+        dtype=dtype,
+        closing=closing,
+    )
+
+
+_YARN = {"rope_type": "yarn", "rope_theta": 1.6e5, "factor": 4.0, "original_max_position_embeddings": 32}
+_INDEX = {"index_n_heads": 64, "index_head_dim": 128}
+
+csa = Attention(
+    summary="the last W tokens and, of one entry for every 4 before, those an indexer picks (DeepSeek-V4)",
+    Config=Config,
+    init_params=init_params,
+    init_cache=init_cache_from(cache_spec),
+    forward=forward,
+    prefill=prefill,
+    decode=decode,
+    visible=v4_compress.visible,
+    select=select,
+    tokens_of=tokens_of,
+    cache_spec=cache_spec,
+    cost=cost,
+    models=FrozenDict({
+        "DeepSeek-V4-Flash": Config(**v4.FLASH, **_INDEX, rope_parameters=v4.LONG, compress_rate=4, index_topk=512),
+        "DeepSeek-V4-Pro": Config(**v4.PRO, **_INDEX, rope_parameters=v4.LONG, compress_rate=4, index_topk=1024),
+    }),
+    examples=(
+        Config(hidden_size=14, num_attention_heads=6, head_dim=10, qk_rope_head_dim=6, q_lora_rank=7, o_groups=2,
+               o_lora_rank=5, sliding_window=3, compress_rate=2, index_n_heads=8, index_head_dim=7, index_topk=2,
+               rope_parameters=_YARN),
+        Config(hidden_size=9, num_attention_heads=2, head_dim=6, qk_rope_head_dim=2, q_lora_rank=5, o_groups=1,
+               o_lora_rank=3, sliding_window=5, compress_rate=3, index_n_heads=3, index_head_dim=4, index_topk=3,
+               rope_parameters={"rope_theta": 1e4}),
+    ),
+)  # fmt: skip

@@ -1,0 +1,262 @@
+"""DeepSeek-V4's attention without compression (v4_window), and what csa and hca share with it.
+
+    c_q = norm(x Wq_a)    q = c_q Wq_b, each head divided by its rms    kv = norm(x Wkv), one head for all N
+    q, kv <- interleaved RoPE on their last R channels
+    p     = softmax over s in t-W+1 .. t of H^-1/2 q_t . kv_s, with one more logit sigma_n that has no value
+    o     = sum over s of p_s kv_s, then turned back by -t on its last R channels
+    y     = concat_gamma(o_gamma Wo_a,gamma) Wo_b      gamma: one of g groups of N/g heads
+
+Key and value are one stored vector, its rotation included. So the value of token s carries R(s), and turning the sum
+back by the query's position leaves R(s - t): relative positions in the values as well.
+
+The cache is a ring of the last W vectors, the token at position p in slot p mod W. Layers of this kind turn with base
+1e4; csa and hca layers with 1.6e5 and YaRN, the window's vectors there included. YaRN's magnitude factor is not used.
+
+Sources: DeepSeek-V4 (arXiv 2606.19348), its inference code, transformers' deepseek_v4.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from jforge import ops as jax_ops
+from jforge.core import masks, ring, rope
+from jforge.core.attend import attend, einsum
+from jforge.core.attention import Attention, init_cache_from, no_selection, no_tokens
+from jforge.core.config import FrozenDict, positive, positive_int, reject
+from jforge.core.norm import rms_norm
+from jforge.core.params import random_params
+from jforge.core.softmax import accumulation_dtype
+from jforge.core.spec import Buffer, CacheSpec, cache_class
+from jforge.core.step import Step, begin, check_input, end, one_token
+from jforge.cost import Cost, step_cost
+
+Params = dict[str, Array]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Field names follow Hugging Face's deepseek_v4; qk_rope_head_dim is head_dim times its partial_rotary_factor."""
+
+    hidden_size: int
+    num_attention_heads: int
+    head_dim: int
+    qk_rope_head_dim: int  # the last channels of a head, those that turn
+    q_lora_rank: int
+    o_groups: int
+    o_lora_rank: int
+    sliding_window: int
+    rms_norm_eps: float = 1e-6
+    rope_parameters: Mapping[str, Any] | None = None  # None: no positions at all (NoPE)
+
+    def __post_init__(self):
+        for name in ("hidden_size", "num_attention_heads", "head_dim", "qk_rope_head_dim", "q_lora_rank"):
+            positive_int(name, getattr(self, name))
+        for name in ("o_groups", "o_lora_rank", "sliding_window"):
+            positive_int(name, getattr(self, name))
+        positive("rms_norm_eps", self.rms_norm_eps)
+        if self.qk_rope_head_dim % 2 or self.qk_rope_head_dim > self.head_dim:
+            reject("qk_rope_head_dim", self.qk_rope_head_dim, f"even and at most head_dim={self.head_dim}")
+        if self.num_attention_heads % self.o_groups:
+            reject("num_attention_heads", self.num_attention_heads, f"a multiple of o_groups={self.o_groups}")
+        object.__setattr__(self, "rope_parameters", _unscaled(rope.freeze(self.rope_parameters)))
+
+    @property
+    def scaling(self) -> float:
+        """The softmax scale: YaRN does not change it."""
+        return self.head_dim**-0.5
+
+
+def _unscaled(parameters: FrozenDict | None) -> FrozenDict | None:
+    """YaRN with a factor of 1 on cos and sin: with another one, turning back would not undo turning."""
+    if parameters is None or parameters["rope_type"] != "yarn":
+        return parameters
+    if (factor := parameters.get("attention_factor", 1.0)) != 1:
+        reject("attention_factor", factor, "1, as DeepSeek-V4 leaves the magnitude alone")
+    return FrozenDict({**parameters, "attention_factor": 1.0})
+
+
+@cache_class
+class WindowCache:
+    """Vectors after norm and RoPE, keys and values in one; the token at position p in slot p mod W."""
+
+    kv: jax.Array  # B W H
+    length: jax.Array  # int32[B]
+
+
+def shapes(cfg: Config) -> dict[str, tuple[int, ...]]:
+    """{parameter: shape} that all three kinds of layers have."""
+    D, N, H, g, O = cfg.hidden_size, cfg.num_attention_heads, cfg.head_dim, cfg.o_groups, cfg.o_lora_rank  # noqa: E741
+    out = {"wq_a": (D, cfg.q_lora_rank), "q_norm": (cfg.q_lora_rank,), "wq_b": (cfg.q_lora_rank, N, H)}
+    out |= {"wkv": (D, H), "kv_norm": (H,), "sinks": (N,)}
+    return out | {"wo_a": (g, N // g, H, O), "wo_b": (g, O, D)}
+
+
+def draw(key: Array, cfg: Config, shapes: Mapping[str, tuple[int, ...]], dtype) -> Params:
+    """Random parameters of these shapes; the fan-in of wo_a is N/g H, that of wo_b g O, and not their first axis."""
+    params = random_params(key, shapes, dtype)
+    _, heads, H, O = params["wo_a"].shape  # noqa: E741
+    gains = {"wo_a": (cfg.o_groups / (heads * H)) ** 0.5, "wo_b": O**-0.5}
+    return params | {name: (params[name] * gain).astype(dtype) for name, gain in gains.items()}
+
+
+def init_params(key: Array, cfg: Config, dtype=jnp.float32) -> Params:
+    return draw(key, cfg, shapes(cfg), dtype)
+
+
+def rotate(cfg: Config, x: Float[Array, "B T N H"], positions: Int[Array, "B T"]) -> Float[Array, "B T N H"]:
+    """Interleaved RoPE on the last R channels; negative positions turn back."""
+    still, turned = x[..., : -cfg.qk_rope_head_dim], x[..., -cfg.qk_rope_head_dim :]
+    turned = rope.apply_rope(turned, positions, cfg.rope_parameters, "interleaved", dim=cfg.qk_rope_head_dim)
+    return jnp.concatenate([still, turned], axis=-1)
+
+
+def project(params: Params, cfg: Config, x: Float[Array, "B T D"], positions) -> tuple[Array, Array, Array]:
+    """q: B T N H and kv: B T H, normed and rotated, and between them the query latent c_q: B T Lq."""
+    eps = cfg.rms_norm_eps
+    latent = rms_norm(einsum("btd,dl->btl", x, params["wq_a"]), params["q_norm"], eps=eps)
+    q = einsum("btl,lnh->btnh", latent, params["wq_b"])
+    q = rms_norm(q, jnp.ones(cfg.head_dim, q.dtype), eps=eps)
+    kv = rms_norm(einsum("btd,dh->bth", x, params["wkv"]), params["kv_norm"], eps=eps)
+    return rotate(cfg, q, positions), latent, rotate(cfg, kv[:, :, None], positions)[:, :, 0]
+
+
+def project_out(params: Params, cfg: Config, out: Float[Array, "B T N H"], positions) -> Float[Array, "B T D"]:
+    """Turn back by the queries' positions, then down group by group, then to the model's width."""
+    B, T, N, H = out.shape
+    grouped = rotate(cfg, out, -positions).reshape(B, T, cfg.o_groups, N // cfg.o_groups, H)
+    down = einsum("btgnh,gnho->btgo", grouped, params["wo_a"])
+    return einsum("btgo,god->btd", down, params["wo_b"])
+
+
+def attend_shared(
+    params: Params, cfg: Config, q: Float[Array, "B T N H"], kv: Float[Array, "B S H"], mask: Bool[Array, "#B T S"]
+) -> Float[Array, "B T N H"]:
+    """One softmax, sinks included, over vectors that are key and value of all heads. float32 or wider."""
+    return attend(q, kv[:, :, None], kv[:, :, None], mask, scale=cfg.scaling, sinks=params["sinks"])[0]
+
+
+def visible(cfg: Config, q_pos: Array, k_pos: Array) -> Array:
+    """The last W tokens up to the query's own."""
+    return masks.window(q_pos, k_pos, cfg.sliding_window)
+
+
+def in_order(cfg: Config, x: Float[Array, "B T D"], positions) -> tuple[Int[Array, "B T"], Int[Array, "B T"]]:
+    """(the index of each token in its row, the position RoPE gives it) of an x without a cache, checked."""
+    check_input(x, cfg.hidden_size)
+    order = jnp.broadcast_to(jnp.arange(x.shape[1], dtype=jnp.int32), x.shape[:2])
+    return order, order if positions is None else positions
+
+
+def forward(params: Params, cfg: Config, x: Float[Array, "B T D"], positions=None) -> Float[Array, "B T D"]:
+    """The definition. `positions` (int B T, default 0..T-1) feed RoPE only."""
+    order, positions = in_order(cfg, x, positions)
+    q, _, kv = project(params, cfg, x, positions)
+    out = attend_shared(params, cfg, q, kv, visible(cfg, order[..., None], order[:, None]))
+    return project_out(params, cfg, out, positions).astype(x.dtype)
+
+
+def recent(
+    cfg: Config, kv: Float[Array, "B W H"], length: Int[Array, "B"], new: Float[Array, "B T H"], step: Step
+) -> tuple[Float[Array, "B U H"], Bool[Array, "B T U"]]:
+    """(the ring as it was beside the new tokens, the window of each of them over both).
+
+    A chunk cannot write first: its early queries still need vectors that its late tokens replace.
+    """
+    held = jnp.concatenate([ring.held(length, kv.shape[1]), jnp.where(step.keep, step.positions, -1)], axis=1)
+    near = masks.window(step.positions[..., None], held[:, None], cfg.sliding_window) & (held >= 0)[:, None]
+    return jnp.concatenate([kv, new.astype(kv.dtype)], axis=1), near & step.keep[..., None]
+
+
+def attend_ring(params: Params, cfg: Config, q: Float[Array, "B 1 N H"], kv: Array, step: Step, ops):
+    """(out, lse) of one token a row over its window, sinks included; the ring holds nothing else, so no mask."""
+    filled = jnp.minimum(step.length, kv.shape[1])
+    more = {"scale": cfg.scaling, "sinks": params["sinks"], "out_dtype": accumulation_dtype(step.x)}
+    return ops.decode_attention(q, kv[:, :, None], kv[:, :, None], filled, **more)
+
+
+def prefill(
+    params: Params, cfg: Config, x: Float[Array, "B T D"], cache: WindowCache, lengths=None
+) -> tuple[Float[Array, "B T D"], WindowCache]:
+    """Attend over the old ring and the new tokens (as stored, so rounded), then write those that stay in the ring."""
+    cache_spec(cfg).check(cache)
+    step = begin(x, cache.length, lengths, cfg.hidden_size, ring.capacity(cache.kv.shape[1], cfg.sliding_window))
+    q, _, kv = project(params, cfg, step.x, step.positions)
+    keys, near = recent(cfg, cache.kv, cache.length, kv, step)
+    out = attend_shared(params, cfg, q.astype(keys.dtype), keys, near)
+    cache = WindowCache(ring.write(cache.kv, kv, step), step.length)
+    return end(step, project_out(params, cfg, out, step.positions), x.dtype), cache
+
+
+def decode(
+    params: Params, cfg: Config, x: Float[Array, "B 1 D"], cache: WindowCache, ops=jax_ops
+) -> tuple[Float[Array, "B 1 D"], WindowCache]:
+    """Write one token a row over the oldest and attend over the whole ring."""
+    cache_spec(cfg).check(cache)
+    capacity = ring.capacity(cache.kv.shape[1], cfg.sliding_window)
+    step = begin(one_token(x), cache.length, None, cfg.hidden_size, capacity)
+    q, _, kv = project(params, cfg, step.x, step.positions)
+    cache = WindowCache(ring.write(cache.kv, kv, step), step.length)
+    out, _ = attend_ring(params, cfg, q.astype(cache.kv.dtype), cache.kv, step, ops)
+    return end(step, project_out(params, cfg, out, step.positions), x.dtype), cache
+
+
+def window_buffer(cfg: Config) -> Buffer:
+    return Buffer(("B", "W", "H"), (cfg.head_dim,), limit=cfg.sliding_window)
+
+
+def cache_spec(cfg: Config) -> CacheSpec:
+    return CacheSpec(WindowCache, {"kv": window_buffer(cfg)})
+
+
+def cost(
+    cfg: Config, *, context: int, batch: int = 1, capacity: int | None = None, dtype=jnp.bfloat16, closing: bool = False
+) -> Cost:
+    """One step writes a slot of H elements and reads min(context, W) of them."""
+    slots = min(context, cfg.sliding_window)
+    return step_cost(
+        cache_spec(cfg),
+        context=context,
+        batch=batch,
+        capacity=capacity,
+        dtype=dtype,
+        read={"kv": slots},
+        written={"kv": 1},
+        flops=4 * cfg.num_attention_heads * cfg.head_dim * slots,
+        entries_read=slots,
+    )
+
+
+FLASH = {"hidden_size": 4096, "num_attention_heads": 64, "head_dim": 512, "qk_rope_head_dim": 64, "q_lora_rank": 1024,
+         "o_groups": 8, "o_lora_rank": 1024, "sliding_window": 128}  # fmt: skip
+PRO = FLASH | {"hidden_size": 7168, "num_attention_heads": 128, "q_lora_rank": 1536, "o_groups": 16}
+LONG = {"rope_type": "yarn", "rope_theta": 1.6e5, "factor": 16.0, "original_max_position_embeddings": 65536,
+        "beta_fast": 32, "beta_slow": 1}  # fmt: skip
+_PLAIN = {"rope_type": "default", "rope_theta": 1e4}
+
+v4_window = Attention(
+    summary="the last W tokens, key and value in one vector, turned back (DeepSeek-V4's first layers)",
+    Config=Config,
+    init_params=init_params,
+    init_cache=init_cache_from(cache_spec),
+    forward=forward,
+    prefill=prefill,
+    decode=decode,
+    visible=visible,
+    select=no_selection,
+    tokens_of=no_tokens,
+    cache_spec=cache_spec,
+    cost=cost,
+    models=FrozenDict({"DeepSeek-V4-Flash": Config(**FLASH, rope_parameters=_PLAIN)}),
+    examples=(
+        Config(hidden_size=14, num_attention_heads=6, head_dim=10, qk_rope_head_dim=6, q_lora_rank=7, o_groups=2,
+               o_lora_rank=5, sliding_window=4, rope_parameters=_PLAIN),
+        Config(hidden_size=9, num_attention_heads=3, head_dim=4, qk_rope_head_dim=4, q_lora_rank=5, o_groups=3,
+               o_lora_rank=2, sliding_window=3, rms_norm_eps=1e-2,
+               rope_parameters={**_PLAIN, "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}),
+    ),
+)  # fmt: skip

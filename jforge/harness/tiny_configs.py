@@ -1,0 +1,238 @@
+"""Which tiny random transformers models there are: one or more for each family, options included."""
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import transformers
+
+VOCAB, WINDOW = 97, 4
+PLAIN = {"rope_type": "default", "rope_theta": 1e4}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 5e5,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 64}
+LINEAR = {"rope_type": "linear", "rope_theta": 1e6, "factor": 8.0}
+MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+GEMMA = {
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+    "query_pre_attn_scalar": 24,
+    "sliding_window": WINDOW,
+}
+GEMMA3 = GEMMA | {"rope_parameters": {"full_attention": LINEAR, "sliding_attention": PLAIN}}
+GPT_OSS = {
+    "sliding_window": WINDOW,
+    "max_position_embeddings": 131072,
+    "num_local_experts": 4,
+    "num_experts_per_tok": 2,
+}
+QWEN_WINDOW = {"use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 1}
+LINEAR_FULL = ["linear_attention", "full_attention"] * 2
+LIGHTNING_FULL = ["linear_attention"] * 3 + ["full_attention"]
+MINIMAX = {
+    "rope_parameters": PLAIN | {"rope_theta": 1e7, "partial_rotary_factor": 0.5},  # it turns all channels even so
+    "block_size": 4,
+    "num_local_experts": 4,
+    "num_experts_per_tok": 2,
+    "linear_attn_alpha_factor": 1.7,
+    "linear_attn_beta_factor": 0.8,
+    "full_attn_alpha_factor": 1.3,
+    "full_attn_beta_factor": 0.6,
+}
+MINIMAX_M3 = {
+    "layer_types": ["full_attention", "minimax_m3_sparse", "minimax_m3_sparse"],
+    "mlp_layer_types": ["dense", "sparse", "sparse"],
+    "rope_parameters": PLAIN | {"rope_theta": 5e6, "partial_rotary_factor": 0.5},
+    "dense_intermediate_size": 64,
+    "shared_intermediate_size": 32,
+    "num_local_experts": 4,
+    "num_experts_per_tok": 2,
+    "index_n_heads": 2,
+    "index_head_dim": 12,
+    "index_block_size": 2,
+    "index_topk_blocks": 2,  # of the 5 blocks of 10 tokens
+}
+MLA = {
+    "q_lora_rank": 24,
+    "kv_lora_rank": 32,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 8,
+    "head_dim": 8,  # of the rotary tables: a head_dim that is given wins over the rope slice's
+    "v_head_dim": 12,
+    "num_key_value_heads": 4,
+    "n_routed_experts": 4,
+    "n_shared_experts": 1,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+    "n_group": 1,
+    "topk_group": 1,
+    "first_k_dense_replace": 1,
+}
+KIMI = MLA | {"q_lora_rank": None, "layer_types": LINEAR_FULL, "linear_head_dim": 16, "linear_num_heads": 4}
+
+
+@dataclass(frozen=True)
+class Model:
+    """A transformers model of 64 dimensions, 4 query and 2 key/value heads of 16 channels, unless `kwargs` differ."""
+
+    name: str  # prefix of the transformers classes
+    kwargs: dict = field(default_factory=dict)
+    layers: tuple[int, ...] = (0, 1)  # those of `mechanism`
+    mechanism: str = "gqa"
+    pairs_apart: bool = False  # transformers caches the rotated pairs of the second buffer as evens, then odds
+
+    def config(self) -> Any:
+        kwargs = {
+            "vocab_size": VOCAB,
+            "hidden_size": 64,
+            "intermediate_size": 96,
+            "num_hidden_layers": len(self.kwargs.get("layer_types", (0, 1))),
+            "num_attention_heads": 4,
+            "max_position_embeddings": 256,
+            "pad_token_id": 0,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+        }
+        if self.name != "Falcon":
+            kwargs |= {"num_key_value_heads": 2, "head_dim": 16, "rms_norm_eps": 0.01}  # an eps that shows
+        suffix = "TextConfig" if self.name in ("Gemma3", "MiniMaxM3VL") else "Config"
+        config = getattr(transformers, self.name + suffix)(**(kwargs | self.kwargs))
+        config._attn_implementation = config._experts_implementation = "eager"
+        return config
+
+    def build(self) -> Any:
+        model = getattr(transformers, self.name + "ForCausalLM")(self.config()).eval()
+        randomize(model)
+        return model
+
+
+MODELS = {
+    "llama, llama3 rope": Model("Llama", {"rope_parameters": LLAMA3}),
+    "llama, yarn, biases": Model("Llama", {"rope_parameters": YARN, "attention_bias": True}),
+    "llama, yarn mscale": Model("Llama", {"rope_parameters": YARN | {"mscale": 0.7, "mscale_all_dim": 1.3}}),
+    "llama, yarn options": Model(
+        "Llama", {"rope_parameters": YARN | {"truncate": False, "attention_factor": 1.1, "beta_fast": 8}}
+    ),
+    "llama, linear rope, mha": Model("Llama", {"rope_parameters": LINEAR, "num_key_value_heads": 4}, mechanism="mha"),
+    "llama, mqa": Model("Llama", {"num_key_value_heads": 1}, mechanism="mqa"),
+    "llama, one head": Model(
+        "Llama", {"num_attention_heads": 1, "num_key_value_heads": 1, "head_dim": 16}, mechanism="single_head"
+    ),
+    "qwen2": Model("Qwen2"),
+    "qwen3": Model("Qwen3", {"head_dim": 24, "rope_parameters": PLAIN | {"rope_theta": 1e6}}),
+    "qwen3, biases": Model("Qwen3", {"attention_bias": True}),
+    "qwen3_moe": Model("Qwen3Moe", MOE),
+    "mistral": Model("Mistral", {"sliding_window": None}),
+    "gemma2": Model("Gemma2", GEMMA | {"attn_logit_softcapping": 2.0}, layers=(1, 3)),
+    "gemma3": Model("Gemma3", GEMMA3, layers=(1, 3)),
+    "qwen2, window": Model("Qwen2", QWEN_WINDOW, layers=(1,), mechanism="sliding_window"),
+    "qwen3, window": Model("Qwen3", QWEN_WINDOW, layers=(1,), mechanism="sliding_window"),
+    "qwen3_moe, window": Model("Qwen3Moe", MOE | QWEN_WINDOW, mechanism="sliding_window"),
+    "mistral, window": Model("Mistral", {"sliding_window": WINDOW}, mechanism="sliding_window"),
+    "gemma2, window": Model(
+        "Gemma2", GEMMA | {"attn_logit_softcapping": 2.0}, layers=(0, 2), mechanism="sliding_window"
+    ),
+    "gemma3, window": Model("Gemma3", GEMMA3, layers=(0, 2), mechanism="sliding_window"),
+    "gpt_oss": Model("GptOss", GPT_OSS, mechanism="sinks"),
+    "gpt_oss, no biases, mha": Model(
+        "GptOss",
+        GPT_OSS | {"attention_bias": False, "num_key_value_heads": 4, "rope_parameters": YARN | {"truncate": False}},
+        layers=(0,),
+        mechanism="sinks",
+    ),
+    "olmo2": Model("Olmo2"),
+    "olmo2, biases, mha": Model("Olmo2", {"attention_bias": True, "num_key_value_heads": 4}, mechanism="mha"),
+    "falcon, multi-query": Model("Falcon", {}, mechanism="mqa"),
+    "falcon, new architecture": Model("Falcon", {"new_decoder_architecture": True, "num_kv_heads": 2, "bias": True}),
+    "falcon, a key per query": Model("Falcon", {"multi_query": False, "bias": True}, mechanism="mha"),
+    "minimax, lightning": Model(
+        "MiniMax", MINIMAX | {"layer_types": LIGHTNING_FULL}, layers=(0, 1, 2), mechanism="lightning"
+    ),
+    "minimax": Model("MiniMax", MINIMAX | {"layer_types": LIGHTNING_FULL}, layers=(3,)),
+    "minimax, softmax first": Model(
+        "MiniMax",
+        MINIMAX | {"layer_types": ["full_attention", "linear_attention"] * 2, "head_dim": None},
+        layers=(1, 3),
+        mechanism="lightning",
+    ),
+    "minimax_m3": Model("MiniMaxM3VL", MINIMAX_M3, layers=(0,)),
+    "minimax_m3, block-sparse": Model("MiniMaxM3VL", MINIMAX_M3, layers=(1, 2), mechanism="msa"),
+    "minimax_m3, block-sparse, two local blocks": Model(
+        "MiniMaxM3VL",
+        MINIMAX_M3 | {"index_topk_blocks": 3, "index_local_blocks": 2, "index_head_dim": 16},
+        layers=(1, 2),
+        mechanism="msa",
+    ),
+    "minimax_m2": Model(
+        "MiniMaxM2",
+        {
+            "rope_parameters": PLAIN | {"rope_theta": 5e6, "partial_rotary_factor": 0.5},
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+        },
+    ),
+    "qwen3_next": Model(
+        "Qwen3Next",
+        MOE
+        | {
+            "layer_types": LINEAR_FULL,
+            "shared_expert_intermediate_size": 32,
+            "linear_num_key_heads": 2,
+            "linear_num_value_heads": 4,
+            "linear_key_head_dim": 16,
+            "linear_value_head_dim": 16,
+        },
+        layers=(1, 3),
+    ),
+    "deepseek_v2": Model("DeepseekV2", MLA, mechanism="mla"),
+    "deepseek_v2, yarn, whole queries": Model(
+        "DeepseekV2",
+        MLA | {"q_lora_rank": None, "rope_parameters": YARN | {"mscale": 0.707, "mscale_all_dim": 0.707}},
+        mechanism="mla",
+    ),
+    "deepseek_v3": Model("DeepseekV3", MLA, mechanism="mla", pairs_apart=True),
+    "deepseek_v3, yarn, biases": Model(
+        "DeepseekV3",
+        MLA | {"rope_parameters": YARN | {"mscale": 1.0, "mscale_all_dim": 1.0}, "attention_bias": True},
+        mechanism="mla",
+        pairs_apart=True,
+    ),
+    "deepseek_v3, two mscales, whole queries, biases": Model(
+        "DeepseekV3",
+        MLA
+        | {
+            "q_lora_rank": None,
+            "rope_parameters": YARN | {"mscale": 0.7, "mscale_all_dim": 1.3},
+            "attention_bias": True,
+        },
+        mechanism="mla",
+        pairs_apart=True,
+    ),
+    "deepseek_v3, halves, yarn in one step": Model(
+        "DeepseekV3",
+        MLA | {"rope_interleave": False, "rope_parameters": YARN | {"beta_fast": 1.0, "beta_slow": 1.0}},  # Kimi-K2's
+        mechanism="mla",
+    ),
+    "kimi_linear": Model("KimiLinear", KIMI, layers=(1, 3), mechanism="mla"),
+    "kimi_linear, low-rank queries, biases": Model(
+        "KimiLinear", KIMI | {"q_lora_rank": 24, "attention_bias": True}, layers=(1, 3), mechanism="mla"
+    ),
+}
+
+
+def randomize(model: Any) -> None:
+    """Move every parameter off its neutral start: norms by 0.3 about theirs (0 or 1), biases by 0.3."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            noise = torch.randn(p.shape, generator=generator)
+            if "norm" in name or "ln_" in name or "layernorm" in name or p.ndim == 1:
+                p.add_(0.3 * noise)
+            else:
+                p.copy_(noise if "embed" in name else noise / math.sqrt(p.shape[-1]))

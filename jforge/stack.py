@@ -1,0 +1,174 @@
+"""A stack of attention layers, each of its own mechanism, with one cache: hybrids such as MiniMax-01 or MiniMax-M3.
+
+    x_{i+1} = block(x_i, i, attend_i)          attend_i(h): what the attention of layer i makes of h
+
+`layers` is what hf_config.layers(config) returns: (mechanism name or Attention, Config) of every layer; as a tuple it
+is hashable, so static under jit. `params` holds the layers' parameters, the cache is the tuple of their caches.
+What stands around the attention belongs to the block, any function that calls `attend` once: norms, a residual, an MLP.
+Its own weights are bound to it where it is traced:
+
+    @partial(jax.jit, static_argnames="layers", donate_argnames="cache")
+    def step(params, norms, layers, x, cache):
+        return stack.decode(params, layers, x, cache, partial(stack.pre_norm, norms))
+
+Positions, pads and dtypes are those of the mechanisms. A row that one layer refuses (overflow) is NaN; layers with room
+have taken its tokens all the same, so it stays NaN. With concrete lengths it raises ValueError instead.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import reduce
+from operator import add
+from typing import Any
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+import jforge
+from jforge.core.attention import Attention
+from jforge.core.norm import rms_norm
+from jforge.core.step import Step, begin, end, one_token
+from jforge.cost import Cost
+
+Layers = Sequence[tuple[str | Attention, Any]]
+Attend = Callable[[Array], Array]
+Block = Callable[[Array, int, Attend], Array]
+
+
+def pre_norm(
+    norms: Sequence[Array],
+    x: Float[Array, "B T D"],
+    layer: int,
+    attend: Attend,
+    *,
+    eps: float = 1e-6,
+    offset: float = 0.0,
+) -> Float[Array, "B T D"]:
+    """x + attend(rms(x)), as in Llama and most models since. norms: a weight [D] a layer; offset 1 is Gemma's."""
+    return x + attend(rms_norm(x, norms[layer], eps=eps, offset=offset))
+
+
+def scaled_post_norm(
+    norms: Sequence[Array],
+    scales: Sequence[tuple[float, float]],
+    x: Float[Array, "B T D"],
+    layer: int,
+    attend: Attend,
+    *,
+    eps: float = 1e-5,
+) -> Float[Array, "B T D"]:
+    """h = rms(x); alpha h + beta attend(h): the residual is the normed input (MiniMax-01, after DeepNorm).
+
+    norms: a weight [D] a layer. scales: (alpha, beta) a layer; MiniMax-01 has one pair for each kind of layer, with
+    alpha = (2 * 80)^(1/4) and beta = 1 in both.
+    """
+    alpha, beta = scales[layer]
+    h = rms_norm(x, norms[layer], eps=eps)
+    return alpha * h + beta * attend(h)
+
+
+def init_cache(layers: Layers, batch: int, capacity: int, dtype=jnp.bfloat16) -> tuple:
+    """The empty caches of all layers, each for `capacity` tokens."""
+    return tuple(att.init_cache(cfg, batch, capacity, dtype) for att, cfg in _resolve(layers))
+
+
+def forward(
+    params: Sequence, layers: Layers, x: Float[Array, "B T D"], block: Block, positions=None
+) -> Float[Array, "B T D"]:
+    """The definition, without a cache. `positions` (int B T) feed RoPE only."""
+
+    def call(att, params, cfg, h, _):
+        return att.forward(params, cfg, h, positions), None
+
+    return _run(layers, params, x, [None] * len(layers), block, call)[0].astype(x.dtype)
+
+
+def prefill(
+    params: Sequence, layers: Layers, x: Float[Array, "B T D"], cache: tuple, block: Block, lengths=None
+) -> tuple[Float[Array, "B T D"], tuple]:
+    """Append T tokens (row b its first lengths[b]) in every layer; at pads the result is 0 and x may be anything."""
+
+    def call(att, params, cfg, h, cache):
+        return att.prefill(params, cfg, h, cache, lengths=lengths)
+
+    return _step(params, layers, x, cache, block, lengths, call)
+
+
+def decode(
+    params: Sequence, layers: Layers, x: Float[Array, "B 1 D"], cache: tuple, block: Block, ops=jforge.ops
+) -> tuple[Float[Array, "B 1 D"], tuple]:
+    """Append one token a row in every layer, each through `ops`."""
+
+    def call(att, params, cfg, h, cache):
+        return att.decode(params, cfg, h, cache, ops=ops)
+
+    return _step(params, layers, one_token(x), cache, block, None, call)
+
+
+def cost(
+    layers: Layers,
+    *,
+    context: int,
+    batch: int = 1,
+    capacity: int | None = None,
+    dtype=jnp.bfloat16,
+    closing: bool = False,
+) -> Cost:
+    """The sum of the layers' costs; buffers of one name add up."""
+    sizes = {"context": context, "batch": batch, "capacity": capacity, "dtype": dtype, "closing": closing}
+    return reduce(add, (att.cost(cfg, **sizes) for att, cfg in _resolve(layers)))
+
+
+def _resolve(layers: Layers) -> list[tuple[Attention, Any]]:
+    """Names replaced by their Attention, Configs checked."""
+    if not layers:
+        raise ValueError("layers is empty; a stack has at least one")
+    out = []
+    for index, (att, cfg) in enumerate(layers):
+        att = jforge.get(att) if isinstance(att, str) else att
+        if not isinstance(cfg, att.Config):
+            got, want = (f"{c.__module__}.{c.__qualname__}" for c in (type(cfg), att.Config))
+            raise TypeError(f"layers[{index}] has a {got}; its mechanism takes a {want}")
+        out.append((att, cfg))
+    return out
+
+
+def _step(params, layers: Layers, x, cache: tuple, block: Block, lengths, call: Callable) -> tuple[Array, tuple]:
+    """A prefill or decode: pads are blank inside, so that no norm or MLP ever sees their NaN."""
+    (_, first), *_ = _resolve(layers)
+    _one_each("cache", cache, layers)
+    step = begin(x, cache[0].length, lengths, first.hidden_size, None)
+    y, after = _run(layers, params, step.x, cache, block, call)
+    return end(_refused(step, after), y, x.dtype), after
+
+
+def _refused(step: Step, after: tuple) -> Step:
+    """The step without the rows that some layer did not take."""
+    taken = jnp.stack([cache.length == step.length for cache in after]).all(axis=0)
+    return step._replace(fits=step.fits & taken)
+
+
+def _run(layers: Layers, params: Sequence, x, caches: Sequence, block: Block, call: Callable) -> tuple[Array, tuple]:
+    """(x after all blocks, the caches): call(att, params, cfg, h, cache) -> (y, cache) is the attention of a layer."""
+    _one_each("params", params, layers)
+    after: list = []
+    for index, ((att, cfg), own, cache) in enumerate(zip(_resolve(layers), params, caches, strict=True)):
+        x = block(x, index, _recording(after, call, att, own, cfg, cache))
+        if len(after) != index + 1:
+            raise ValueError(f"block calls attend {len(after) - index} times in layer {index}; it must call it once")
+    return x, tuple(after)
+
+
+def _recording(after: list, call: Callable, att: Attention, params, cfg, cache) -> Attend:
+    """The `attend` of a layer; it leaves the new cache in `after`."""
+
+    def attend(h: Array) -> Array:
+        y, new = call(att, params, cfg, h, cache)
+        after.append(new)
+        return y
+
+    return attend
+
+
+def _one_each(name: str, value: Sequence, layers: Layers) -> None:
+    if len(value) != len(layers):
+        raise ValueError(f"{name} has {len(value)} entries; it must have one for each of the {len(layers)} layers")

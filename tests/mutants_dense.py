@@ -1,0 +1,196 @@
+"""Bugs of the dense family and of what every mechanism shares; test_mutants.py plants them."""
+
+import importlib
+from types import ModuleType, SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+from judges import case, law, torch_forward
+
+import jforge
+from jforge.attention import dense
+from jforge.core import attend as attend_module
+from jforge.core import masks, rope, step
+
+op_module = importlib.import_module("jforge.ops.decode_attention")
+GQA = jforge.get("gqa")
+ROPED, NORMED, FLAT = GQA.examples
+
+
+def patch(owner: ModuleType, name: str, value):
+    def plant(monkeypatch):
+        monkeypatch.setattr(owner, name, value)
+        return GQA
+
+    return plant
+
+
+def replace(**functions):
+    return lambda monkeypatch: GQA._replace(**functions)
+
+
+def _op_with(**changes):
+    """decode through an op whose arguments are changed first."""
+
+    def op(q, k, v, lengths, **options):
+        if "lengths" in changes:
+            lengths = changes["lengths"](lengths, k)
+        return jforge.ops.decode_attention(q, k, v, lengths, **options)
+
+    ops = SimpleNamespace(decode_attention=op)
+    return lambda params, cfg, x, cache: GQA.decode(params, cfg, x, cache, ops=ops)
+
+
+def _cost(**changes):
+    """cost with some fields computed from the right ones."""
+
+    def cost(cfg, **sizes):
+        right = GQA.cost(cfg, **sizes)
+        fields = {f: getattr(right, f) for f in right.__dataclass_fields__}
+        return type(right)(**{**fields, **{name: change(right) for name, change in changes.items()}})
+
+    return cost
+
+
+def _append_masked(buffer, new, at):
+    """The whole buffer through a select, as a mask over the cache would do it."""
+    hit = jnp.arange(buffer.shape[1])[None, :] == at.positions[:, :1]
+    return jnp.where(hit[..., None, None], new[:, :1].astype(buffer.dtype), buffer)
+
+
+def _append_late(buffer, new, at):
+    return step.append(buffer, new, at._replace(positions=at.positions + 1))
+
+
+def _attend_unblanked(q, k, v, visible, *, scale, softcap=None, sinks=None):
+    """Masked scores, but values as they are: 0 * NaN."""
+    B, T, N, H = q.shape
+    K = k.shape[2]
+    scores = jnp.einsum("btkgh,bskh->btkgs", q.reshape(B, T, K, N // K, H), k) * scale
+    weights, lse = attend_module.masked_softmax(scores, visible[:, :, None, None])
+    return jnp.einsum("btkgs,bskv->btkgv", weights, v).reshape(B, T, N, -1), lse.reshape(B, T, N)
+
+
+def _attend(change):
+    def attend(q, k, v, visible, **options):
+        return change(attend_module.attend, q, k, v, visible, **options)
+
+    return attend
+
+
+def _interleave_heads(attend, q, k, v, visible, **options):
+    """Query head n reads KV head n % K instead of n // G."""
+    N, K = q.shape[2], k.shape[2]
+    order = jnp.arange(N).reshape(N // K, K).T.reshape(-1)
+    out, lse = attend(q[:, :, order], k, v, visible, **options)
+    back = jnp.argsort(order)
+    return out[:, :, back], lse[:, :, back]
+
+
+def _cap_unscaled(attend, q, k, v, visible, *, scale, softcap=None, sinks=None):
+    return attend(q, k, v, visible, scale=scale, softcap=softcap / scale if softcap else None, sinks=sinks)
+
+
+def _sinks_scaled(attend, q, k, v, visible, *, scale, softcap=None, sinks=None):
+    return attend(q, k, v, visible, scale=scale, softcap=softcap, sinks=None if sinks is None else sinks * scale)
+
+
+def _lse_base_2(attend, *args, **options):
+    out, lse = attend(*args, **options)
+    return out, lse / jnp.log(2.0)
+
+
+def _project_norm_after_rope(params, cfg, x, positions):
+    bare = {"qk_norm": None}
+    plain = SimpleNamespace(**{**{f: getattr(cfg, f) for f in cfg.__dataclass_fields__}, **bare})
+    q, k, v = dense_project(params, plain, x, positions)
+    norm = lambda a, w: dense.rms_norm(a, params[w], eps=cfg.rms_norm_eps, offset=cfg.norm_offset)  # noqa: E731
+    return norm(q, "q_norm"), norm(k, "k_norm"), v
+
+
+dense_project = dense.project
+
+
+def _llama3_swapped(theta, p):
+    flipped = {**p, "low_freq_factor": p["high_freq_factor"], "high_freq_factor": p["low_freq_factor"]}
+    return right_llama3(theta, flipped)
+
+
+right_llama3 = rope._llama3
+right_rope = rope.apply_rope
+
+
+def _decode_late(params, cfg, x, cache, ops=jforge.ops):
+    """RoPE at the next position: what comes of incrementing length before projecting."""
+    shifted = lambda a, positions, *rest: right_rope(a, positions + 1, *rest)  # noqa: E731
+    dense.rope.apply_rope, kept = shifted, dense.rope.apply_rope
+    try:
+        return GQA.decode(params, cfg, x, cache, ops=ops)
+    finally:
+        dense.rope.apply_rope = kept
+
+
+def _decode_wide_length(params, cfg, x, cache, ops=jforge.ops):
+    y, cache = GQA.decode(params, cfg, x, cache, ops=ops)
+    return y, type(cache)(k=cache.k, v=cache.v, length=cache.length.astype(jnp.int64))
+
+
+def _prefill_ignores_lengths(params, cfg, x, cache, lengths=None):
+    return GQA.prefill(params, cfg, x, cache)
+
+
+def _forward_noncausal(params, cfg, x, positions=None):
+    see_all = lambda cfg, q_pos, k_pos: jnp.ones(jnp.broadcast_shapes(q_pos.shape, k_pos.shape), bool)  # noqa: E731
+    kept, dense.visible = dense.visible, see_all
+    try:
+        return GQA.forward(params, cfg, x, positions)
+    finally:
+        dense.visible = kept
+
+
+def _merge_counts_empty_parts(outs, lses):
+    weights = jax.nn.softmax(jnp.where(jnp.isneginf(lses), 0, lses), axis=0)
+    return (weights[..., None] * outs).sum(0), jax.nn.logsumexp(lses, axis=0)
+
+
+MUTANTS = {
+    "decode forgets the new token": (replace(decode=_op_with(lengths=lambda n, k: n - 1)), law("L2", ROPED)),
+    "decode reads the whole buffer, not the row's length": (
+        replace(decode=_op_with(lengths=lambda n, k: jnp.full_like(n, k.shape[1]))), law("L2", ROPED)),
+    "decode rotates by the next position": (replace(decode=_decode_late), law("L4", ROPED)),
+    "the new token lands one slot late": (patch(dense, "append", _append_late), law("L1", ROPED)),
+    "forward sees the future": (replace(forward=_forward_noncausal), law("L7", ROPED)),
+    "prefill ignores lengths": (replace(prefill=_prefill_ignores_lengths), law("L6", ROPED)),
+    "values are not blanked: 0 * NaN": (patch(dense, "attend", _attend_unblanked), law("L5", ROPED)),
+    "the mask of visible leaves out the token itself": (
+        replace(visible=lambda cfg, q_pos, k_pos: k_pos < q_pos), law("L7", ROPED)),
+    "the append masks the whole cache": (patch(dense, "append", _append_masked), law("L8", ROPED)),
+    "K and V are counted twice": (
+        replace(cost=_cost(stored=lambda c: {n: 2 * b for n, b in c.stored.items()})), law("L8", ROPED)),
+    "the bytes of v are forgotten": (replace(cost=_cost(read=lambda c: {"k": c.read["k"]})), law("L8", ROPED)),
+    "the write is forgotten": (replace(cost=_cost(written=lambda c: {})), law("L8", ROPED)),
+    "length changes its dtype": (replace(decode=_decode_wide_length), law("L9", ROPED)),
+    "RoPE by absolute slot parity is not relative": (
+        patch(rope, "apply_rope", lambda a, positions, *rest: right_rope(a, positions**2, *rest)), law("L10", ROPED)),
+    "the RoPE layouts are swapped": (
+        patch(rope, "apply_rope", lambda a, n, p, layout: right_rope(a, n, p, "interleaved")),
+        torch_forward("gqa", ROPED)),
+    "llama3 bands are swapped": (patch(rope, "_llama3", _llama3_swapped), torch_forward("gqa", ROPED)),
+    "QK-norm comes after RoPE": (patch(dense, "project", _project_norm_after_rope), torch_forward("gqa", NORMED)),
+    "query head n reads KV head n % K": (
+        patch(dense, "attend", _attend(_interleave_heads)), torch_forward("gqa", ROPED)),
+    "softcap on unscaled logits": (patch(dense, "attend", _attend(_cap_unscaled)), torch_forward("gqa", FLAT)),
+    "a window of W + 1": (
+        patch(masks, "window", lambda q, k, size: (k <= q) & (k >= q - size)), case("window")),
+    "the sink is scaled": (patch(op_module, "attend", _attend(_sinks_scaled)), case("sinks")),
+    "the LSE is in base 2": (patch(op_module, "attend", _attend(_lse_base_2)), case("llama")),
+    "an empty part has weight in a merge": (patch(jforge.ops, "merge_states", _merge_counts_empty_parts),
+                                            case("merge_many")),
+}  # fmt: skip
+
+JUDGES = {
+    "laws": lambda: jforge.check(GQA, ROPED, laws=("L1", "L2", "L4", "L5", "L6", "L7", "L8", "L9", "L10")).ok,
+    "torch_ref": lambda: not any(torch_forward("gqa", cfg)(GQA) for cfg in GQA.examples),
+    "cases": lambda: not any(case(n)(GQA) for n in ("window", "sinks", "llama", "merge_many")),
+}
+"""What notices a mutant notices nothing in the unchanged code."""

@@ -1,0 +1,205 @@
+"""Bugs of windows, sinks, blocks, MoBA and NSA; test_mutants.py plants them."""
+
+import importlib
+from dataclasses import replace
+from types import ModuleType, SimpleNamespace
+
+import jax.numpy as jnp
+import numpy as np
+from judges import case, law, torch_forward, walks
+
+import jforge
+from jforge.attention import block_sparse, dense, moba, nsa, sliding_window, streaming
+from jforge.core import masks, ring
+from jforge.core.attend import attend
+from jforge.core.step import begin, end
+
+op_module = importlib.import_module("jforge.ops.decode_block_sparse")
+WINDOW, SINKS, STREAMING, SPARSE, MOBA, NSA = (
+    jforge.get(name) for name in ("sliding_window", "sinks", "streaming", "block_sparse", "moba", "nsa")
+)
+ROPE = {"rope_type": "default", "rope_theta": 1e4}
+SMALL = {"hidden_size": 8, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 4, "rope_parameters": ROPE}
+RING = WINDOW.Config(**SMALL, sliding_window=4)
+SUNK = SINKS.Config(**SMALL)
+KEPT = STREAMING.Config(**SMALL, start_size=2, recent_size=3)
+# of which one is listed twice in block 2; the table is cached, so no other test may have this seed
+PATTERN = SPARSE.Config(**SMALL, block_size=3, num_global_blocks=2, num_local_blocks=2, seed=991)
+PICKED = MOBA.Config(**SMALL, moba_chunk_size=3, moba_topk=2)
+ENTRIES = NSA.Config(**SMALL, kernel_size=4, kernel_stride=2, block_size=4, topk=3, local_blocks=1, window_size=3,
+                     compress="mean")  # fmt: skip
+
+
+def patch(att, owner: ModuleType, name: str, value):
+    def plant(monkeypatch):
+        monkeypatch.setattr(owner, name, value)
+        return att
+
+    return plant
+
+
+def _held_in_order(length, slots, fixed=0):
+    """Slot 0 holds the oldest token that is left."""
+    position = jnp.maximum(length[:, None] - slots, 0) + jnp.arange(slots)
+    return jnp.where(jnp.arange(slots) < length[:, None], position, -1)
+
+
+def _slot_of_a_ring_without_fixed(positions, slots, fixed=0):
+    return positions % slots
+
+
+def _write_with_pads(buffer, new, step, fixed=0):
+    everything = step._replace(keep=jnp.ones_like(step.keep), length=step.positions[:, -1] + 1)
+    return right_write(buffer, new, everything, fixed)
+
+
+def _write_then_attend(params, cfg, x, cache, lengths=None):
+    """The ring alone, after all new tokens are in it."""
+    W = cache.k.shape[1]
+    step = begin(x, cache.length, lengths, cfg.hidden_size, ring.capacity(W, cfg.sliding_window))
+    q, k, v = dense.project(params, cfg, step.x, step.positions)
+    written = (ring.write(buffer, new, step) for buffer, new in ((cache.k, k), (cache.v, v)))
+    cache = type(cache)(*written, step.length)
+    held = ring.held(step.length, W)
+    mask = sliding_window.visible(cfg, step.positions[..., None], held[:, None]) & (held >= 0)[:, None]
+    out, _ = attend(q, cache.k, cache.v, mask & step.keep[..., None], **dense.options(params, cfg))
+    return end(step, dense.project_out(params, cfg, step.x, out), x.dtype), cache
+
+
+def _one_query(params, cfg, x, order, positions):
+    recent, _, k, v = right_project(params, cfg, x, order, positions)
+    return recent, recent, k, v
+
+
+def split_in_two(sinks_in):
+    """A decode of two halves of the keys, merged; which of them carry the sinks."""
+
+    def op(q, k, v, lengths, *, sinks=None, **options):
+        half, parts = k.shape[1] // 2, []
+        ends = jnp.minimum(lengths, half), jnp.maximum(lengths - half, 0)
+        for i, (part, n) in enumerate(zip((np.s_[:, :half], np.s_[:, half:]), ends, strict=True)):
+            mine = sinks if i in sinks_in else None
+            parts.append(jforge.ops.decode_attention(q, k[part], v[part], n, sinks=mine, **options))
+        return jforge.ops.merge_states(*(jnp.stack(both) for both in zip(*parts, strict=True)))
+
+    ops = SimpleNamespace(decode_attention=op)
+    return SINKS._replace(decode=lambda params, cfg, x, cache: SINKS.decode(params, cfg, x, cache, ops))
+
+
+def _sinks(change):
+    def options(params, cfg):
+        given = right_options(params, cfg)
+        return given if given["sinks"] is None else {**given, "sinks": change(given["sinks"], cfg)}
+
+    return options
+
+
+def _sink_of_the_key_head(sinks, cfg):
+    return jnp.repeat(sinks[: cfg.num_key_value_heads], cfg.num_attention_heads // cfg.num_key_value_heads)
+
+
+def _blocks_with_repeats(cfg, n, i):
+    return [*range(min(cfg.num_global_blocks, i + 1)), *range(max(0, i - cfg.num_local_blocks + 1), i + 1)]
+
+
+def _whole_blocks_only(blocks, size, S, lengths):
+    slots, seen = right_slots(blocks, size, S, lengths)
+    ends = (slots // size + 1) * size
+    return slots, seen & (ends <= (S if lengths is None else lengths[:, None, None, None]))
+
+
+def _minus_1_is_block_0(blocks, size, S, lengths):
+    return right_slots(jnp.maximum(blocks, 0), size, S, lengths)
+
+
+def _own_block_competes(cfg, q, k_mean, q_pos, ops=jforge.ops):
+    """The mean of the block that the query is in, future keys and all, takes a pick from the past ones."""
+    lists = right_moba_choose(cfg, q, k_mean, q_pos + cfg.moba_chunk_size, ops)
+    own = jnp.broadcast_to((q_pos // cfg.moba_chunk_size)[..., None, None], lists[..., :1].shape)
+    return jnp.concatenate([jnp.where(lists[..., :-1] <= own, lists[..., :-1], -1), own], axis=-1)
+
+
+def _group_chooses_together(cfg, q, k_mean, q_pos, ops=jforge.ops):
+    group = q.shape[2] // k_mean.shape[2]
+    return jnp.repeat(right_moba_choose(cfg, q, k_mean, q_pos, ops)[:, :, ::group], group, axis=2)
+
+
+def _sum_goes_on(cfg, cache, k, v, step):
+    """The running sum is not set back to 0 when its block closes."""
+    after = right_moba_append(cfg, cache, k, v, step)
+    new = jnp.where(step.keep[..., None, None], k, 0)[:, 0]
+    return replace(after, k_sum=cache.k_sum + new.astype(cache.k_sum.dtype))
+
+
+def _cost_without_scan(cfg, **sizes):
+    right = moba.cost(cfg, **sizes)
+    return replace(right, read={name: b for name, b in right.read.items() if name != "k_mean"})
+
+
+def _seen_one_late(cfg, q_pos, count):
+    return jnp.arange(count) * cfg.kernel_stride + cfg.kernel_size - 1 < q_pos[..., None]
+
+
+def _overlap_a_block_back(cfg, weights, q_pos, S, ops=jforge.ops):
+    """Equation 9 with its minus signs: block j is scored by the entries of the block before it."""
+    shift = cfg.block_size // cfg.kernel_stride
+    moved = jnp.pad(weights, [(0, 0)] * 3 + [(shift, 0)])[..., : weights.shape[-1]]
+    return right_nsa_choose(cfg, moved, q_pos, S, ops)
+
+
+def _first_head_chooses(cfg, q, k_cmp, lse, seen):
+    K = k_cmp.shape[2]
+    return right_weights(replace(cfg, num_attention_heads=K), q[:, :, ::2], k_cmp, lse[:, :, ::2], seen)
+
+
+right_write, right_project, right_options = ring.write, streaming.project, dense.options
+right_slots, right_moba_choose, right_moba_append = op_module.listed_slots, moba.choose, moba._append
+right_nsa_choose, right_weights = nsa.choose, nsa._entry_weights
+
+MUTANTS = {
+    "a sliding window of W + 1": (
+        patch(WINDOW, masks, "window", lambda q, k, size: (k <= q) & (k >= q - size)),
+        torch_forward("sliding_window", RING)),
+    "a ring is read in the order of its slots": (patch(WINDOW, ring, "held", _held_in_order), walks(RING)),
+    "the ring of StreamingLLM turns over the slots that stay": (
+        patch(STREAMING, ring, "slot_of", _slot_of_a_ring_without_fixed), walks(KEPT)),
+    "pads are written into a ring": (patch(WINDOW, ring, "write", _write_with_pads), walks(RING)),
+    "prefill writes the ring before it attends": (
+        lambda monkeypatch: WINDOW._replace(prefill=_write_then_attend), walks(RING)),
+    "StreamingLLM turns one query for both groups": (
+        patch(STREAMING, streaming, "project", _one_query), torch_forward("streaming", KEPT)),
+    "the sink enters both parts of a split": (lambda monkeypatch: split_in_two({0, 1}), walks(SUNK)),
+    "the sink of a mechanism is scaled": (
+        patch(SINKS, dense, "options", _sinks(lambda sinks, cfg: sinks * cfg.scaling)), torch_forward("sinks", SUNK)),
+    "sinks are taken by key head": (
+        patch(SINKS, dense, "options", _sinks(_sink_of_the_key_head)), torch_forward("sinks", SUNK)),
+    "a block that is global and local is listed twice": (
+        patch(SPARSE, block_sparse, "_blocks_of", _blocks_with_repeats), walks(PATTERN)),
+    "the partial last block is dropped": (
+        patch(SPARSE, op_module, "listed_slots", _whole_blocks_only), case("blocks_of_64")),
+    "-1 in a list reads block 0": (patch(SPARSE, op_module, "listed_slots", _minus_1_is_block_0), case("blocks_of_16")),
+    "MoBA: the mean of the open block competes": (
+        patch(MOBA, moba, "choose", _own_block_competes), torch_forward("moba", PICKED)),
+    "MoBA: the heads of a group choose together": (
+        patch(MOBA, moba, "choose", _group_chooses_together), torch_forward("moba", PICKED)),
+    "MoBA: the running sum goes on past its block": (patch(MOBA, moba, "_append", _sum_goes_on), walks(PICKED)),
+    "MoBA: the scan of the means is not counted": (
+        lambda monkeypatch: MOBA._replace(cost=_cost_without_scan), law("L8", PICKED)),
+    "NSA: the token that completes an entry does not see it": (
+        patch(NSA, nsa, "_seen", _seen_one_late), torch_forward("nsa", ENTRIES)),
+    "NSA: overlaps are counted a block back": (
+        patch(NSA, nsa, "choose", _overlap_a_block_back), torch_forward("nsa", ENTRIES)),
+    "NSA: one head chooses for its group": (
+        patch(NSA, nsa, "_entry_weights", _first_head_chooses), torch_forward("nsa", ENTRIES)),
+}  # fmt: skip
+
+TWINS = (("sliding_window", RING), ("streaming", KEPT), ("sinks", SUNK), ("moba", PICKED), ("nsa", ENTRIES))
+JUDGES = {
+    "walks of rings": lambda: not walks(RING)(WINDOW) and not walks(KEPT)(STREAMING),
+    "a walk of a split": lambda: not walks(SUNK)(split_in_two({1})),
+    "walks of blocks": lambda: not walks(replace(PATTERN, seed=990))(SPARSE) and not walks(PICKED)(MOBA),
+    "torch_ref on windows and blocks": lambda: not any(torch_forward(n, cfg)(jforge.get(n)) for n, cfg in TWINS),
+    "cases of blocks": lambda: not any(case(n)(SPARSE) for n in ("blocks_of_64", "blocks_of_16")),
+    "L8 of MoBA": lambda: not law("L8", PICKED)(MOBA),
+}
+"""What notices a mutant notices nothing in the unchanged code."""
