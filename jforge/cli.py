@@ -181,6 +181,8 @@ def _bench(args) -> int:
     if args.plot and not args.plot.endswith(".png"):
         raise ValueError(f"--plot is {args.plot!r}; it must end in .png")
     rows = list(report.track(bench.run(args.ops or bench.OPS, samples=args.samples), "timing"))
+    if not rows:
+        raise ValueError(f"{', '.join(args.ops)} can be timed on a GPU alone, and here is none")
     data = {**bench.environment(), "rows": rows}
     if args.out:
         bench.append(args.out, rows, bench.environment())

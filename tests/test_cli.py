@@ -156,6 +156,7 @@ BAD = [
     (("cost", "gqa", "--config", "alien.json"), "alien"),
     (("check", "nope"), "'nope'"),
     (("bench", "decode_everything"), "'decode_everything'"),
+    (("bench", "decode_mla"), "decode_mla can be timed on a GPU alone"),
     (("bench", "--plot", "out.jpg"), "out.jpg"),
     (("check", "no_such_module:x"), "no_such_module"),
     (("check", "json:nothing"), "nothing"),

@@ -124,7 +124,7 @@ def test_cpu_tensors_need_the_interpreter():
         "             lambda: tk.index_scores(q, q[0], q[..., 0], n),\n"
         "             lambda: tk.block_index_scores(q, q[0], n, block_size=1),\n"
         "             lambda: tk.topk_indices(q, 1),\n"
-        "             lambda: tk.decode_linear(q[0], q[0], q[0], q, q[0, 0, 0])):\n"
+        "             lambda: tk.decode_linear(q[0], q[0], q[0], q.new_ones(1, 1, 16, 16), q[0, 0, 0, :1])):\n"
         "    try: call()\n"
         "    except TypeError as error: print('TRITON_INTERPRET=1' in str(error))\n"
     )
@@ -189,8 +189,8 @@ def test_compiled_scores_and_states_fit_sm90():
         assert row["spills"] == 0 and row["registers"] <= 255 and row["shared"] <= cubin.MAX_SHARED, row
         kind, dtype, *rest = row["name"].split()
         if kind == "linear":  # the state is read and written in whole vectors, as many of each as a thread has
-            height = plan.pow2_ceil(int(rest[0].split("x")[0]))
-            assert row["wide"] >= 2 * height * row["columns"] // (row["warps"] * 32 * 4), row
+            key_dim = int(rest[0].split("x")[0])
+            assert row["wide"] >= 2 * key_dim * row["columns"] // (row["warps"] * 32 * 4), row
         if kind == "scores" and dtype != "float32":  # keys are the 64 rows or more that warpgroup MMAs ask for
             assert row["hgmma"] > 0 and row["hmma"] == 0 and row["ldgsts"] > 0, row
             assert row["narrow"] == 0 or "keys" in rest, row

@@ -1,0 +1,375 @@
+"""DeepSeek sparse attention beyond the laws: its limit, picks, shared picks, bytes, the e4m3 index, bad input, mutants."""
+
+import importlib
+from dataclasses import fields, replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from judges import compiled, law, limit, tokens, torch_error, torch_forward, walk, walks, weights
+
+import jforge
+import torch_ref
+from jforge.attention import dsa, mla
+from jforge.core import quant
+from jforge.core.norm import rms_norm
+from jforge.harness import compare
+from jforge.harness.backends import to_torch
+
+DSA, MLA, TWIN = jforge.get("dsa"), jforge.get("mla"), torch_ref.get("dsa")
+SMALL = DSA.Config(
+    hidden_size=9, num_attention_heads=2, q_lora_rank=7, kv_lora_rank=6, qk_nope_head_dim=3, qk_rope_head_dim=4,
+    v_head_dim=5, rope_parameters={"rope_type": "default", "rope_theta": 1e4}, index_n_heads=8, index_head_dim=8,
+    index_topk=4,
+)  # fmt: skip
+E4M3 = replace(SMALL, index_quantised=True)
+V32 = DSA.models["DeepSeek-V3.2"]
+
+
+def as_mla(cfg):
+    """The `twin` of DSA on MLA's fields and weights."""
+    config = MLA.Config(**{f.name: getattr(cfg, f.name) for f in fields(MLA.Config)})
+    return MLA, config, lambda params: {name: params[name] for name in mla.shapes(config)}
+
+
+# --- limits and sizes that the examples do not have
+
+
+@pytest.mark.parametrize("cfg", [replace(SMALL, index_topk=10), replace(E4M3, index_topk=99)], ids=["= S", "> S, e4m3"])
+def test_all_tokens_are_mla(cfg):
+    """forward, prefill and decode of 10 tokens are MLA with the same weights."""
+    assert limit(DSA, cfg, as_mla(cfg)) <= compare.OUT["float64"]
+
+
+def test_it_is_not_mla_from_the_next_token_on():
+    other, config, convert = as_mla(SMALL)
+    with jax.enable_x64(True):
+        params, x = weights(DSA, SMALL), tokens(SMALL, 2, 8)
+        y, want = compiled(DSA, SMALL)[0](params, x), compiled(other, config)[0](convert(params), x)
+        assert compare.relative(y[:, :4], want[:, :4]) <= compare.OUT["float64"]
+        assert compare.relative(y[:, 4:], want[:, 4:]) > 1e-3
+
+
+def test_random_steps_equal_forward():
+    assert walk(DSA, replace(E4M3, index_topk=5), 17) <= compare.OUT["float64"]
+
+
+def test_torch_ref_agrees_without_rope():
+    cfg = replace(SMALL, rope_parameters=None, index_head_dim=3, index_topk=1)
+    assert torch_error(DSA, "dsa", cfg) <= compare.OUT["float32"]
+
+
+def test_torch_ref_picks_the_same_but_for_ties():
+    """float32 in both; torch_ref's scores in float64 decide what is a tie."""
+    T, params, x = 40, weights(DSA, SMALL, "float32"), tokens(SMALL, 2, 40, "float32")
+    cache = DSA.init_cache(SMALL, 2, T, jnp.float32)
+    got = jax.jit(lambda params, x: dsa.index(params, SMALL, x, cache))(params, x)
+    theirs = {n: to_torch(p) for n, p in params.items()}
+    want = TWIN.index(theirs, SMALL, to_torch(x), TWIN.init_cache(SMALL, 2, T, torch.float32))
+    order, lengths = torch.arange(T).expand(2, T), torch.full((2,), T, dtype=torch.int32)
+    exact = {n: p.double() for n, p in theirs.items()}
+    q, k, w, _ = TWIN.indexer.project(exact, SMALL, to_torch(x).double(), order, torch.float64)
+    found = compare.picks(got, want, torch_ref.ops.index_scores(q, k, w, lengths), SMALL.index_topk, 1e-5)
+    assert found.rows == 2 * T and found.wrong == 0 and found.tied <= 1
+
+
+# --- shared picks
+
+
+@pytest.mark.parametrize("cfg", [SMALL, E4M3], ids=["float", "e4m3"])
+def test_picks_of_another_layer_are_as_good_as_its_own(cfg):
+    """A layer without an indexer, given the picks of one with the same weights: forward, two chunks, decode."""
+    shared, T = replace(cfg, index_shared=True), 9
+    assert set(DSA.cache_spec(shared)) == set(MLA.cache_spec(as_mla(cfg)[1]))
+    assert set(dsa.shapes(shared)) == set(mla.shapes(as_mla(cfg)[1]))
+    with jax.enable_x64(True):
+        params, x = weights(DSA, cfg), tokens(cfg, 2, T)
+        own = {name: params[name] for name in dsa.shapes(shared)}
+        index = jax.jit(lambda x, cache: dsa.index(params, cfg, x, cache))
+        prefill = jax.jit(lambda x, cache, picks: DSA.prefill(own, shared, x, cache, indices=picks))
+        decode = jax.jit(lambda x, cache, picks: DSA.decode(own, shared, x, cache, indices=picks))
+        forward, *steps = compiled(DSA, cfg)
+        picks = index(x, DSA.init_cache(cfg, 2, T, jnp.float64))
+        want = forward(params, x)
+        same = jax.jit(lambda x, picks: DSA.forward(own, shared, x, indices=picks))(x, picks)
+        assert compare.relative(same, want) <= compare.OUT["float64"]
+        full, cache = (DSA.init_cache(c, 2, T, jnp.float64) for c in (cfg, shared))
+        for at in (slice(0, 4), slice(4, 8), slice(8, 9)):
+            picks, one = index(x[:, at], full), at.stop == T
+            y, cache = (decode if one else prefill)(x[:, at], cache, picks)
+            _, full = steps[one](params, x[:, at], full)
+            assert compare.relative(y, want[:, at]) <= compare.OUT["float64"]
+
+
+def test_given_picks_that_no_query_may_see_are_ignored():
+    """-1, negative numbers, the future and slots past the cache, anywhere in the list."""
+    shared, T = replace(SMALL, index_shared=True), 5
+    params, x = weights(DSA, shared, "float32"), tokens(SMALL, 2, T, "float32")
+    params, x = jax.tree.map(jnp.asarray, (params, x))
+    clean = np.array([[t, 0 if t else -1, -1, -1, -1] for t in range(T)], np.int32)
+    dirty = np.array([[-7, t, t + 1, 0 if t else -1, 2**31 - 1] for t in range(T)], np.int32)
+    clean, dirty = (jnp.asarray(np.stack([a, a])) for a in (clean, dirty))
+    want = DSA.forward(params, shared, x, indices=clean)
+    assert compare.relative(DSA.forward(params, shared, x, indices=dirty), want) == 0
+    y, cache = DSA.prefill(params, shared, x[:, :4], DSA.init_cache(shared, 2, 7, jnp.float32), indices=dirty[:, :4])
+    assert compare.relative(y, want[:, :4]) <= compare.OUT["float32"]
+    poisoned = DSA.cache_spec(shared).poison(shared, cache)
+    y, _ = DSA.decode(params, shared, x[:, 4:], poisoned, indices=dirty[:, 4:])
+    assert compare.relative(y, want[:, 4:]) <= compare.OUT["float32"]
+
+
+# --- bytes (mechanisms.md 6.4)
+
+
+def test_v32_bytes():
+    """1152 + 256 B a token and layer in bfloat16; 83.9 GiB for 61 layers at 2^20 tokens."""
+    cost = DSA.cost(V32, context=131072)
+    assert cost.stored == {"latent": 131072 * 1024, "k_rope": 131072 * 128, "k_index": 131072 * 256}
+    assert (cost.per_token, cost.fixed) == (1152 + 256, 0)
+    assert cost.written == {"latent": 1024, "k_rope": 128, "k_index": 256}
+    assert cost.read == {"latent": 2048 * 1024, "k_rope": 2048 * 128, "k_index": 32 * 2**20}
+    assert cost.entries_read == 131072 + 2048
+    whole = 61 * DSA.cost(V32, context=2**20)
+    assert round(sum(whole.stored.values()) / 2**30, 1) == 83.9
+    short = DSA.cost(V32, context=1000)
+    assert short.read == short.stored
+
+
+def test_v32_reads_less_than_mla_from_2634_tokens_on():
+    """T (1152 - 256) > 2048 * 1152."""
+    _, config, _ = as_mla(V32)
+    less = [
+        sum(DSA.cost(V32, context=T).read.values()) < sum(MLA.cost(config, context=T).read.values())
+        for T in (2633, 2634)
+    ]
+    assert less == [False, True]
+
+
+def test_e4m3_index_bytes():
+    """128 + 4 B a token; 16.5 MiB of them at 131,072 tokens. The latents stay in bfloat16."""
+    cost = DSA.cost(DSA.models["DeepSeek-V3.2, e4m3 index"], context=131072)
+    assert cost.per_token == 1152 + 132
+    assert (cost.read["k_index"], cost.read["k_index_scale"]) == (16 * 2**20, 2**19)
+    assert (cost.written["k_index"], cost.written["k_index_scale"]) == (128, 4)
+    shared = DSA.cost(replace(V32, index_shared=True), context=131072)
+    assert shared.per_token == 1152 and shared.read == {"latent": 2048 * 1024, "k_rope": 2048 * 128}
+    assert shared.entries_read == 2048
+
+
+# --- e4m3
+
+
+def test_hadamard_is_the_signed_sum_and_its_own_inverse():
+    rng = np.random.default_rng(0)
+    for J in (1, 2, 8, 128):
+        x = jnp.asarray(rng.standard_normal((3, J)), jnp.float32)
+        signs = np.array([[(-1.0) ** (i & j).bit_count() for j in range(J)] for i in range(J)])
+        assert compare.relative(quant.hadamard(x), x @ signs / J**0.5) <= compare.OUT["float32"]
+        assert compare.relative(quant.hadamard(quant.hadamard(x)), x) <= compare.OUT["float32"]
+
+
+def scale_of(largest: float) -> float:
+    return float(quant.e4m3(jnp.asarray([largest / 3, -largest], jnp.float32))[1])
+
+
+def scale_rule_holds(_=None) -> bool:
+    """Exact at 448 * 2^n and one float32 step to either side: the scale jumps just above, not at it."""
+    steps = []
+    for n in (-20, -1, 0, 1, 9, 30):
+        edge = np.float32(448 * 2.0**n)
+        below, above = (float(np.nextafter(edge, np.float32(to))) for to in (0, np.inf))
+        steps += [scale_of(below) == 2.0**n, scale_of(float(edge)) == 2.0**n, scale_of(above) == 2.0 ** (n + 1)]
+    return all(steps)
+
+
+def test_scale_rule():
+    assert scale_rule_holds()
+    assert scale_of(0.0) == scale_of(1e-7) == scale_of(1e-4) == 2.0**-22  # 1e-4 / 448 = 2^-22.1
+
+
+def test_e4m3_values_come_back():
+    """Every finite e4m3 value, with 448 among them, times a power of two; and back to the same bits a second time."""
+    every = np.arange(256, dtype=np.uint8).view(jnp.float8_e4m3fn).astype(np.float32)
+    every = every[np.isfinite(every)]
+    x = jnp.asarray(every * 2.0 ** np.array([[-12], [-3], [0], [8]]), jnp.float32)
+    stored, scale = quant.e4m3(x)
+    assert stored.dtype == jnp.float8_e4m3fn and scale.tolist() == [2.0**-12, 2.0**-3, 1.0, 2.0**8]
+    np.testing.assert_array_equal(stored.astype(jnp.float32) * scale[:, None], x)
+
+
+def test_e4m3_error_is_within_half_a_step():
+    """|stored * s - x| <= max(|x| / 16, s / 1024); torch_ref stores the same bits."""
+    rng = np.random.default_rng(0)
+    x = (rng.standard_normal((400, 16)) * np.exp(4 * rng.standard_normal((400, 1)))).astype("float32")
+    stored, scale = quant.e4m3(jnp.asarray(x))
+    got = np.asarray(stored.astype(jnp.float32)) * np.asarray(scale)[:, None]
+    assert (np.abs(got - x) <= np.maximum(np.abs(x) / 16, np.asarray(scale)[:, None] / 1024)).all()
+    theirs, their_scale = torch_ref.core.quant.quantise_e4m3(torch.from_numpy(x))
+    np.testing.assert_array_equal(np.asarray(scale), their_scale)
+    np.testing.assert_array_equal(np.asarray(stored.astype(jnp.float32)), theirs.float())
+
+
+def scores(cfg, params, x):
+    """B T S: the scores of T tokens for each other, as forward ranks them."""
+    order = jnp.broadcast_to(jnp.arange(x.shape[1]), x.shape[:2])
+    q, w, index = dsa._stored(cfg, *dsa.project_index(params, cfg, x, order), x.dtype)
+    return dsa._scores(q, w, index, order[:, None] <= order[..., None])
+
+
+def test_e4m3_scores_are_near_the_exact_ones():
+    """Within sum_i |w_i| |q_i . k| of half steps: 1/16 for q, 1/16 for k and their product, of |q| . |k| rotated."""
+    params, x = weights(DSA, SMALL, "float32"), tokens(SMALL, 2, 12, "float32")
+    exact, rounded = (jax.jit(lambda p, x, cfg=cfg: scores(cfg, p, x))(params, x) for cfg in (SMALL, E4M3))
+    order = jnp.broadcast_to(jnp.arange(12), (2, 12))
+    q, k, w = jax.jit(lambda p, x: dsa.project_index(p, SMALL, x, order))(params, x)
+    q, k = (np.abs(np.asarray(quant.hadamard(a))) for a in (q, k))
+    q_step, k_step = (np.maximum(a / 16, quant.e4m3(jnp.asarray(a))[1][..., None] / 1024) for a in (q, k))
+    bound = np.einsum("btij,bsj->btis", q + q_step, k + k_step) - np.einsum("btij,bsj->btis", q, k)
+    seen = np.isfinite(exact)
+    assert (seen == np.isfinite(rounded)).all() and (seen == np.tril(np.ones((12, 12), bool))).all()
+    error = np.abs(np.asarray(rounded)[seen] - np.asarray(exact)[seen])
+    assert (error <= np.einsum("bti,btis->bts", np.abs(w), bound)[seen] + 1e-6).all() and error.max() > 1e-3
+
+
+def test_a_row_that_overflows_keeps_everything():
+    cache = DSA.init_cache(E4M3, 2, 6, jnp.float32)
+    rng = np.random.default_rng(0)
+    full = jax.tree.map(lambda leaf: jnp.asarray(rng.standard_normal(leaf.shape)).astype(leaf.dtype), cache)
+    full = replace(full, length=jnp.array([5, 6], jnp.int32))
+    y, after = compiled(DSA, E4M3)[2](weights(DSA, E4M3, "float32"), tokens(E4M3, 2, 1, "float32"), full)
+    assert np.isfinite(y[0]).all() and np.isnan(y[1]).all() and after.length.tolist() == [6, 6]
+    for name in DSA.cache_spec(E4M3):
+        before, now = (np.asarray(getattr(c, name), np.float32) for c in (full, after))
+        np.testing.assert_array_equal(now[1], before[1], err_msg=name)
+        assert (now[0, 5] != before[0, 5]).any() and (now[0, :5] == before[0, :5]).all()
+
+
+# --- bad input
+
+BAD = [
+    ({"q_lora_rank": None}, "q_lora_rank is None; it must be a positive integer"),
+    ({"index_n_heads": 0}, "index_n_heads is 0; "), ({"index_head_dim": -8}, "index_head_dim is -8; "),
+    ({"index_topk": 0}, "index_topk is 0; "), ({"index_topk": 2.0}, "index_topk is 2.0; "),
+    ({"index_rope_layout": "neox"}, "index_rope_layout is 'neox'; it must be one of 'half', 'interleaved'"),
+    ({"index_head_dim": 3}, "index_head_dim is 3; it must be at least qk_rope_head_dim=4"),
+    ({"index_head_dim": 6, "index_quantised": True}, "index_head_dim is 6; it must be a power of two"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("changes,message", BAD, ids=[str(changes) for changes, _ in BAD])
+def test_config_names_the_bad_field(changes, message, untyped):
+    with pytest.raises(ValueError, match=f"^{message}"):
+        replace(SMALL, **changes)
+
+
+def test_indices_go_with_index_shared():
+    shared, picks = replace(SMALL, index_shared=True), jnp.zeros((2, 1, 3), jnp.int32)
+    x = jnp.zeros((2, 1, SMALL.hidden_size))
+    for cfg, given, message in ((shared, None, "^indices is None; "), (SMALL, picks, "^indices is given; ")):
+        cache = DSA.init_cache(cfg, 2, 4, jnp.float32)
+        with pytest.raises(ValueError, match=message):
+            DSA.forward({}, cfg, x, indices=given)
+        for step in (DSA.prefill, DSA.decode):
+            with pytest.raises(ValueError, match=message):
+                step({}, cfg, x, cache, indices=given)
+
+
+# --- mutants
+
+score_module = importlib.import_module("jforge.ops.index_scores")
+right_project, right_stored, right_scores = dsa.project_index, dsa._stored, dsa.token_scores
+
+
+def patch(owner, name: str, value):
+    def plant(monkeypatch):
+        monkeypatch.setattr(owner, name, value)
+        return DSA
+
+    return plant
+
+
+def _layout_of_glm(params, cfg, x, positions):
+    return right_project(params, replace(cfg, index_rope_layout="interleaved"), x, positions)
+
+
+def _rms_norm(x, weight, bias, *, eps):
+    return rms_norm(x, weight, eps=eps) + bias
+
+
+def _weights(change):
+    def project_index(params, cfg, x, positions):
+        q, k, w = right_project(params, cfg, x, positions)
+        return q, k, change(w, cfg)
+
+    return project_index
+
+
+def _no_relu(q, k, weights, seen, k_scale=None):
+    return jnp.where(seen, jnp.einsum("bti,btis->bts", weights, score_module._products(q, k, seen, k_scale)), -jnp.inf)
+
+
+def _query_scale_dropped(cfg, q, k, weights, dtype):
+    q, _, index = right_stored(cfg, q, k, weights, dtype)
+    return q, weights, index
+
+
+def _key_scale_dropped(q, k, weights, seen, k_scale=None):
+    return right_scores(q, k, weights, seen, None)
+
+
+def _query_not_rotated(cfg, q, k, weights, dtype):
+    return right_stored(cfg, quant.hadamard(q), k, weights, dtype)  # twice is not at all
+
+
+def _nearest_scale(x):
+    scale = 2.0 ** jnp.round(jnp.log2(jnp.maximum(jnp.abs(x).max(axis=-1), 1e-4) / quant.E4M3_MAX))
+    return jnp.clip(x / scale[..., None], -quant.E4M3_MAX, quant.E4M3_MAX).astype(jnp.float8_e4m3fn), scale
+
+
+def _cost_without_index(cfg, **sizes):
+    cost = dsa.cost(cfg, **sizes)
+    return replace(cost, read={name: b for name, b in cost.read.items() if name != "k_index"})
+
+
+def other_scores(att) -> bool:
+    """Do the e4m3 scores differ from torch_ref's? A factor on all of them moves no pick, so no output shows it."""
+    params, x = weights(DSA, E4M3, "float32"), tokens(E4M3, 2, 9, "float32")
+    theirs = {n: to_torch(p) for n, p in params.items()}
+    q, k, w, k_scale = TWIN.indexer.project(theirs, E4M3, to_torch(x), torch.arange(9).expand(2, 9), torch.float32)
+    want = torch_ref.ops.index_scores(q, k, w, torch.tensor([9, 9], dtype=torch.int32), k_scale=k_scale)
+    got = jax.jit(lambda p, x: scores(E4M3, p, x))(params, x)
+    return compare.worst_row(got, want) > compare.OUT["float32"]
+
+
+in_torch, in_torch_e4m3 = torch_forward("dsa", SMALL), torch_forward("dsa", E4M3)
+MUTANTS = {
+    "DSA: interleaved RoPE in the indexer of V3.2": (patch(dsa, "project_index", _layout_of_glm), in_torch),
+    "DSA: RMSNorm of the index keys": (patch(dsa, "layer_norm", _rms_norm), in_torch),
+    "DSA: no ReLU": (patch(dsa, "token_scores", _no_relu), in_torch),
+    "DSA: weights without their sign": (patch(dsa, "project_index", _weights(lambda w, cfg: jnp.abs(w))), in_torch),
+    "DSA: picks of -inf are attended": (
+        patch(dsa, "choose", lambda cfg, s, ops=None: jax.lax.top_k(s, min(cfg.index_topk, s.shape[-1]))[1]),
+        walks(SMALL)),
+    "DSA: the scan of the index keys is not counted": (
+        lambda monkeypatch: DSA._replace(cost=_cost_without_index), law("L8", SMALL)),
+    "DSA, e4m3: I^-1/2 is forgotten": (
+        patch(dsa, "project_index", _weights(lambda w, cfg: w * cfg.index_n_heads**0.5)), other_scores),
+    "DSA, e4m3: the scale of a query is dropped": (patch(dsa, "_stored", _query_scale_dropped), in_torch_e4m3),
+    "DSA, e4m3: the scale of a key is dropped": (patch(dsa, "token_scores", _key_scale_dropped), in_torch_e4m3),
+    "DSA, e4m3: keys are rotated and queries are not": (patch(dsa, "_stored", _query_not_rotated), in_torch_e4m3),
+    "e4m3: the scale is the nearest power of two": (
+        patch(quant, "e4m3", _nearest_scale), lambda att: not scale_rule_holds()),
+}  # fmt: skip
+
+
+def test_the_judges_pass_the_unchanged_code():
+    judges = in_torch, in_torch_e4m3, walks(SMALL), law("L8", SMALL), other_scores
+    assert not any(notices(DSA) for notices in judges)
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_mutant_is_caught(name, monkeypatch, untyped):
+    plant, notices = MUTANTS[name]
+    assert notices(plant(monkeypatch)), f"nobody noticed: {name}"
