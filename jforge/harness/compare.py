@@ -142,4 +142,5 @@ def _descending(scores: np.ndarray, count: int) -> np.ndarray:
 
 def _distance(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """|a - b|, 0 where both are the same infinity."""
-    return np.abs(np.subtract(a, b, out=np.zeros_like(a), where=a != b))
+    gap = np.subtract(a, b, out=np.zeros_like(a), where=a != b)
+    return np.abs(gap, out=gap)

@@ -306,8 +306,3 @@ def test_bad_arguments_of_the_small_ops(call, error, message):
 def test_checks_need_no_values():
     meta = {name: value.to("meta") if torch.is_tensor(value) else value for name, value in GOOD.items()}
     assert ops.decode_attention(**meta)[0].shape == (3, 2, 4, 3)
-
-
-def test_unwritten_ops_say_so():
-    with pytest.raises(NotImplementedError, match="decode_linear is not written yet"):
-        ops.decode_linear(None, None, None, None, None)

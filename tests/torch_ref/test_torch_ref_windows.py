@@ -134,9 +134,10 @@ def test_a_cache_shorter_than_the_window_overflows(name, fields, capacity, monke
 @pytest.mark.parametrize("name", ["sliding_window-plain", "sinks-5-plain", "streaming-plain"])
 def test_a_cache_of_the_window_never_overflows(name):
     att, cfg, params, _ = CASES[name]
-    family.check_splits(att, params, cfg, tokens(cfg, new=17), capacity=5, splits=[7])
+    whole = cfg.start_size + cfg.recent_size if att is streaming else cfg.sliding_window
+    family.check_splits(att, params, cfg, tokens(cfg, new=17), capacity=whole, splits=[7])
     cache = att.init_cache(cfg, 2, 1000)
-    assert cache["k"].shape[1] == cache["v"].shape[1] == 5
+    assert cache["k"].shape[1] == cache["v"].shape[1] == whole
 
 
 # ---- limits
