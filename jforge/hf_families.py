@@ -195,7 +195,7 @@ def _minimax_rope(config: dict, kind: str, fields: dict) -> dict:
     """rotary_dim, a checkpoint's key, counts the channels that turn. Without it all do: transformers' minimax obeys no
     partial_rotary_factor.
     """
-    head_dim = fields["head_dim"] or fields["hidden_size"] // fields["num_attention_heads"]
+    head_dim = fields["head_dim"] or max(1, fields["hidden_size"] // fields["num_attention_heads"])  # Config refuses 0
     turning = integer(config, "rotary_dim", head_dim)
     return rope_of(config, kind, theta=1e6, partial=1.0) | {"partial_rotary_factor": turning / head_dim}
 

@@ -246,12 +246,16 @@ def _nearest_scale(x):
     return jnp.clip(x / scale[..., None], -quant.E4M3_MAX, quant.E4M3_MAX).astype(jnp.float8_e4m3fn), scale
 
 
-MUTANTS = {"e4m3: the scale is the nearest power of two": _nearest_scale}
+MUTANTS = {
+    "e4m3: the scale is the nearest power of two": (
+        lambda monkeypatch: monkeypatch.setattr(quant, "e4m3", _nearest_scale), lambda _: not scale_rule_holds()),
+}  # fmt: skip
 
 
-def test_mutant_is_caught(monkeypatch):
-    monkeypatch.setattr(quant, "e4m3", MUTANTS["e4m3: the scale is the nearest power of two"])
-    assert not scale_rule_holds()
+@pytest.mark.parametrize("name", MUTANTS)
+def test_mutant_is_caught(name, monkeypatch):
+    plant, notices = MUTANTS[name]
+    assert notices(plant(monkeypatch)), f"nobody noticed: {name}"
 
 
 def test_e4m3_values_come_back():

@@ -147,6 +147,7 @@ def test_slopes_between_two_powers_of_two():
         (TEXT_01 | {"attn_type_list": [0]}, 0, ValueError, r"attn_type_list is \[0\]; it must be .*num_hidden_la"),
         (TEXT_01 | {"rotary_dim": "4"}, 1, ValueError, "rotary_dim is '4'; it must be a positive integer"),
         (TEXT_01 | {"rotary_dim": 8}, 1, ValueError, r"partial_rotary_factor is 1.333.*; it must be in \(0, 1\]"),
+        (TEXT_01 | {"head_dim": None, "hidden_size": 3}, 1, ValueError, "head_dim is None; it must be given: hidden_"),
         (TEXT_01 | {"block_size": 0}, 0, ValueError, "block_size is 0; it must be a positive integer"),
         (TEXT_01 | {"sliding_window": 8}, 1, NotImplementedError, "sliding_window is 8: only None has a mechanism"),
         (TEXT_01 | {"hidden_act": "gelu"}, 0, NotImplementedError, "hidden_act is 'gelu': only 'silu' has a mech"),
