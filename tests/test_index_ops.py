@@ -61,7 +61,6 @@ BAD_KEYS = {
     "q's rank": ({"q_index": zeros(1, 8, 16)}, ValueError, "q_index has shape"),
     "key width": ({"k_index": zeros(2, 64, 8)}, ValueError, "k_index has shape"),
     "key rows": ({"k_index": zeros(1, 64, 16)}, ValueError, "k_index has shape"),
-    "key heads": ({"k_index": zeros(2, 64, 8, 16)}, ValueError, "k_index has shape"),
     "integers": ({"q_index": zeros(2, 1, 8, 16, dtype="int32")}, TypeError, "q_index has dtype"),
     "mixed dtypes": ({"k_index": f32(2, 64, 16)}, TypeError, "k_index has dtype"),
     "int8 without a scale": ({"k_index": zeros(2, 64, 16, dtype="int8")}, TypeError, "k_(index has dtype|scale is)"),
@@ -170,13 +169,10 @@ def test_quantised_values_mean_stored_times_scale(op, stored):
 INF = np.inf
 TABLES = {
     "ties": ([1, 3, 3, 2, 3, 2], 4, [1, 2, 4, 3]),
-    "all equal": ([0.5] * 5, 3, [0, 1, 2]),
     "-inf is no pick": ([-INF, 2, -INF, -1], 3, [1, 3, -1]),
     "nothing to pick": ([-INF] * 4, 2, [-1, -1]),
     "+inf comes first": ([2, INF, 9, INF], 3, [1, 3, 2]),
-    "k = S": ([0, -3, 5], 3, [2, 0, 1]),
     "k > S": ([0, -INF, 5], 5, [2, 0, -1, -1, -1]),
-    "one": ([4], 1, [0]),
 }
 
 
