@@ -201,8 +201,16 @@ def _finish(f, where, w, acc, top, mass, sinks, out, lse, l_s, row_s):
 
 
 def _store_lse(f, where, value, lse, row_s):
-    """lse of the 64 rows; TMA drops the rows past the last."""
+    """lse of the 64 rows, of fewer in the last block: a contiguous copy is not clipped at the end of a row on a GPU."""
     row_s[...] = value
     plgpu.commit_smem()
-    plgpu.copy_smem_to_gmem(row_s, lse.at[where.split, where.b, pl.ds(where.row_block * f.rows, f.rows)])
+    whole, tail = divmod(lse.shape[-1], f.rows)
+
+    def store(length):
+        at = where.split, where.b, pl.ds(where.row_block * f.rows, length)
+        plgpu.copy_smem_to_gmem(row_s.at[pl.ds(0, length)], lse.at[at])
+
+    pl.when(where.row_block < whole)(lambda: store(f.rows))
+    if tail:
+        pl.when(where.row_block == whole)(lambda: store(tail))
     plgpu.wait_smem_to_gmem(0)

@@ -107,10 +107,17 @@ def _kernel(P, strides, N, has_sinks, outs, lses, *refs):
     result = (total * jnp.full((width,), share)).astype(out.dtype)
     if V % width == 0:
         out.at[row, columns][...] = result
-    else:  # TMA drops the columns past V
+    else:  # a copy of one contiguous row is not clipped at its end on a GPU, so the last one has its own length
         staged.at[0][...] = result
         plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(staged, out.at[pl.ds(row, 1), columns])
+        whole = V // width
+
+        def store(length):
+            at = pl.ds(row, 1), pl.ds(column * width, length)
+            plgpu.copy_smem_to_gmem(staged.at[:, pl.ds(0, length)], out.at[at])
+
+        pl.when(column < whole)(lambda: store(width))
+        pl.when(column == whole)(lambda: store(V % width))
         plgpu.wait_smem_to_gmem(0)
 
 

@@ -104,7 +104,7 @@ def project_index(params: Params, cfg: Config, x: Float[Array, "B T D"], positio
     q = turn(einsum("btl,lij->btij", mla.query_latent(params, cfg, x), params["wq_index"]))
     k = einsum("btd,dj->btj", x, params["wk_index"])
     k = layer_norm(k, params["k_index_norm"], params["k_index_bias"], eps=LAYER_NORM_EPS)
-    weights = einsum("btd,di->bti", x, params["ww_index"]).astype(accumulation_dtype(x))
+    weights = einsum("btd,di->bti", x.astype(accumulation_dtype(x)), params["ww_index"])
     return q, turn(k[:, :, None])[:, :, 0], weights * (cfg.index_n_heads * cfg.index_head_dim) ** -0.5
 
 
