@@ -19,10 +19,11 @@ from jforge import hf_config
 from jforge.attention import REGISTRY
 from jforge.core.attention import Attention
 from jforge.core.step import X_DTYPES
+from jforge.hf_deepseek_v4 import RELEASED as V4_RELEASED
 
 Params = dict[str, jax.Array]
 
-_ATTENTION = re.compile(r"(?:^|\.)(?:layers\.(?P<a>\d+)\.self_attn|h\.(?P<b>\d+)\.self_attention)\.(?P<name>.+)$")
+_ATTENTION = re.compile(r"(?:^|\.)(?:layers\.(?P<a>\d+)\.(?:self_)?attn|h\.(?P<b>\d+)\.self_attention)\.(?P<name>.+)$")
 _TOWERS = re.compile(r"vision|visual|image|audio|encoder|mtp")  # they have layers.{i}.self_attn too
 _BUFFERS = (  # kept beside the weights by old checkpoints and by transformers' lightning; they follow from the config
     "rotary_emb.inv_freq",
@@ -200,6 +201,21 @@ def _split_latent(weights: _Weights, cfg: Any) -> Params:
     return params | _output(weights, (N, V, D), "o_proj", cfg.attention_bias)
 
 
+def _split_latent_with_index(weights: _Weights, cfg: Any) -> Params:
+    """DSA: MLA's weights and the indexer's; a layer that takes the picks of another has none."""
+    params = _split_latent(weights, cfg)
+    if cfg.index_shared:
+        return params
+    D, L, heads, J = cfg.hidden_size, cfg.q_lora_rank, cfg.index_n_heads, cfg.index_head_dim
+    return params | {
+        "wq_index": _heads_last(weights.take("indexer.wq_b.weight", (heads * J, L)), heads),
+        "wk_index": _jax(weights.take("indexer.wk.weight", (J, D)).T),
+        "ww_index": _jax(weights.take("indexer.weights_proj.weight", (heads, D)).T),
+        "k_index_norm": _jax(weights.take("indexer.k_norm.weight", (J,))),
+        "k_index_bias": _jax(weights.take("indexer.k_norm.bias", (J,))),
+    }
+
+
 def _split_lightning(weights: _Weights, cfg: Any) -> Params:
     """Lightning: qkv_proj holds, head by head, [query | key | value]; one norm over all heads."""
     D, N, H = cfg.hidden_size, cfg.num_attention_heads, cfg.head_dim
@@ -222,11 +238,68 @@ def _split_with_index(weights: _Weights, cfg: Any) -> Params:
     }
 
 
+def _split_v4_window(weights: _Weights, cfg: Any) -> Params:
+    """DeepSeek-V4. o_a holds, group by group, its [O, heads * H]; released files have names of their own."""
+    D, N, H, L = cfg.hidden_size, cfg.num_attention_heads, cfg.head_dim, cfg.q_lora_rank
+    g, O = cfg.o_groups, cfg.o_lora_rank  # noqa: E741
+    take = _v4_take(weights)
+    down = take("o_a_proj.weight", (g * O, N // g * H)).reshape(g, O, N // g, H)
+    return {
+        "wq_a": _jax(take("q_a_proj.weight", (L, D)).T),
+        "q_norm": _jax(take("q_a_norm.weight", (L,))),
+        "wq_b": _heads_last(take("q_b_proj.weight", (N * H, L)), N),
+        "wkv": _jax(take("kv_proj.weight", (H, D)).T),
+        "kv_norm": _jax(take("kv_norm.weight", (H,))),
+        "sinks": _jax(take("sinks", (N,))),
+        "wo_a": _jax(down.transpose(0, 2, 3, 1)),
+        "wo_b": _jax(take("o_b_proj.weight", (D, g * O)).T.reshape(g, O, D)),
+    }
+
+
+def _split_hca(weights: _Weights, cfg: Any) -> Params:
+    return _split_v4_window(weights, cfg) | _compressor(weights, cfg, "compressor.", "c", cfg.head_dim, series=1)
+
+
+def _split_csa(weights: _Weights, cfg: Any) -> Params:
+    """Channels of a compressor: the series for the next entry, then that for the entry of the token's own block."""
+    D, L, heads, J = cfg.hidden_size, cfg.q_lora_rank, cfg.index_n_heads, cfg.index_head_dim
+    take, branch = _v4_take(weights), "compressor.indexer."
+    return (
+        _split_v4_window(weights, cfg)
+        | _compressor(weights, cfg, "compressor.", "c", cfg.head_dim, series=2)
+        | _compressor(weights, cfg, branch, "ic", J, series=2)
+        | {
+            "wq_index": _heads_last(take(f"{branch}q_b_proj.weight", (heads * J, L)), heads),
+            "ww_index": _jax(take(f"{branch}scorer.weights_proj.weight", (heads, D)).T),
+        }
+    )
+
+
+def _compressor(weights: _Weights, cfg: Any, path: str, name: str, width: int, series: int) -> Params:
+    D, X, take = cfg.hidden_size, series * width, _v4_take(weights)
+    return {
+        f"w{name}_kv": _jax(take(f"{path}kv_proj.weight", (X, D)).T),
+        f"w{name}_gate": _jax(take(f"{path}gate_proj.weight", (X, D)).T),
+        f"{name}_bias": _jax(take(f"{path}position_bias", (cfg.compress_rate, X))),
+        f"{name}_norm": _jax(take(f"{path}kv_norm.weight", (width,))),
+    }
+
+
+def _v4_take(weights: _Weights) -> Callable[[str, tuple[int, ...]], np.ndarray]:
+    """weights.take by transformers' names, also where the module has the name that released files give it."""
+    released = not weights.prefix.endswith("self_attn.")
+    return lambda name, shape: weights.take(V4_RELEASED[name] if released else name, shape)
+
+
 _SPLITS: dict[str, Callable[[_Weights, Any], Params]] = {
+    "csa": _split_csa,
+    "dsa": _split_latent_with_index,
     "falcon": _split_fused,
+    "hca": _split_hca,
     "lightning": _split_lightning,
     "mla": _split_latent,
     "msa": _split_with_index,
     "sinks": _split_with_sinks,
+    "v4_window": _split_v4_window,
 }
 """By model_type or by mechanism; _split_projections for all others."""

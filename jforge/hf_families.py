@@ -6,17 +6,20 @@ Source: configuration_*.py and modeling_*.py of transformers 5.23.0.
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
+from jforge import hf_deepseek as latent
+from jforge import hf_deepseek_v4
 from jforge import hf_kinds as kinds
 from jforge.core.config import positive, reject
-from jforge.hf_keys import integer, is_nested, rope_of, section
-from jforge.hf_kinds import BLOCKS, FULL, LINEAR, SLIDING
+from jforge.hf_keys import integer, is_nested, only, rope_of, section
+from jforge.hf_kinds import BLOCKS, FULL, INDEXED, LINEAR, SHARED, SLIDING
 
 _DENSE = {FULL: None}
 _WINDOWS = {FULL: None, SLIDING: "sliding_window"}
 _SINKS = {FULL: "sinks", SLIDING: "sinks"}
 _LATENT = {FULL: "mla"}
+_INDEXED = {INDEXED: "dsa"}
 _LIGHTNING = {FULL: None, LINEAR: "lightning"}
 _BLOCK_SPARSE = {FULL: None, BLOCKS: "msa"}
 _GPT_OSS_ROPE = {
@@ -175,10 +178,10 @@ def _minimax_m2(config: dict, kind: str) -> dict:
 
 def _minimax(config: dict, kind: str) -> dict:
     """MiniMax-01. rms_norm_eps is not lightning's: all code builds that norm with 1e-6 whatever the file says."""
-    _only(config, "sliding_window", None)
+    only(config, "sliding_window", None)
     fields = _base(config, None, kv_heads=8, eps=1e-5)
     if kind == LINEAR:
-        _only(config, "hidden_act", "silu")
+        only(config, "hidden_act", "silu")
         heads = fields["num_attention_heads"]
         if config["model_type"] == "minimax" and heads & (heads - 1):
             raise NotImplementedError(
@@ -203,7 +206,7 @@ def _minimax_rope(config: dict, kind: str, fields: dict) -> dict:
 def _minimax_m3(config: dict, kind: str) -> dict:
     """Keys that the checkpoint has and transformers does not read must say what transformers does."""
     for key, value in _MINIMAX_M3_ALWAYS.items():
-        _only(config, key, value)
+        only(config, key, value)
     fields = _base(config, rope_of(config, kind, theta=5e6, partial=1.0), kv_heads=4, head_dim=128)
     fields |= {"qk_norm": "head", "norm_offset": 1.0}
     return fields if kind == FULL else fields | _index_branch(config, fields["num_key_value_heads"])
@@ -213,18 +216,12 @@ def _index_branch(config: dict, kv_heads: int) -> dict:
     """The checkpoint's section wins over the flat keys of transformers, as there; sparse_init_block only it has."""
     sparse = section(config, "sparse_attention_config")
     for key, value in (("use_sparse_attention", True), ("sparse_score_type", "max")):
-        _only(sparse, key, value)
+        only(sparse, key, value)
     given = {flat: integer(sparse, key, integer(config, flat, default)) for flat, (key, default) in _INDEX_KEYS.items()}
     if given["index_n_heads"] != kv_heads:
         reject("index_n_heads", given["index_n_heads"], f"num_key_value_heads={kv_heads}: one for each")
     del given["index_n_heads"]
     return given | {"index_init_blocks": sparse.get("sparse_init_block")}
-
-
-def _only(config: Mapping, key: str, value: Any) -> None:
-    """Refuse a file that gives `key` another value than the one the mechanism has; a missing key or null is fine."""
-    if config.get(key) not in (None, value):
-        raise NotImplementedError(f"{key} is {config[key]!r}: only {value!r} has a mechanism in this model family")
 
 
 def _falcon(config: dict, kind: str) -> dict:
@@ -238,54 +235,19 @@ def _falcon(config: dict, kind: str) -> dict:
     return _base(own, rope_of(config, kind)) | _bias(own)
 
 
-def _mla(config: dict, rope: dict | None, *, q_lora_rank: int | None = 1536) -> dict:
-    """Latent attention. rms_norm_eps is left out: transformers builds the latent norms with 1e-6 whatever it says."""
-    heads = integer(config, "num_attention_heads")
-    kv_heads = integer(config, "num_key_value_heads", heads)
-    if kv_heads != heads:
-        reject("num_key_value_heads", kv_heads, f"num_attention_heads={heads}, since all heads share one latent")
-    return {
-        "hidden_size": integer(config, "hidden_size"),
-        "num_attention_heads": heads,
-        "q_lora_rank": integer({"q_lora_rank": q_lora_rank} | config, "q_lora_rank", None),
-        "kv_lora_rank": integer(config, "kv_lora_rank", 512),
-        "qk_nope_head_dim": integer(config, "qk_nope_head_dim", 128),
-        "qk_rope_head_dim": integer(config, "qk_rope_head_dim", 64),
-        "v_head_dim": integer(config, "v_head_dim", 128),
-        "attention_bias": bool(config.get("attention_bias")),
-        "rope_parameters": rope,
-    }
-
-
-def _deepseek_v2(config: dict, kind: str) -> dict:
-    return _mla(config, rope_of(config, kind))
-
-
-def _deepseek_v3(config: dict, kind: str) -> dict:
-    """Kimi-K2 is the same under another name. A checkpoint may have its rope rows sorted into halves."""
-    layout = "interleaved" if config.get("rope_interleave", True) else "half"
-    return _mla(config, rope_of(config, kind)) | {"rope_layout": layout}
-
-
-def _kimi_linear(config: dict, kind: str) -> dict:
-    """NoPE: the rope slice exists and is not rotated, whatever rope_theta says."""
-    if not config.get("mla_use_nope", True):
-        raise NotImplementedError("mla_use_nope is false, but the kimi_linear of transformers never rotates")
-    if config.get("mla_use_output_gate"):
-        raise NotImplementedError("mla_use_output_gate is true: a gate on the output of MLA is in no Config")
-    return _mla(config, None, q_lora_rank=None)
-
-
 FAMILIES: dict[str, Family] = {
-    "deepseek_v2": Family(_deepseek_v2, kinds.deepseek, _LATENT),
-    "deepseek_v3": Family(_deepseek_v3, kinds.deepseek, _LATENT),
+    "deepseek_v2": Family(latent.deepseek_v2, kinds.deepseek, _LATENT),
+    "deepseek_v3": Family(latent.deepseek_v3, kinds.deepseek, _LATENT | _INDEXED),
+    "deepseek_v32": Family(latent.deepseek_v32, kinds.all_indexed, _INDEXED),
+    "deepseek_v4": Family(hf_deepseek_v4.fields, hf_deepseek_v4.kind, hf_deepseek_v4.MECHANISMS),
     "falcon": Family(_falcon, kinds.all_full),
     "gemma2": Family(_gemma2, kinds.every(2, SLIDING), _WINDOWS),
     "gemma3": Family(_gemma3, kinds.every(6, SLIDING, "sliding_window_pattern"), _WINDOWS),
     "gemma3_text": Family(_gemma3, kinds.every(6, SLIDING, "sliding_window_pattern"), _WINDOWS),
+    "glm_moe_dsa": Family(latent.glm_moe_dsa, kinds.glm_moe_dsa, _INDEXED | {SHARED: "dsa"}),
     "gpt_oss": Family(_gpt_oss, kinds.every(2, SLIDING), _SINKS),
-    "kimi_k2": Family(_deepseek_v3, kinds.deepseek, _LATENT),
-    "kimi_linear": Family(_kimi_linear, kinds.kimi_linear, _LATENT),
+    "kimi_k2": Family(latent.deepseek_v3, kinds.deepseek, _LATENT),
+    "kimi_linear": Family(latent.kimi_linear, kinds.kimi_linear, _LATENT),
     "llama": Family(_llama, kinds.all_full),
     "minimax": Family(_minimax, kinds.minimax, _LIGHTNING),
     "minimax_m1": Family(_minimax, kinds.minimax, _LIGHTNING),

@@ -11,6 +11,7 @@ from jforge.hf_keys import integer, need, section
 
 FULL, SLIDING, LINEAR, INDEXED = "full_attention", "sliding_attention", "linear_attention", "indexed_attention"
 BLOCKS = "minimax_m3_sparse"  # MSA
+SHARED = "shared_indexed_attention"  # transformers has no name for it: a layer whose indexer_types entry is "shared"
 _LEGACY_KINDS = {"attention": FULL, "mamba": LINEAR}  # as transformers renames them
 
 
@@ -97,6 +98,31 @@ def minimax_m3(config: dict, index: int) -> str:
 def deepseek(config: dict, index: int) -> str:
     """An indexer makes it DSA (DeepSeek-V3.2), also where a file keeps the model_type of V3."""
     return INDEXED if config.get("index_topk") is not None else all_full(config, index)
+
+
+def all_indexed(config: dict, index: int) -> str:
+    return listed(config, index) or INDEXED
+
+
+def glm_moe_dsa(config: dict, index: int) -> str:
+    """Which layers have an indexer is said by a list (GLM-5.2), by a string of letters, or as one in so many."""
+    kind = all_indexed(config, index)
+    return SHARED if kind == INDEXED and _indexer_types(config)[index] == "shared" else kind
+
+
+def _indexer_types(config: dict) -> list[str]:
+    """The first of the keys that is there counts. index_skip_topk_offset layers come before the first shared one."""
+    count = config["num_hidden_layers"]
+    for key in ("indexer_types", "index_topk_pattern"):
+        if (given := config.get(key)) is None:
+            continue
+        types = [{"F": "full", "S": "shared"}.get(x) for x in given] if isinstance(given, str) else given
+        fits = isinstance(types, (list, tuple)) and len(types) == count and all(x in ("full", "shared") for x in types)
+        if not fits or types[0] != "full":
+            reject(key, given, f"num_hidden_layers={count} times 'full' or 'shared' (F, S in a string), 'full' first")
+        return list(types)
+    period, offset = integer(config, "index_topk_freq", 1), integer(config, "index_skip_topk_offset", 2)
+    return ["shared" if max(i - offset + 1, 0) % period else "full" for i in range(count)]
 
 
 def kimi_linear(config: dict, index: int) -> str:

@@ -96,7 +96,10 @@ def check(att: Attention, cfg=None, *, laws: Sequence[str] = tuple(TITLES), seed
 
 
 class Bench:
-    """The inputs that the laws share, and jitted functions, so that each shape is compiled once."""
+    """The inputs that the laws share, and jitted functions, so that each shape is compiled once.
+
+    Tokens and outputs are sliced and joined in NumPy, where that compiles nothing.
+    """
 
     def __init__(self, att: Attention, cfg, seed: int):
         self.att, self.cfg, self.seed = att, cfg, seed
@@ -111,16 +114,24 @@ class Bench:
         self.ragged = jax.jit(lambda params, x, cache, lengths: att.prefill(params, cfg, x, cache, lengths=lengths))
         self.decode = jax.jit(lambda params, x, cache: att.decode(params, cfg, x, cache))
         self.select = jax.jit(lambda params, x, cache: att.select(params, cfg, x, cache))
+        self.tokens_of = jax.jit(lambda selection: att.tokens_of(cfg, selection, self.T))
 
-    def params(self, dtype=jnp.float64):
-        return self.att.init_params(jax.random.key(self.seed), self.cfg, dtype)
+        self.poison = jax.jit(lambda cache: self.spec.poison(cfg, cache))
+        self._params: dict = {}
 
-    def x(self, batch: int = 2, dtype=jnp.float64):
-        return jax.random.normal(jax.random.key(self.seed + 1), (batch, self.T, self.cfg.hidden_size), dtype)
+    def params(self, dtype=np.float64):
+        if dtype not in self._params:
+            draw = jax.jit(lambda key: self.att.init_params(key, self.cfg, dtype))
+            self._params[dtype] = draw(jax.random.key(self.seed))
+        return self._params[dtype]
 
-    def empty(self, batch: int = 2, dtype=jnp.float64, poison: bool = False):
+    def x(self, batch: int = 2, dtype=np.float64) -> np.ndarray:
+        rng = np.random.default_rng(self.seed + 1)
+        return rng.standard_normal((batch, self.T, self.cfg.hidden_size)).astype(dtype)
+
+    def empty(self, batch: int = 2, dtype=np.float64, poison: bool = False):
         cache = self.att.init_cache(self.cfg, batch, self.capacity, dtype)
-        return self.spec.poison(self.cfg, cache) if poison else cache
+        return self.poison(cache) if poison else cache
 
     @cached_property
     def truth(self):
@@ -138,20 +149,20 @@ class Bench:
         return self.fold(self.x(), self.empty())
 
     def fold(self, x, cache, poison: bool = False):
-        params, ys = self.params(x.dtype), []
+        params, ys = self.params(x.dtype.type), []
         for t in range(x.shape[1]):
             y, cache = self.decode(params, x[:, t : t + 1], cache)
-            cache = self.spec.poison(self.cfg, cache) if poison else cache
+            cache = self.poison(cache) if poison else cache
             ys.append(y)
-        return jnp.concatenate(ys, axis=1), cache
+        return np.concatenate(ys, axis=1), cache
 
     def chunks(self, sizes: tuple[int, ...], poison: bool = False):
         cache, ys, x = self.empty(poison=poison), [], self.x()
         for start, size in zip(np.cumsum((0, *sizes)), sizes, strict=False):
             y, cache = self.prefill(self.params(), x[:, start : start + size], cache)
-            cache = self.spec.poison(self.cfg, cache) if poison else cache
+            cache = self.poison(cache) if poison else cache
             ys.append(y)
-        return jnp.concatenate(ys, axis=1), cache
+        return np.concatenate(ys, axis=1), cache
 
     @cached_property
     def splits(self) -> tuple[tuple[int, ...], ...]:
@@ -165,10 +176,10 @@ def _l1(b: Bench):
 
 def _l2(b: Bench):
     wide = compare.relative(b.folded[0], b.truth)
-    x = b.x(dtype=jnp.float32)
-    got, _ = b.fold(x, b.empty(dtype=jnp.float32))
-    narrow = compare.relative(got, b.forward(b.params(jnp.float32), x))
-    if got.dtype != jnp.float32 or narrow > compare.OUT["float32"]:
+    x = b.x(dtype=np.float32)
+    got, _ = b.fold(x, b.empty(dtype=np.float32))
+    narrow = compare.relative(got, b.forward(b.params(np.float32), x))
+    if got.dtype != np.float32 or narrow > compare.OUT["float32"]:
         return math.inf, f"float32: error {narrow:.1e}, dtype {got.dtype}"
     return wide, ""
 
@@ -197,19 +208,19 @@ def _l5(b: Bench):
 def _l6(b: Bench):
     """Rows of many lengths, NaN at the pads, then one more token: as if each row had been alone."""
     lengths = sorted({n for n in (0, 1, b.span - 1, b.span, b.span + 1, 2 * b.span, b.T - 1) if 0 <= n < b.T})
-    n, x = jnp.array(lengths, jnp.int32), b.x(len(lengths))
-    truth = b.forward(b.params(), x)
-    real = (jnp.arange(b.T) < n[:, None])[..., None]
-    y, cache = b.ragged(b.params(), jnp.where(real, x, jnp.nan), b.empty(len(lengths), poison=True), n)
-    next_x = jnp.take_along_axis(x, n[:, None, None], axis=1)
+    n, x = np.array(lengths, np.int32), b.x(len(lengths))
+    truth = np.asarray(b.forward(b.params(), x))
+    real = (np.arange(b.T) < n[:, None])[..., None]
+    y, cache = b.ragged(b.params(), np.where(real, x, np.nan), b.empty(len(lengths), poison=True), n)
+    next_x = np.take_along_axis(x, n[:, None, None], axis=1)
     next_y, after = b.decode(b.params(), next_x, cache)
     row = len(lengths) - 1
     _, alone = b.prefill(b.params(), x[row:, : lengths[row]], b.empty(1))
     errors = {
-        "prefill": compare.relative(y, jnp.where(real, truth, 0)),
-        "the next token": compare.relative(next_y, jnp.take_along_axis(truth, n[:, None, None], axis=1)),
-        "the cache": compare.caches(b.spec, b.cfg, jax.tree.map(lambda a: a[row:], cache), alone),
-        "length": float(jnp.abs(after.length - n - 1).max()),
+        "prefill": compare.relative(y, np.where(real, truth, 0)),
+        "the next token": compare.relative(next_y, np.take_along_axis(truth, n[:, None, None], axis=1)),
+        "the cache": compare.caches(b.spec, b.cfg, jax.tree.map(lambda a: np.asarray(a)[row:], cache), alone),
+        "length": float(np.abs(np.asarray(after.length) - n - 1).max()),
     }
     worst = max(errors, key=errors.get)
     return errors[worst], worst
@@ -218,16 +229,17 @@ def _l6(b: Bench):
 def _l7(b: Bench):
     """Count the (t, s) where dy_t/dx_s is non-zero and visible says no, or the reverse."""
     params, x = b.params(), b.x(1)
-    probe = jax.random.normal(jax.random.key(7), x.shape[2:], x.dtype)
+    probe = np.random.default_rng(7).standard_normal(x.shape[2:])
     jacobian = jax.jit(jax.jacrev(lambda x: b.att.forward(params, b.cfg, x)[0] @ probe))(x)
-    support = (jacobian[:, 0] != 0).any(axis=-1)
-    order = jnp.arange(b.T)
-    seen = jnp.broadcast_to(b.att.visible(b.cfg, order[:, None], order), support.shape)
+    support = (np.asarray(jacobian)[:, 0] != 0).any(axis=-1)
+    order = np.arange(b.T)
+    seen = jax.jit(lambda t: b.att.visible(b.cfg, t[:, None], t))(order)
+    seen = np.broadcast_to(seen, support.shape)
     picks = [_picks(b, params, x, t) for t in range(b.T)]
     if picks[0] is None:
         return float((support != seen).sum()), "pairs differ"
-    always = b.att.tokens_of(b.cfg, None, b.T)[0]
-    read = (jnp.stack(picks) | always | (order[:, None] == order)) & seen  # a query is made of its own token
+    always = np.asarray(b.att.tokens_of(b.cfg, None, b.T)[0])
+    read = (np.stack(picks) | always | (order[:, None] == order)) & seen  # a query is made of its own token
     hidden, unread, unused = support & ~seen, support & ~read, read & ~support
     counts = f"{hidden.sum()} pairs not visible, {unread.sum()} not read, {unused.sum()} reads unused"
     return float((hidden | unread | unused).sum()), counts
@@ -237,9 +249,9 @@ def _picks(b: Bench, params, x, t: int):
     """bool[T]: the tokens that decode would pick for token t; None where nothing is chosen."""
     cache = b.empty(1)
     if t:
-        _, cache = b.ragged(params, x, cache, jnp.array([t], jnp.int32))
+        _, cache = b.ragged(params, x, cache, np.array([t], np.int32))
     selection = b.select(params, x[:, t : t + 1], cache)
-    return None if selection is None else b.att.tokens_of(b.cfg, selection, b.T)[0, 0]
+    return None if selection is None else b.tokens_of(selection)[0, 0]
 
 
 def _l8(b: Bench):
@@ -286,24 +298,25 @@ def _l9(b: Bench):
 
 
 def _l10(b: Bench):
-    swapped = compare.relative(b.forward(b.params(), b.x()[::-1])[::-1], b.truth)
-    order = jnp.broadcast_to(jnp.arange(b.T), b.x().shape[:2])
-    shifted = compare.relative(b.att.forward(b.params(), b.cfg, b.x(), positions=order + 37), b.truth)
+    swapped = compare.relative(np.asarray(b.forward(b.params(), b.x()[::-1]))[::-1], b.truth)
+    order = np.broadcast_to(np.arange(b.T), b.x().shape[:2])
+    at = jax.jit(lambda params, x, positions: b.att.forward(params, b.cfg, x, positions=positions))
+    shifted = compare.relative(at(b.params(), b.x(), order + 37), b.truth)
     return max(swapped, shifted), "batch order" if swapped > shifted else "positions + 37"
 
 
 def _l11(b: Bench):
     """Gradients of forward and of a ragged prefill whose pads and unused slots are NaN; those of the pads are 0."""
-    n = jnp.array([b.T, b.T - 4], jnp.int32)
-    pads = (jnp.arange(b.T) >= n[:, None])[..., None]
-    x = jnp.where(pads, jnp.nan, b.x())
+    n = np.array([b.T, b.T - 4], np.int32)
+    pads = (np.arange(b.T) >= n[:, None])[..., None]
+    x = np.where(pads, np.nan, b.x())
     plain = jax.jit(jax.grad(lambda p, x: (b.att.forward(p, b.cfg, x) ** 2).sum(), argnums=(0, 1)))
     ragged = jax.jit(jax.grad(lambda p, x, c: (b.att.prefill(p, b.cfg, x, c, lengths=n)[0] ** 2).sum(), argnums=(0, 1)))
     of_forward = plain(b.params(), b.x())
     of_prefill = ragged(b.params(), x, b.empty(poison=True))
     if not compare.finite(of_forward) or not compare.finite(of_prefill):
         return math.inf, "NaN or Inf in a gradient"
-    return float(jnp.abs(jnp.where(pads, of_prefill[1], 0)).max()), "gradient to pads"
+    return float(np.abs(np.where(pads, of_prefill[1], 0)).max()), "gradient to pads"
 
 
 LAWS: dict[str, Callable[[Bench], tuple[float, str]]] = {

@@ -12,6 +12,13 @@ jax.config.update("jax_disable_most_optimizations", True)  # most of the suite's
 jaxtyping.install_import_hook(["jforge"], "typecheck.check")
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _forget_compiled_programs():
+    """Each keeps some memory mappings, and Linux ends a process that needs more than 65,530 of them."""
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture(autouse=True)
 def _quiet_terminal(monkeypatch):
     """Tables keep one width and no colour whatever the terminal."""

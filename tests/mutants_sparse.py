@@ -154,7 +154,7 @@ def _first_head_chooses(cfg, q, k_cmp, lse, seen):
 
 right_write, right_project, right_options = ring.write, streaming.project, dense.options
 right_slots, right_moba_choose, right_moba_append = op_module.listed_slots, moba.choose, moba._append
-right_nsa_choose, right_weights = nsa.choose, nsa._entry_weights
+right_nsa_choose, right_weights = nsa.choose, nsa.entry_weights
 
 MUTANTS = {
     "a sliding window of W + 1": (
@@ -190,7 +190,7 @@ MUTANTS = {
     "NSA: overlaps are counted a block back": (
         patch(NSA, nsa, "choose", _overlap_a_block_back), torch_forward("nsa", ENTRIES)),
     "NSA: one head chooses for its group": (
-        patch(NSA, nsa, "_entry_weights", _first_head_chooses), torch_forward("nsa", ENTRIES)),
+        patch(NSA, nsa, "entry_weights", _first_head_chooses), torch_forward("nsa", ENTRIES)),
 }  # fmt: skip
 
 TWINS = (("sliding_window", RING), ("streaming", KEPT), ("sinks", SUNK), ("moba", PICKED), ("nsa", ENTRIES))

@@ -236,6 +236,44 @@ def test_indices_go_with_index_shared():
                 step({}, cfg, x, cache, indices=given)
 
 
+def test_given_indices_must_fit_x(untyped):
+    shared, x = replace(SMALL, index_shared=True), jnp.zeros((2, 1, SMALL.hidden_size))
+    for bad, error in ((jnp.zeros((2, 3), jnp.int32), ValueError), (jnp.zeros((2, 2, 3), jnp.int32), ValueError),
+                       (jnp.zeros((3, 1, 3), jnp.int32), ValueError), (jnp.zeros((2, 1, 3)), TypeError)):  # fmt: skip
+        cache = DSA.init_cache(shared, 2, 4, jnp.float32)
+        for step, given in ((DSA.forward, (x,)), (DSA.prefill, (x, cache)), (DSA.decode, (x, cache))):
+            with pytest.raises(error, match="^indices has "):
+                step({}, shared, *given, indices=bad)
+
+
+def test_index_of_a_ragged_chunk():
+    """Rows of their own length: the picks of each are those of the row alone, and pads pick nothing."""
+    given = weights(DSA, SMALL, "float32"), tokens(SMALL, 2, 5, "float32"), tokens(SMALL, 2, 4, "float32")
+    params, x, new = jax.tree.map(jnp.asarray, given)
+    _, cache = compiled(DSA, SMALL)[1](params, x, DSA.init_cache(SMALL, 2, 12, jnp.float32), np.array([5, 2], np.int32))
+    got = dsa.index(params, SMALL, new, cache, np.array([2, 4], np.int32))
+    for row, n in enumerate((2, 4)):
+        alone = jax.tree.map(lambda leaf, row=row: leaf[row : row + 1], cache)
+        want = dsa.index(params, SMALL, new[row : row + 1, :n], alone)
+        np.testing.assert_array_equal(got[row, :n], want[0])
+        assert (got[row, n:] == -1).all() and (got[row, :n] >= 0).any()
+
+
+def test_a_shared_layer_has_no_picks_of_its_own():
+    shared = replace(SMALL, index_shared=True)
+    cache = DSA.init_cache(shared, 2, 4, jnp.float32)
+    for ask in (dsa.index, DSA.select):
+        with pytest.raises(ValueError, match="^index_shared is True; "):
+            ask({}, shared, jnp.zeros((2, 1, SMALL.hidden_size)), cache)
+
+
+def test_another_mechanisms_cache_is_refused(untyped):
+    """It would lose its index keys, though every leaf of MLA's cache is there."""
+    cache = DSA.init_cache(SMALL, 1, 4, jnp.float32)
+    with pytest.raises(TypeError, match="^cache is a DSACache; it must be a LatentCache"):
+        MLA.decode({}, as_mla(SMALL)[1], jnp.zeros((1, 1, SMALL.hidden_size)), cache)
+
+
 # --- mutants
 
 score_module = importlib.import_module("jforge.ops.index_scores")

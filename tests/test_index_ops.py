@@ -85,6 +85,7 @@ BAD = {
         "decay's rows": ({"decay": f32(3, 3)}, ValueError, "decay has shape"),
         "decay's channels": ({"decay": f32(2, 3, 8)}, ValueError, "decay has shape"),
         "decay's dtype": ({"decay": zeros(3)}, TypeError, "decay has dtype"),
+        "decay as a number": ({"decay": 0.5}, TypeError, "decay is "),
         "beta's shape": ({"beta": f32(3)}, ValueError, "beta has shape"),
         "beta's dtype": ({"beta": zeros(2, 3)}, TypeError, "beta has dtype"),
     },
@@ -164,6 +165,15 @@ def test_quantised_values_mean_stored_times_scale(op, stored):
         np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("package", REFERENCES)
+def test_the_state_keeps_its_dtype(package):
+    """float64 factors and a float32 state."""
+    arrays = GOOD["decode_linear"] | {"decay": np.full(3, 0.5)}
+    with jax.enable_x64(True):
+        out, state = call(package, "decode_linear", *arrays.values(), beta=np.full((2, 3), 0.5))
+    assert str(state.dtype).endswith("float32") and str(out.dtype).endswith("float16")
+
+
 # --- topk_indices
 
 INF = np.inf
@@ -172,6 +182,7 @@ TABLES = {
     "-inf is no pick": ([-INF, 2, -INF, -1], 3, [1, 3, -1]),
     "nothing to pick": ([-INF] * 4, 2, [-1, -1]),
     "+inf comes first": ([2, INF, 9, INF], 3, [1, 3, 2]),
+    "-0.0 and 0.0 are one score": ([-0.0, 0.0, -0.0, -1], 3, [0, 1, 2]),
     "k > S": ([0, -INF, 5], 5, [2, 0, -1, -1, -1]),
 }
 

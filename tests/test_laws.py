@@ -1,5 +1,8 @@
 """The laws on every mechanism and example; torch_ref as the judge from outside; a toy that only registers itself."""
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
 import jforge
@@ -26,6 +29,20 @@ def test_torch_ref_agrees(name, i):
     att = jforge.get(name)
     errors = against_torch(att, torch_ref.get(name), att.examples[i])
     assert max(errors.values()) <= compare.OUT["float32"], errors
+
+
+@pytest.mark.parametrize("name", REGISTRY)
+def test_a_prefill_of_no_tokens_changes_nothing(name):
+    att = jforge.get(name)
+    cfg = att.examples[0]
+    params, rng = att.init_params(jax.random.key(0), cfg), np.random.default_rng(0)
+    x = jnp.asarray(rng.standard_normal((2, 3, cfg.hidden_size)), jnp.float32)
+    _, before = att.prefill(params, cfg, x, att.init_cache(cfg, 2, 5, jnp.float32))
+    y, after = att.prefill(params, cfg, x[:, :0], before)
+    assert y.shape == (2, 0, cfg.hidden_size)
+    for leaf, same in zip(jax.tree.leaves(after), jax.tree.leaves(before), strict=True):
+        np.testing.assert_array_equal(leaf, same)
+    assert att.forward(params, cfg, x[:, :0]).shape == (2, 0, cfg.hidden_size)
 
 
 def test_an_exception_fails_the_row_and_is_shown():

@@ -1,5 +1,6 @@
 """MLA beyond the laws: the two forms, the size of what absorbed decode makes, published bytes and scales, mutants."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import jax
@@ -82,10 +83,6 @@ def test_config_names_the_bad_field(field, value, untyped):
         ATT.Config(**{**fields, field: value})
 
 
-def _judged_by_torch(cfg=LORA) -> float:
-    return max(against_torch(ATT, torch_ref.get("mla"), cfg).values())
-
-
 right_project = mla.project
 
 
@@ -106,32 +103,50 @@ def _query_order_swapped(params, cfg, x, positions):
     return right_project(swapped, cfg, x, positions)
 
 
-@pytest.mark.parametrize("mutant", [_latent_not_normed, _rope_slice_normed, _query_order_swapped])
-def test_torch_ref_catches(mutant, monkeypatch, untyped):
-    assert _judged_by_torch() <= compare.OUT["float32"]
-    monkeypatch.setattr(mla, "project", mutant)
-    assert _judged_by_torch() > compare.OUT["float32"]
-
-
-def test_torch_ref_catches_mscale_applied_once(monkeypatch, untyped):
-    """torch_ref has its own rule for scaling=None; a Config that applies m once disagrees with it."""
+def _mscale_error(power: float) -> float:
+    """Against torch_ref, which has its own rule for scaling=None; m to the power 2 is right."""
     plain = (LORA.qk_nope_head_dim + LORA.qk_rope_head_dim) ** -0.5
     fields = {f: getattr(LORA, f) for f in LORA.__dataclass_fields__}
-    once = ATT.Config(**{**fields, "scaling": (LORA.scaling * plain) ** 0.5})
+    scaled = ATT.Config(**{**fields, "scaling": plain * (LORA.scaling / plain) ** (power / 2)})
     theirs = SimpleNamespace(**{**fields, "scaling": None})
     params = ATT.init_params(jax.random.key(0), LORA)
     x = np.asarray(jax.random.normal(jax.random.key(1), (1, 5, LORA.hidden_size)))
     weights = {k: to_torch(np.asarray(v)) for k, v in params.items()}
     want = torch_ref.get("mla").forward(weights, theirs, to_torch(x)).numpy()
-    assert compare.relative(ATT.forward(params, LORA, x), want) <= compare.OUT["float32"]
-    assert compare.relative(ATT.forward(params, once, x), want) > compare.OUT["float32"]
+    return compare.relative(ATT.forward(params, scaled, x), want)
 
 
-def test_laws_catch_keys_and_values_counted_apart():
-    def cost(cfg, **sizes):
-        right = ATT.cost(cfg, **sizes)
-        fields = {f: getattr(right, f) for f in right.__dataclass_fields__}
-        return type(right)(**{**fields, "read": {**right.read, "latent": 2 * right.read["latent"]}})
+def _counted_apart(cfg, **sizes):
+    right = mla.cost(cfg, **sizes)
+    return replace(right, read={**right.read, "latent": 2 * right.read["latent"]})
 
+
+def _project(mutant):
+    return lambda monkeypatch: monkeypatch.setattr(mla, "project", mutant)
+
+
+def _in_torch(_) -> bool:
+    return max(against_torch(ATT, torch_ref.get("mla"), LORA).values()) > compare.OUT["float32"]
+
+
+MUTANTS = {
+    "MLA: the latent is stored without its norm": (_project(_latent_not_normed), _in_torch),
+    "MLA: the rotary key is normed": (_project(_rope_slice_normed), _in_torch),
+    "MLA: a query is rope, then nope": (_project(_query_order_swapped), _in_torch),
+    "MLA: mscale enters the softmax scale once": (
+        lambda monkeypatch: None, lambda _: _mscale_error(1) > compare.OUT["float32"]),
+    "MLA: keys and values are counted apart": (
+        lambda monkeypatch: ATT._replace(cost=_counted_apart),
+        lambda att: not jforge.check(att, LORA, laws=("L8",)).ok),
+}  # fmt: skip
+
+
+def test_the_judges_pass_the_unchanged_code(untyped):
+    assert not _in_torch(ATT) and _mscale_error(2) <= compare.OUT["float32"]
     assert jforge.check(ATT, LORA, laws=("L8",)).ok
-    assert not jforge.check(ATT._replace(cost=cost), LORA, laws=("L8",)).ok
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_mutant_is_caught(name, monkeypatch, untyped):
+    plant, notices = MUTANTS[name]
+    assert notices(plant(monkeypatch)), f"nobody noticed: {name}"

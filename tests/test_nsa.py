@@ -106,7 +106,7 @@ def test_entry_weights_are_probabilities_of_seen_entries():
     def weigh(q, k):
         seen = nsa._seen(cfg, jnp.arange(9)[None], 5)
         lse = attend(q, k, k, seen, scale=cfg.scaling)[1]
-        return nsa._entry_weights(cfg, q, k, lse, seen), seen
+        return nsa.entry_weights(cfg, q, k, lse, seen), seen
 
     got, seen = jax.jit(weigh)(q, k)
     np.testing.assert_allclose(got.sum(axis=-1)[0], [[3.0 * (t >= 3)] * 2 for t in range(9)], rtol=1e-5)

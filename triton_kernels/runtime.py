@@ -64,7 +64,8 @@ def check_last_dim(op, **tensors):
     Kernels read rows of the last dimension with 16-byte copies and have no stride for it.
     """
     for name, tensor in tensors.items():
-        if tensor is not None and tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
+        # An empty tensor that NumPy made has strides of 0.
+        if tensor is not None and tensor.numel() and tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
             raise ValueError(
                 f"{op}: the last dimension of {name} must be contiguous, its stride is {tensor.stride(-1)}"
             )

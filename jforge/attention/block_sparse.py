@@ -60,8 +60,9 @@ def pattern(cfg: Config, count: int) -> np.ndarray:
     """int32 [heads or 1, count, L]: the blocks that each of `count` query blocks sees, ascending, -1 at the end."""
     heads = 1 if cfg.homo_head_pattern else cfg.num_attention_heads
     rows = [[_blocks_of(cfg, n, i) for i in range(count)] for n in range(heads)]
-    width = max(len(row) for head in rows for row in head)
-    return np.array([[row + [-1] * (width - len(row)) for row in head] for head in rows], np.int32)
+    width = max((len(row) for head in rows for row in head), default=0)
+    padded = [[row + [-1] * (width - len(row)) for row in head] for head in rows]
+    return np.array(padded, np.int32).reshape(heads, count, width)
 
 
 def _blocks_of(cfg: Config, n: int, i: int) -> list[int]:

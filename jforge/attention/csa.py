@@ -210,7 +210,7 @@ def cost(
         cfg,
         compressors(cfg),
         read={"c_kv": picks, "k_index": entries},
-        flops=2 * (attended + cfg.index_n_heads * cfg.index_head_dim * entries),
+        flops=2 * (attended + cfg.index_n_heads * (cfg.index_head_dim + 1) * entries),
         context=context,
         batch=batch,
         capacity=capacity,

@@ -121,7 +121,7 @@ def _stored(cfg: Config, q, k, weights, dtype) -> tuple[Array, Array, dict[str, 
 
 def choose(cfg: Config, scores: Float[Array, "B T S"], ops=jax_ops) -> Int[Array, "B T L"]:
     """The tokens of the highest scores; -1 where a query sees fewer."""
-    return ops.topk_indices(scores, min(cfg.index_topk, scores.shape[-1]))
+    return ops.topk_indices(scores, min(cfg.index_topk, max(1, scores.shape[-1])))
 
 
 def visible(cfg: Config, q_pos: Array, k_pos: Array) -> Array:
@@ -133,11 +133,17 @@ def _picked(indices: Int[Array, "B T L"], seen: Bool[Array, "B T S"]) -> Bool[Ar
     return blocks.tokens(indices[:, :, None], 1, seen.shape[-1])[:, :, 0] & seen
 
 
-def _check_indices(cfg: Config, indices) -> None:
-    if cfg.index_shared and indices is None:
+def _check_indices(cfg: Config, indices, x: Array) -> None:
+    if not cfg.index_shared:
+        if indices is not None:
+            raise ValueError("indices is given; only a layer with index_shared takes the picks of another")
+        return
+    if indices is None:
         raise ValueError("indices is None; a layer with index_shared needs the picks of another layer, int32 B T L")
-    if not cfg.index_shared and indices is not None:
-        raise ValueError("indices is given; only a layer with index_shared takes the picks of another")
+    if indices.ndim != 3 or indices.shape[:2] != x.shape[:2]:
+        raise ValueError(f"indices has shape {tuple(indices.shape)}; it must be B T L with B T = {x.shape[:2]}, as x")
+    if indices.dtype != jnp.int32:
+        raise TypeError(f"indices has dtype {indices.dtype}; it must be int32")
 
 
 def forward(
@@ -148,7 +154,7 @@ def forward(
     indices: int32 B T L, for a layer with index_shared alone.
     """
     check_input(x, cfg.hidden_size)
-    _check_indices(cfg, indices)
+    _check_indices(cfg, indices, x)
     order = jnp.broadcast_to(jnp.arange(x.shape[1], dtype=jnp.int32), x.shape[:2])
     positions = order if positions is None else positions
     seen = masks.causal(order[..., None], order[:, None])
@@ -178,9 +184,9 @@ def _append(params: Params, cfg: Config, step: Step, cache):
 def prefill(params: Params, cfg: Config, x: Float[Array, "B T D"], cache, lengths=None, indices=None):
     """Append T tokens (row b its first lengths[b]); each attends, in the naive form, to its picks of what is stored."""
     cache_spec(cfg).check(cache)
-    _check_indices(cfg, indices)
     S, dtype = cache.latent.shape[1], cache.latent.dtype
     step = begin(x, cache.length, lengths, cfg.hidden_size, S)
+    _check_indices(cfg, indices, x)
     q_nope, q_rope, q_index, weights, cache = _append(params, cfg, step, cache)
     seen = masks.causal(step.positions[..., None], jnp.arange(S)) & step.keep[..., None]
     if indices is None:
@@ -193,8 +199,8 @@ def prefill(params: Params, cfg: Config, x: Float[Array, "B T D"], cache, length
 def decode(params: Params, cfg: Config, x: Float[Array, "B 1 D"], cache, ops=jax_ops, indices=None):
     """One token a row: a scan of the index keys, a top-k, and the absorbed form over a gather of the picks."""
     cache_spec(cfg).check(cache)
-    _check_indices(cfg, indices)
     step = begin(one_token(x), cache.length, None, cfg.hidden_size, cache.latent.shape[1])
+    _check_indices(cfg, indices, x)
     q_nope, q_rope, q_index, weights, cache = _append(params, cfg, step, cache)
     if indices is None:
         indices = _select(cfg, q_index, weights, cache, ops)
@@ -218,11 +224,18 @@ def _select(cfg: Config, q_index, weights, cache, ops) -> Int[Array, "B T L"]:
     return choose(cfg, ops.index_scores(q_index, cache.k_index, weights, cache.length, k_scale=scale), ops)
 
 
-def index(params: Params, cfg: Config, x: Float[Array, "B T D"], cache) -> Int[Array, "B T L"]:
-    """The picks of the T new tokens x of every row, which a layer with index_shared can be given."""
-    step = begin(x, cache.length, None, cfg.hidden_size, cache.latent.shape[1])
+def index(params: Params, cfg: Config, x: Float[Array, "B T D"], cache, lengths=None) -> Int[Array, "B T L"]:
+    """The picks of the new tokens x (row b its first lengths[b]) given the cache before them, for layers that share
+    them; -1 at pads.
+    """
+    cache_spec(cfg).check(cache)
+    if cfg.index_shared:
+        raise ValueError("index_shared is True; such a layer has no indexer, ask the layer whose picks it takes")
+    S = cache.latent.shape[1]
+    step = begin(x, cache.length, lengths, cfg.hidden_size, S)
     *_, q_index, weights, cache = _append(params, cfg, step, cache)
-    return _select(cfg, q_index, weights, cache, jax_ops)
+    seen = masks.causal(step.positions[..., None], jnp.arange(S)) & step.keep[..., None]
+    return choose(cfg, _scores(q_index, weights, _index_leaves(cache), seen))
 
 
 def select(params: Params, cfg: Config, x: Float[Array, "B 1 D"], cache) -> Int[Array, "B 1 L"]:
@@ -255,7 +268,7 @@ def cost(
     spec, slots = cache_spec(cfg), min(cfg.index_topk, context)
     scanned = [name for name in spec if name.startswith("k_index")]
     attended = cfg.num_attention_heads * (2 * cfg.kv_lora_rank + cfg.qk_rope_head_dim) * slots
-    scored = cfg.index_n_heads * cfg.index_head_dim * context if scanned else 0
+    scored = cfg.index_n_heads * (cfg.index_head_dim + 1) * context if scanned else 0  # + 1: the sum over heads
     return step_cost(
         spec,
         context=context,

@@ -108,7 +108,7 @@ def project_out(params: Params, cfg: Config, x: Float[Array, "B T D"], out: Floa
     return einsum("btnh,nhd->btd", gate * rms_norm(out, params["o_norm"], eps=cfg.rms_norm_eps), params["wo"])
 
 
-def quadratic(q, k, v, slope: Float[Array, "N"]) -> Float[Array, "B T N H"]:
+def quadratic(q, k, v, slope: Float[Array, "N"]) -> Float[Array, "B T N V"]:
     """o_t = sum over s <= t of lambda^(t-s) (q_t . k_s) v_s."""
     wide = accumulation_dtype(q)
     q, k, v = (a.astype(wide) for a in (q, k, v))
@@ -119,7 +119,7 @@ def quadratic(q, k, v, slope: Float[Array, "N"]) -> Float[Array, "B T N H"]:
 
 
 def recurrent(q, k, v, decay: Float[Array, "N"], state: Float[Array, "B N H V"], ops=jax_ops) -> tuple[Array, Array]:
-    """(out B T N H, state) of the recurrence, one token after another."""
+    """(out B T N V, state) of the recurrence, one token after another."""
     outs = []
     for t in range(q.shape[1]):
         out, state = ops.decode_linear(q[:, t], k[:, t], v[:, t], state, decay)
@@ -129,7 +129,7 @@ def recurrent(q, k, v, decay: Float[Array, "N"], state: Float[Array, "B N H V"],
 
 def blockwise(
     q, k, v, slope: Float[Array, "N"], state: Float[Array, "B N H V"], size: int, keep: Bool[Array, "B T"] | None = None
-) -> tuple[Float[Array, "B T N H"], Float[Array, "B N H V"]]:
+) -> tuple[Float[Array, "B T N V"], Float[Array, "B N H V"]]:
     """(out, state) block by block. With c_i the log decay since the block began, token i included:
 
     out_i = exp(c_i) S^T q_i + sum over j <= i of exp(c_i - c_j) (q_i . k_j) v_j
@@ -181,7 +181,7 @@ def prefill(params: Params, cfg: Config, x: Float[Array, "B T D"], cache: State,
     step = begin(x, cache.length, lengths, cfg.hidden_size, None)
     q, k, v = project(params, step.x)
     slope = jnp.asarray(slopes(cfg), cache.state.dtype)
-    out, state = blockwise(q, k, v, slope, cache.state, min(cfg.block_size, x.shape[1]), step.keep)
+    out, state = blockwise(q, k, v, slope, cache.state, max(1, min(cfg.block_size, x.shape[1])), step.keep)
     return end(step, project_out(params, cfg, step.x, out.astype(x.dtype)), x.dtype), State(state, step.length)
 
 

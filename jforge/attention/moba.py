@@ -71,7 +71,7 @@ def choose(
     own = jnp.broadcast_to(own[..., None, None], (B, T, N, 1))
     if cfg.moba_topk == 1:
         return own
-    picks = ops.topk_indices(jnp.where(past[:, :, None], gates, -jnp.inf), min(cfg.moba_topk - 1, E))
+    picks = ops.topk_indices(jnp.where(past[:, :, None], gates, -jnp.inf), min(cfg.moba_topk - 1, max(1, E)))
     return jnp.concatenate([picks, own], axis=-1)
 
 

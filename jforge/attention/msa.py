@@ -106,7 +106,7 @@ def choose(
     block, own = jnp.arange(scores.shape[-1]), (q_pos // cfg.index_block_size)[..., None, None]
     forced = (block < cfg.index_init_blocks) | (block > own - cfg.index_local_blocks)
     scores = jnp.where(block > own, -jnp.inf, jnp.where(forced, jnp.inf, scores))
-    return ops.topk_indices(scores, min(cfg.index_topk_blocks, scores.shape[-1]))
+    return ops.topk_indices(scores, min(cfg.index_topk_blocks, max(1, scores.shape[-1])))
 
 
 def visible(cfg: Config, q_pos: Array, k_pos: Array) -> Array:
@@ -205,8 +205,7 @@ def cost(
     cfg: Config, *, context: int, batch: int = 1, capacity: int | None = None, dtype=jnp.bfloat16, closing: bool = False
 ) -> Cost:
     """One step scans all index keys and gathers the blocks of its lists."""
-    S = context if capacity is None else capacity
-    slots = min(context, min(cfg.index_topk_blocks, -(-S // cfg.index_block_size)) * cfg.index_block_size)
+    slots = min(context, cfg.index_topk_blocks * cfg.index_block_size)
     attended = cfg.num_attention_heads * (cfg.head_dim + cfg.v_head_dim) * slots
     return step_cost(
         cache_spec(cfg),

@@ -26,13 +26,14 @@ from jaxtyping import Array, Bool, Float, Int
 import jforge.ops as jax_ops
 from jforge.attention import dense, nsa_compress
 from jforge.attention.dense import Params
+from jforge.attention.nsa_select import choose, entry_weights
 from jforge.core import blocks, masks, ring
 from jforge.core.attend import attend, einsum
 from jforge.core.attention import Attention, init_cache_from
 from jforge.core.config import FrozenDict, one_of, positive_int, reject
 from jforge.core.norm import rms_norm
 from jforge.core.params import random_params
-from jforge.core.softmax import accumulation_dtype, cap
+from jforge.core.softmax import accumulation_dtype
 from jforge.core.spec import Buffer, CacheSpec, cache_class
 from jforge.core.step import Step, append, begin, end, one_token
 from jforge.cost import Cost, step_cost
@@ -116,37 +117,6 @@ def _branch(params: Params, cfg: Config, x, shared: tuple[Array, Array], branch:
     return k, v
 
 
-def _entry_weights(
-    cfg: Config, q: Float[Array, "B T N H"], k_cmp: Float[Array, "B E K H"], lse, seen: Bool[Array, "B T E"]
-) -> Float[Array, "B T K E"]:
-    """p_cmp summed over the heads of each group, from the log-sum-exp of the compressed branch."""
-    (B, T, N, H), K, wide = q.shape, k_cmp.shape[2], accumulation_dtype(q)
-    k_cmp = jnp.where(seen.any(axis=1)[..., None, None], k_cmp.astype(wide), 0)
-    grouped = q.reshape(B, T, K, N // K, H).astype(wide)
-    scores = cap(einsum("btkgh,bekh->btkge", grouped, k_cmp) * cfg.scaling, cfg.attn_logit_softcapping)
-    total = jnp.where(jnp.isneginf(lse), 0, lse).reshape(B, T, K, N // K, 1)
-    return jnp.exp(jnp.where(seen[:, :, None, None], scores - total, -jnp.inf)).sum(axis=3)
-
-
-def choose(
-    cfg: Config, weights: Float[Array, "B T K E"], q_pos: Int[Array, "B T"], S: int, ops=jax_ops
-) -> Int[Array, "B T K L"]:
-    """The selected blocks of each group; -1 where there are fewer than n.
-
-    Block j overlaps the entries a j' with j' in b j - (a-1) .. b j + b - 1 (a = l/d, b = l'/d), each by 1 to
-    min(a, b) strides: for a = 2, b = 4 the weights are 1, 2, 2, 2, 1.
-    """
-    count = -(-S // cfg.block_size)
-    a, b = cfg.kernel_size // cfg.kernel_stride, cfg.block_size // cfg.kernel_stride
-    right = max(0, count * b - weights.shape[-1])
-    padded = jnp.pad(weights, [(0, 0)] * 3 + [(a - 1, right)])
-    score = sum((min(o + a, b) - max(o, 0)) * padded[..., o + a - 1 :: b][..., :count] for o in range(1 - a, b))
-    j, own = jnp.arange(count), (q_pos // cfg.block_size)[..., None, None]
-    forced = (j < cfg.init_blocks) | (j > own - cfg.local_blocks)
-    score = jnp.where(j > own, -jnp.inf, jnp.where(forced, jnp.inf, score))
-    return ops.topk_indices(score, min(cfg.topk, count))
-
-
 def _mix(params: Params, cfg: Config, x, cmp: Array, slc: Array, win: Array) -> Float[Array, "B T D"]:
     gates = jax.nn.sigmoid(einsum("btd,dnc->btnc", x, params["wgate"]))[..., None, :]
     out = gates[..., 0] * cmp + gates[..., 1] * slc + gates[..., 2] * win
@@ -167,7 +137,7 @@ def _compressed(params: Params, cfg: Config, q, k_cmp, v_cmp, q_pos, S: int, kee
     """(the compressed branch, the lists that it selects) in prefill and forward."""
     seen = _seen(cfg, q_pos, k_cmp.shape[1]) & keep
     out, lse = attend(q, k_cmp, v_cmp, seen, **dense.options(params, cfg))
-    return out, choose(cfg, _entry_weights(cfg, q, k_cmp, lse, seen), q_pos, S)
+    return out, choose(cfg, entry_weights(cfg, q, k_cmp, lse, seen), q_pos, S)
 
 
 def forward(params: Params, cfg: Config, x: Float[Array, "B T D"], positions=None) -> Float[Array, "B T D"]:
@@ -237,7 +207,7 @@ def _select(params: Params, cfg: Config, q, cache: NSACache, step: Step, ops) ->
     entries = cache_spec(cfg)["k_cmp"].valid(cfg, step.length)
     more = {"out_dtype": accumulation_dtype(step.x), **dense.options(params, cfg)}
     cmp, lse = ops.decode_attention(q, cache.k_cmp, cache.v_cmp, entries, **more)
-    weights = _entry_weights(cfg, q, cache.k_cmp, lse, _seen(cfg, step.positions, cache.k_cmp.shape[1]))
+    weights = entry_weights(cfg, q, cache.k_cmp, lse, _seen(cfg, step.positions, cache.k_cmp.shape[1]))
     return cmp, choose(cfg, weights, step.positions, cache.k.shape[1], ops)
 
 

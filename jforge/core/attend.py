@@ -28,7 +28,7 @@ def attend(
     B, T, N, H = q.shape
     K = k.shape[2]
     wide = accumulation_dtype(q, k, v)
-    mask = visible[:, :, None, None] if visible.ndim == 3 else visible.reshape(-1, T, K, N // K, k.shape[1])
+    mask = visible[:, :, None, None] if visible.ndim == 3 else visible.reshape(len(visible), T, K, N // K, k.shape[1])
     readable = jnp.moveaxis(mask.any(axis=(1, 3)), 1, 2)[..., None]  # 0 * NaN is NaN: blank what no query reads,
     # for the gradient too
     k = jnp.where(readable, k.astype(wide), 0)

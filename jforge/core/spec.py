@@ -99,7 +99,7 @@ class CacheSpec(Mapping):
 
     def check(self, cache) -> None:
         """Raise ValueError or TypeError unless `cache` has this spec's leaves, in some batch, capacity and dtype."""
-        if not isinstance(cache, self.cls):
+        if type(cache) is not self.cls:  # a cache with more leaves would lose them
             raise TypeError(f"cache is a {type(cache).__name__}; it must be a {self.cls.__name__}")
         if cache.length.ndim != 1 or cache.length.dtype != jnp.int32:
             raise TypeError(f"cache.length is {cache.length.dtype}{list(cache.length.shape)}; it must be int32[B]")

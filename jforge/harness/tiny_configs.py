@@ -74,7 +74,28 @@ MLA = {
     "topk_group": 1,
     "first_k_dense_replace": 1,
 }
+APART = {"k_rope": MLA["qk_rope_head_dim"]}
+DSA = MLA | {"index_topk": 4, "index_n_heads": 8, "index_head_dim": 12}  # 4 of 10 tokens; few heads make ties
+GLM_APART = APART | {"k_index": MLA["qk_rope_head_dim"]}
 KIMI = MLA | {"q_lora_rank": None, "layer_types": LINEAR_FULL, "linear_head_dim": 16, "linear_num_heads": 4}
+
+DEEPSEEK_V4 = {
+    "layer_types": ["sliding_attention", "compressed_sparse_attention", "heavily_compressed_attention"] * 2,
+    "compress_rates": {"compressed_sparse_attention": 4, "heavily_compressed_attention": 8},
+    "mlp_layer_types": ["moe"] * 6,
+    "num_key_value_heads": 1,
+    "partial_rotary_factor": 0.5,
+    "q_lora_rank": 24,
+    "o_groups": 2,
+    "o_lora_rank": 12,
+    "sliding_window": WINDOW,
+    "index_n_heads": 8,
+    "index_head_dim": 12,
+    "index_topk": 1,  # of the 2 entries of 10 tokens
+    "rope_parameters": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64},
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+}
 
 
 @dataclass(frozen=True)
@@ -85,7 +106,8 @@ class Model:
     kwargs: dict = field(default_factory=dict)
     layers: tuple[int, ...] = (0, 1)  # those of `mechanism`
     mechanism: str = "gqa"
-    pairs_apart: bool = False  # transformers caches the rotated pairs of the second buffer as evens, then odds
+    pairs_apart: dict[str, int] = field(default_factory=dict)
+    """Buffers that transformers keeps with their rotated pairs as evens, then odds; and how many channels turn."""
 
     def config(self) -> Any:
         kwargs = {
@@ -196,12 +218,12 @@ MODELS = {
         MLA | {"q_lora_rank": None, "rope_parameters": YARN | {"mscale": 0.707, "mscale_all_dim": 0.707}},
         mechanism="mla",
     ),
-    "deepseek_v3": Model("DeepseekV3", MLA, mechanism="mla", pairs_apart=True),
+    "deepseek_v3": Model("DeepseekV3", MLA, mechanism="mla", pairs_apart=APART),
     "deepseek_v3, yarn, biases": Model(
         "DeepseekV3",
         MLA | {"rope_parameters": YARN | {"mscale": 1.0, "mscale_all_dim": 1.0}, "attention_bias": True},
         mechanism="mla",
-        pairs_apart=True,
+        pairs_apart=APART,
     ),
     "deepseek_v3, two mscales, whole queries, biases": Model(
         "DeepseekV3",
@@ -212,13 +234,30 @@ MODELS = {
             "attention_bias": True,
         },
         mechanism="mla",
-        pairs_apart=True,
+        pairs_apart=APART,
     ),
     "deepseek_v3, halves, yarn in one step": Model(
         "DeepseekV3",
         MLA | {"rope_interleave": False, "rope_parameters": YARN | {"beta_fast": 1.0, "beta_slow": 1.0}},  # Kimi-K2's
         mechanism="mla",
     ),
+    "deepseek_v32": Model("DeepseekV32", DSA, mechanism="dsa", pairs_apart=APART),
+    "deepseek_v32, yarn, biases": Model(
+        "DeepseekV32",
+        DSA | {"rope_parameters": YARN | {"mscale": 0.7, "mscale_all_dim": 1.3}, "attention_bias": True},
+        mechanism="dsa",
+        pairs_apart=APART,
+    ),
+    "glm_moe_dsa, shared picks": Model(
+        "GlmMoeDsa",
+        DSA | {"indexer_types": ["full", "full", "shared", "shared"], "num_hidden_layers": 4},
+        layers=(0, 1, 2, 3),
+        mechanism="dsa",
+        pairs_apart=GLM_APART,
+    ),
+    "deepseek_v4": Model("DeepseekV4", DEEPSEEK_V4, layers=(0, 3), mechanism="v4_window"),
+    "deepseek_v4, compressed sparse": Model("DeepseekV4", DEEPSEEK_V4, layers=(1, 4), mechanism="csa"),
+    "deepseek_v4, heavily compressed": Model("DeepseekV4", DEEPSEEK_V4, layers=(2, 5), mechanism="hca"),
     "kimi_linear": Model("KimiLinear", KIMI, layers=(1, 3), mechanism="mla"),
     "kimi_linear, low-rank queries, biases": Model(
         "KimiLinear", KIMI | {"q_lora_rank": 24, "attention_bias": True}, layers=(1, 3), mechanism="mla"

@@ -223,6 +223,8 @@ def decode_linear(q, k, v, state, decay, *, beta=None) -> None:
     for name, array, letters in (("q", q, "B N H"), ("k", k, "B N H"), ("v", v, "B N V"), ("state", state, "B N H V")):
         shape(name, array, letters, sizes)
     same_float(q=q, k=k, v=v)
+    if not hasattr(decay, "ndim"):
+        raise TypeError(f"decay is {decay!r}; it must be an array with the axes N, B N or B N H")
     if decay.ndim not in (1, 2, 3):
         raise ValueError(f"decay has shape {tuple(decay.shape)}; it needs the axes N, B N or B N H")
     shape("decay", decay, ("N", "B N", "B N H")[decay.ndim - 1], sizes)

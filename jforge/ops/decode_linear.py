@@ -22,10 +22,10 @@ def decode_linear(
     Sources: lightning attention (MiniMax-01, arXiv 2501.08313), DeltaNet, Gated DeltaNet, KDA.
     """
     check.decode_linear(q, k, v, state, decay, beta=beta)
-    q_wide, k, v = (a.astype(state.dtype) for a in (q, k, v))
+    q_wide, k, v, decay = (a.astype(state.dtype) for a in (q, k, v, decay))
     factor = decay if decay.ndim > 1 else decay[None]
     state = state * factor.reshape(*factor.shape, *(1,) * (4 - factor.ndim))
     if beta is not None:
-        v = beta[..., None] * (v - einsum("bnhv,bnh->bnv", state, k))
+        v = beta.astype(state.dtype)[..., None] * (v - einsum("bnhv,bnh->bnv", state, k))
     state = state + k[..., None] * v[:, :, None]
     return einsum("bnhv,bnh->bnv", state, q_wide).astype(q.dtype), state

@@ -55,9 +55,10 @@ def block_index_scores(
 def block_maxima(q, k, seen: Bool[Array, "B T S"], size: int, k_scale=None) -> Float[Array, "B T I E"]:
     """block_index_scores under any mask."""
     products = jnp.where(seen[:, :, None], _products(q, k, seen, k_scale), -jnp.inf)
-    padding = -products.shape[-1] % size
+    entries = -(-products.shape[-1] // size)
+    padding = entries * size - products.shape[-1]
     products = jnp.pad(products, [(0, 0)] * 3 + [(0, padding)], constant_values=-jnp.inf)
-    return products.reshape(*products.shape[:3], -1, size).max(axis=-1)
+    return products.reshape(*products.shape[:3], entries, size).max(axis=-1)
 
 
 def _products(q, k, seen: Bool[Array, "B T S"], k_scale) -> Float[Array, "B T I S"]:

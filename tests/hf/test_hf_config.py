@@ -157,6 +157,10 @@ def test_yarn_numbers_of_0_are_not_given(key):
         ("qwen3_next", {}),
         ("deepseek_v2", {}),
         ("deepseek_v3", {"num_key_value_heads": 4}),
+        ("deepseek_v32", {"num_key_value_heads": 4}),
+        ("glm_moe_dsa", {"num_key_value_heads": 4}),
+        ("glm_moe_dsa", {"num_key_value_heads": 4, "index_topk_freq": 2}),
+        ("deepseek_v4", {"num_attention_heads": 8, "compress_ratios": [0, 4, 128] * 2}),
         ("kimi_linear", {"num_key_value_heads": 4, "layer_types": ["full_attention"] * 6}),
     ],
 )
@@ -223,7 +227,11 @@ def kinds(config):
         ({"model_type": "llama", "layer_types": ["sliding_attention"] * 6}, ["sliding_attention"] * 6),
         ({"model_type": "llama", "layer_types": ["attention"] * 6}, ["gqa"] * 6),
         ({"model_type": "deepseek_v3", "num_key_value_heads": 4}, ["mla"] * 6),
-        ({"model_type": "deepseek_v3", "index_topk": 2048}, ["indexed_attention"] * 6),
+        (
+            {"model_type": "deepseek_v4", "num_key_value_heads": 1, "o_groups": 2, "compress_ratios": [0, 4, 128] * 2},
+            ["v4_window", "csa", "hca"] * 2,
+        ),
+        ({"model_type": "deepseek_v3", "num_key_value_heads": 4, "index_topk": 2048}, ["dsa"] * 6),
         ({"model_type": "kimi_k2", "layer_types": ["indexed_attention"] * 6}, ["indexed_attention"] * 6),
     ],
 )
@@ -299,37 +307,6 @@ def test_layer_outside_the_model(index):
 def test_config_of_another_type():
     with pytest.raises(TypeError, match="config is a list"):
         layers([TINY])
-
-
-# load
-
-
-def test_load(tmp_path):
-    (tmp_path / "config.json").write_text(json.dumps(TINY))
-    assert load(tmp_path / "config.json") == TINY == load(str(tmp_path / "config.json"))
-
-
-@pytest.mark.parametrize(
-    "content, message",
-    [
-        (None, "cannot be read: No such file or directory"),
-        (b"{", "is not JSON: line 1: "),
-        (b"[1]", "holds a JSON list; it must hold an object"),
-        (b"\xff\xfe{}", "is not a text file in UTF-8"),
-    ],
-)
-def test_load_errors_name_the_path(tmp_path, content, message):
-    path = tmp_path / "config.json"
-    if content is not None:
-        path.write_bytes(content)
-    with pytest.raises(ValueError) as error:
-        load(path)
-    assert str(error.value).startswith(f"{path} {message}") and "\n" not in str(error.value)
-
-
-def test_load_a_directory(tmp_path):
-    with pytest.raises(ValueError, match="cannot be read: Is a directory"):
-        load(tmp_path)
 
 
 def test_imports_neither_transformers_nor_torch():
