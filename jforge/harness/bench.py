@@ -124,112 +124,8 @@ def bench_dense(shapes=DENSE_SHAPES, *, samples: int = 50, seed: int = 0) -> Ite
         inputs = [_inputs(shape, seed + i) for i in range(sets)]
         want = [jax.jit(_reference)(*arrays) for arrays in inputs[:1]]
         for call in _implementations(shape, inputs):
-            yield _row("decode_attention", call, shape, sets, want[0], samples, ceiling)
+            yield shape_row("decode_attention", call, shape, sets, want[0], samples, ceiling)
         del inputs, want
-
-
-class LatentShape(NamedTuple):
-    """One absorbed MLA decode call with DeepSeek's sizes: every row holds S tokens."""
-
-    B: int
-    N: int
-    S: int
-    C: int = 512
-    R: int = 64
-
-    @property
-    def bytes_moved(self) -> int:
-        """bf16 bytes of both queries, the cache and out."""
-        return 2 * self.B * (self.S * (self.C + self.R) + self.N * (2 * self.C + self.R))
-
-
-LATENT_SHAPES = tuple(
-    LatentShape(*sizes)
-    for sizes in (
-        (128, 16, 4096),
-        (128, 64, 4096),
-        (128, 128, 4096),
-        (16, 128, 16384),
-        (1, 128, 131072),
-        (1, 128, 4096),
-    )
-)
-
-
-def bench_mla(shapes=LATENT_SHAPES, *, samples: int = 50, seed: int = 0) -> Iterator[dict]:
-    """Rows for every shape, both packages, bf16; the first row is the read ceiling. Needs an NVIDIA GPU."""
-    ceiling = read_ceiling()
-    yield {"what": "ceiling", "GB_per_s": ceiling, "samples": samples}
-    for shape in shapes:
-        sets = min(64, max(1, math.ceil(4 * L2_BYTES / shape.bytes_moved)))
-        inputs = [_latent_inputs(shape, seed + i) for i in range(sets)]
-        want = jax.jit(_latent_reference)(*inputs[0])
-        for call in _latent_implementations(shape, inputs):
-            yield _row("decode_mla", call, shape, sets, want, samples, ceiling)
-        del inputs, want
-        yield _expanded_row(shape, samples, ceiling, seed)
-
-
-def _latent_inputs(shape: LatentShape, seed: int) -> tuple[jax.Array, ...]:
-    B, N, S, C, R = shape
-    keys = jax.random.split(jax.random.key(seed), 4)
-    sizes = ((B, 1, N, C), (B, 1, N, R), (B, S, C), (B, S, R))
-    arrays = [jax.random.normal(key, size, jnp.bfloat16) for key, size in zip(keys, sizes, strict=True)]
-    return (*arrays, jnp.full((B,), S, jnp.int32))
-
-
-def _latent_reference(*arrays):
-    return jforge.ops.decode_mla(*arrays, scale=LATENT_SCALE, out_dtype=jnp.float32)[0]
-
-
-LATENT_SCALE = 192**-0.5  # of the expanded heads: nope 128 + rope 64
-
-
-def _latent_implementations(shape: LatentShape, inputs) -> Iterator[Call]:
-    import torch
-
-    import pallas_kernels
-    import triton_kernels
-
-    yield jax_call("pallas", lambda *a: pallas_kernels.decode_mla(*a, scale=LATENT_SCALE)[0], inputs)
-    tensors = [[torch.from_dlpack(a) for a in arrays] for arrays in inputs]
-    wait = torch.cuda.synchronize
-    yield Call("triton", lambda i: triton_kernels.decode_mla(*tensors[i], scale=LATENT_SCALE)[0], wait)
-
-
-def _expanded_row(shape: LatentShape, samples: int, ceiling: float, seed: int) -> dict:
-    """The naive peer: torch's attention over the keys and values of every head (nope 128 + rope 64, values 128), as a
-    cache of expanded heads would hold them. Its rate counts the bytes of that cache; one buffer, as it exceeds L2.
-    """
-    import torch
-    import torch.nn.functional as F
-
-    B, N, S, C, R = shape
-    keys, values = 128 + R, 128
-    moved = 2 * B * N * (S + 1) * (keys + values)
-    if moved > EXPANDED_BYTES:
-        row = {"what": "decode_mla", "implementation": "sdpa (expanded)", "dtype": "bfloat16", **shape._asdict()}
-        return {**row, "refused": f"the expanded cache takes {moved / 1e9:.0f} GB"}
-    generator = torch.Generator("cuda").manual_seed(seed)
-    q, k, v = (
-        torch.randn(B, N, *size, generator=generator, device="cuda", dtype=torch.bfloat16)
-        for size in ((1, keys), (S, keys), (S, values))
-    )
-
-    def run():
-        return F.scaled_dot_product_attention(q, k, v, scale=LATENT_SCALE)
-
-    first = (a[:1].float() for a in (q, k, v))
-    want = F.scaled_dot_product_attention(*first, scale=LATENT_SCALE).transpose(1, 2).cpu().numpy()
-    call = Call("sdpa (expanded)", lambda _: run()[:1].transpose(1, 2), torch.cuda.synchronize)
-    row = _row("decode_mla", call, shape, 1, want, samples, ceiling)
-    if "median" in row:
-        row["GB_per_s"] = moved / row["median"] / 1e3
-        row["of_ceiling"] = row["GB_per_s"] / ceiling
-    return row
-
-
-EXPANDED_BYTES = 48e9  # of one call that still fits an 80 GB card beside the rest
 
 
 def _inputs(shape: Shape, seed: int) -> tuple[jax.Array, ...]:
@@ -244,7 +140,8 @@ def _reference(q, k, v, lengths):
     return jforge.ops.decode_attention(q, k, v, lengths, scale=q.shape[-1] ** -0.5, out_dtype=jnp.float32)[0]
 
 
-def _row(what: str, call: Call, shape, sets: int, want, samples: int, ceiling: float) -> dict:
+def shape_row(what: str, call: Call, shape, sets: int, want, samples: int, ceiling: float) -> dict:
+    """gated_row of a shape that knows the bytes it moves."""
     return gated_row(what, call, shape._asdict(), shape.bytes_moved, sets, want, samples, ceiling)
 
 
@@ -352,13 +249,13 @@ OPS = ("decode_attention", "decode_mla", "decode_block_sparse", "decode_sparse_m
 
 def run(ops=OPS, *, samples: int = 50) -> Iterator[dict]:
     """The rows of these ops on the machine at hand: all on a GPU, dense attention on a CPU."""
-    from jforge.harness import bench_sparse  # it builds on this file
+    from jforge.harness import bench_latent, bench_sparse  # they build on this file
 
     dense = bench_dense if jax.default_backend() == "gpu" else bench_cpu
     if "decode_attention" in ops:
         yield from dense(samples=samples)
     if "decode_mla" in ops and dense is bench_dense:  # on a CPU the two interpreters would be timed
-        yield from bench_mla(samples=samples)
+        yield from bench_latent.bench_mla(samples=samples)
     if set(ops) & set(bench_sparse.OPS) and dense is bench_dense:
         yield from bench_sparse.run(ops, samples=samples)
 
