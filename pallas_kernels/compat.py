@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax._src import xla_bridge
 from jax._src.lib.mlir import ir
 from jax._src.lib.mlir.dialects import arith, llvm, nvvm, vector
 from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks as _interpreter
@@ -32,8 +33,10 @@ BY_COLUMN = plgpu.Layout.WGMMA.reduce(0)
 BY_COPY = plgpu.Layout.TILED(plgpu.Tiling(((16,), (4,), (1,))), (-3,), (-2, plgpu.Replicated(8)), -1)
 
 # In the interpreter each warpgroup that waits can hold a thread of XLA's pool, which has as many threads as the machine
-# has cores: on two cores three warpgroups would wait for ever. XLA reads this when it starts its CPU client.
-os.environ.setdefault("NPROC", str(max(16, os.cpu_count() or 1)))
+# has cores: on two cores three warpgroups would wait for ever. XLA reads NPROC when it starts its CPU client.
+_CORES = os.cpu_count() or 1
+_THREADS = int(os.environ.get("NPROC", _CORES if xla_bridge.backends_are_initialized() else max(16, _CORES)))
+os.environ.setdefault("NPROC", str(_THREADS))
 
 _INTERPRETER = plgpu.InterpretGPUParams(detect_races=True)
 
@@ -42,6 +45,11 @@ def launch(body, *operands, **arguments):
     """`plgpu.kernel(body, **arguments)(*operands)`: compiled for a GPU, interpreted with race detection on a CPU."""
     arguments.setdefault("compiler_params", plgpu.CompilerParams(approx_math=True))
     interpret = None if target().platform == "gpu" else _INTERPRETER
+    if interpret and (warpgroups := arguments.get("num_threads", 1)) > _THREADS:
+        raise RuntimeError(
+            f"the interpreter needs a thread for each of {warpgroups} warpgroups and XLA's CPU client has {_THREADS}: "
+            "import pallas_kernels before JAX's first computation, or set NPROC=16"
+        )
     return plgpu.kernel(body, interpret=interpret, **arguments)(*operands)
 
 

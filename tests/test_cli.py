@@ -191,7 +191,7 @@ def test_bench_on_a_cpu_records_and_draws(capsys, monkeypatch, tmp_path):
 def test_a_wrong_kernel_gets_no_time(monkeypatch):
     """The gate: a row whose output is wrong is refused, not timed."""
     call = bench.Call("wrong", lambda i: jnp.zeros((1, 1, 2, 4)), lambda: None)
-    row = bench._row("decode_attention", call, bench.Shape(1, 2, 1, 8, 4), 1, jnp.ones((1, 1, 2, 4)), 5, 3000.0)
+    row = bench.shape_row("decode_attention", call, bench.Shape(1, 2, 1, 8, 4), 1, jnp.ones((1, 1, 2, 4)), 5, 3000.0)
     assert row["refused"] == "wrong result" and "median" not in row
 
 

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jforge.harness import compare, oracle
-from jforge.harness.cases import DTYPES, Case, Inputs, build
+from jforge.harness.cases import Case, Inputs, build
 
 
 @dataclass(frozen=True)
@@ -67,6 +67,14 @@ def passes(errors: tuple[float, float], dtype: str) -> bool:
     return errors[0] <= compare.OUT[dtype] and errors[1] <= compare.LSE[dtype]
 
 
+def enough_threads() -> None:
+    """Ask XLA's CPU client for enough threads that Mosaic's interpreter can run all warpgroups of a kernel at once.
+
+    It does nothing once JAX has computed something; a kernel then raises where the threads are too few.
+    """
+    os.environ.setdefault("NPROC", str(max(16, os.cpu_count() or 1)))
+
+
 @functools.cache
 def gpu() -> bool:
     """Does JAX see a GPU? torch is asked only where its tensors are made."""
@@ -96,10 +104,11 @@ def _tuple(results) -> tuple:
 
 
 def to_torch(array: np.ndarray):
-    """A torch tensor with its own copy of the values; NumPy's bfloat16 is a type that torch does not know."""
+    """A torch tensor with its own copy of the values; ml_dtypes' types are types that torch does not know."""
     import torch
 
     array = np.array(array)
-    if array.dtype == DTYPES["bfloat16"]:
-        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+    if array.dtype.name.startswith(("bfloat16", "float8")):
+        bits = array.view(f"int{8 * array.dtype.itemsize}")
+        return torch.from_numpy(bits).view(getattr(torch, array.dtype.name))
     return torch.from_numpy(array)

@@ -2,10 +2,12 @@
 
 import inspect
 
+import jax.numpy as jnp
 import pytest
 
 import jforge.ops
 import pallas_kernels
+from pallas_kernels import compat
 
 
 @pytest.mark.parametrize("name", pallas_kernels.__all__)
@@ -20,3 +22,12 @@ def test_no_op_is_unwritten():
     assert not [
         name for name in pallas_kernels.__all__ if getattr(pallas_kernels, name).__module__.endswith("unwritten")
     ]
+
+
+def test_too_few_threads_for_the_interpreter(monkeypatch):
+    """Three warpgroups on two threads would wait for ever."""
+    monkeypatch.setattr(compat, "_THREADS", 2)
+    q, latent = jnp.zeros((1, 1, 128, 128), jnp.float16), jnp.zeros((1, 64, 128), jnp.float16)
+    given = q, q[..., :64], latent, latent[..., :64], jnp.ones(1, jnp.int32)
+    with pytest.raises(RuntimeError, match="^the interpreter needs a thread for each of 3 warpgroups .* has 2: "):
+        pallas_kernels.decode_mla(*given, scale=1.0)
