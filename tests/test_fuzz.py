@@ -1,19 +1,15 @@
 """The fuzz with fixed draws, and proof that it finds planted bugs."""
 
-import math
-
-import numpy as np
 import pytest
-import torch
+from fuzz_bugs import BLOCKS, BUGS, DENSE, LINEAR, LISTED, batch_dependent
 
 from jforge.harness.backends import BACKENDS
 from jforge.harness.cases import Case
-from jforge.harness.fuzz import Tally, check, fuzz, main
-from jforge.harness.fuzz_draws import OPS, VIEWS, Draw
+from jforge.harness.fuzz import OPS, VIEWS, Tally, check, fuzz, main
+from jforge.harness.fuzz_draws import Draw
 
 # The type checker draws random numbers, which hypothesis forbids; and a planted bug need not satisfy it.
 pytestmark = pytest.mark.usefixtures("untyped")
-DENSE, BLOCKS = "decode_attention", "decode_block_sparse"
 EXAMPLES = {"jforge": 200, "torch_ref": 200, "triton": 60, "pallas": 30}  # an op; `make fuzz` runs 500 a backend
 
 
@@ -27,8 +23,7 @@ def test_fuzz(name, op):
     assert set(tally.refused) <= REFUSED.get((name, op), set())
     if name in ("jforge", "torch_ref"):  # enough examples to have met everything
         assert {dtype for dtype, _ in tally.judged} == set(BACKENDS[name].dtypes)
-        views = {"plain", "permuted", "split"} if op == "merge_states" else set(VIEWS)
-        assert {view for _, view in tally.judged} == views
+        assert {view for _, view in tally.judged} == set(VIEWS[op])
 
 
 def _dense(dtype="float16", view="plain", at=0, S=64):
@@ -48,7 +43,26 @@ def _blocks(dtype="float16", view="plain", at=0, S=64, V=64, **options):
     return Draw(Case("blocks", BLOCKS, sizes, (S,), {"block_size": 16, **options}), dtype, 0, view, at)
 
 
+def _index(op="index_scores", dtype="float16", stored=None, T=1, I=4, S=64, J=64, **options):  # noqa: E741
+    sizes = dict(B=1, T=T, I=I, S=S, J=J)
+    return Draw(Case("index", op, sizes, (S,), options), dtype, 0, values="coarse", stored=stored)
+
+
+def _maxima(block_size=16, **changes):
+    return _index("block_index_scores", block_size=block_size, **changes)
+
+
+def _listed(dtype="float16", stored=None, T=1, S=64, C=64, R=16, L=8, **options):
+    sizes = dict(B=1, T=T, N=4, S=S, C=C, R=R, L=L)
+    return Draw(Case("listed", LISTED, sizes, (L,), options), dtype, 0, stored=stored)
+
+
+def _state(dtype="float16", N=1, H=16, V=32):
+    return Draw(Case("state", LINEAR, dict(B=1, N=N, H=H, V=V, decay=1, beta=1)), dtype, 0)
+
+
 TILES, TF32, ROWS = "TMA needs a positive multiple of 8", "only as tf32", "multiple of 16 bytes"
+REGISTERS, WIDTHS, GRID = "needs more registers", "the kernel takes multiples of", "the grid must not be empty"
 REFUSALS = (
     ("triton", _dense(view="paged", at=16), "page_table has no Triton kernel yet"),
     ("triton", _latent(view="paged", at=8), "the page size is"),
@@ -63,8 +77,41 @@ REFUSALS = (
     ("pallas", _blocks(V=0, softcap=5.0), "has no cap"),
     ("pallas", _parts(), ROWS),
     ("pallas", _parts(V=6, view="split", at=1), ROWS),
+    ("triton", _index(I=264), REGISTERS),
+    ("triton", _index("index_scores", "float32", I=256, J=256), "need more shared memory"),
+    ("triton", _maxima(J=272), REGISTERS),
+    ("triton", _maxima(dtype="float32", I=256, J=256), "need more shared memory"),
+    ("triton", _listed(stored="int8"), "latent_scale. has no Triton kernel yet"),
+    ("triton", _listed(C=520), REGISTERS),
+    ("triton", _listed(R=72), REGISTERS),
+    ("triton", _state(H=1032), REGISTERS),
+    ("pallas", _index(dtype="float32"), TF32),
+    ("pallas", _index(S=67), TILES),
+    ("pallas", _index(S=0), TILES),
+    ("pallas", _index(J=24), WIDTHS),
+    ("pallas", _index(J=16, stored="int8"), WIDTHS),
+    ("pallas", _index(J=272), WIDTHS),
+    ("pallas", _index(T=0), GRID),
+    ("pallas", _index(I=264, J=256), "heads of one query must fit"),
+    ("pallas", _maxima(dtype="float32"), TF32),
+    ("pallas", _maxima(S=67), TILES),
+    ("pallas", _maxima(J=24), WIDTHS),
+    ("pallas", _maxima(T=0), GRID),
+    ("pallas", _maxima(24), "block_size is"),
+    ("pallas", _listed(stored="float8_e4m3fn"), "latent_scale is given"),
+    ("pallas", _listed("float32"), TF32),
+    ("pallas", _listed(out_dtype="float64"), "out_dtype is float64"),
+    ("pallas", _listed(S=0), "needs at least one"),
+    ("pallas", _listed(L=0), "needs at least one"),
+    ("pallas", _listed(T=0), GRID),
+    ("pallas", _listed(C=80), "must be multiples of 64"),
+    ("pallas", _listed(R=12), "the kernel takes multiples of 8"),
+    ("pallas", _state(H=12), "the kernel takes multiples of 8"),
+    ("pallas", _state(H=264), "the kernel takes multiples of 8"),
+    ("pallas", _state(V=40), "the kernel takes multiples of 32"),
+    ("pallas", _state(N=0), "none may be 0"),
 )
-"""Every refusal that a drawn example may meet, written out again."""
+"""Every refusal that is documented, those among them that a drawn example may meet, written out again."""
 REFUSED: dict[tuple[str, str], set[str]] = {}
 for _name, _draw, _reason in REFUSALS:
     REFUSED.setdefault((_name, _draw.case.op), set()).add(_reason)
@@ -77,81 +124,6 @@ def test_documented_refusals_happen_and_are_counted(name, draw, reason):
     assert tally == Tally(refused={reason: 1})
 
 
-# Bugs as wrappers of a right op, in what JAX and torch share, so that one text serves all backends.
-
-
-def _wide_window(right, *arrays, window=None, **options):
-    return right(*arrays, window=window and window + 1, **options)
-
-
-def _not_blanked(right, q, k, v, lengths, **options):
-    out, lse = right(q, k, v, lengths, **options)
-    if options.get("page_table") is not None:
-        return out, lse
-    return out + 0 * v.sum(1)[:, None, np.arange(q.shape[2]) // (q.shape[2] // k.shape[2])], lse
-
-
-def _base_2(right, *arrays, **options):
-    out, lse = right(*arrays, **options)
-    return out, lse / math.log(2)
-
-
-def _scaled_sinks(right, *arrays, scale, sinks=None, **options):
-    return right(*arrays, scale=scale, sinks=None if sinks is None else sinks * scale, **options)
-
-
-def _group_modulo(right, q, k, v, lengths, **options):
-    heads = np.arange(q.shape[2]) % k.shape[2]
-    return right(q, k[:, :, heads], v[:, :, heads], lengths, **options)
-
-
-def _batch_dependent(right, *arrays, **options):
-    """Below every tolerance: only the comparison of bits can see it."""
-    out, lse = right(*arrays, **options)
-    rows = (0 * lse[:, :1, :1] + 1).nan_to_num(nan=1.0).cumsum(0)
-    return out, lse * (1 + 1e-6 * rows)
-
-
-def _reversed_pages(right, *arrays, page_table=None, **options):
-    if page_table is not None:
-        page_table = page_table[:, np.arange(page_table.shape[1])[::-1].copy()]
-    return right(*arrays, page_table=page_table, **options)
-
-
-def _minus_1_is_block_0(right, q, k, v, lists, lengths, **options):
-    return right(q, k, v, lists * (lists != -1), lengths, **options)
-
-
-def _one_list_a_group(right, q, k, v, lists, lengths, **options):
-    share = lists.shape[2] // k.shape[2]
-    return right(q, k, v, lists[:, :, np.arange(lists.shape[2]) // share * share], lengths, **options)
-
-
-def _newest_for_all(right, q, k, v, lists, lengths, **options):
-    """Every query of a row sees what its last one does. In torch alone."""
-    parts = [right(q[:, [t]], k, v, lists[:, [t]], lengths, **options) for t in range(q.shape[1])]
-    return tuple(torch.cat(part, 1) for part in zip(*parts, strict=True))
-
-
-def _base_2_parts(right, outs, lses):
-    out, lse = right(outs, lses / math.log(2))
-    return out, lse * math.log(2)
-
-
-BUGS = {
-    "a window of W + 1": (DENSE, _wide_window, ("jforge", "torch_ref")),
-    "0 * NaN not blanked": (DENSE, _not_blanked, ("jforge", "torch_ref", "triton")),
-    "base-2 lse": (DENSE, _base_2, ("jforge", "torch_ref", "triton", "pallas")),
-    "scaled sinks": (DENSE, _scaled_sinks, ("jforge", "torch_ref")),
-    "query head n on KV head n % K": (DENSE, _group_modulo, ("jforge", "torch_ref")),
-    "bits that depend on the row's place": ("merge_states", _batch_dependent, ("triton",)),
-    "pages in reverse": (DENSE, _reversed_pages, ("jforge",)),
-    "-1 is block 0": (BLOCKS, _minus_1_is_block_0, ("jforge", "torch_ref")),
-    "one list for the heads of a group": (BLOCKS, _one_list_a_group, ("torch_ref",)),
-    "all queries see the newest token": (BLOCKS, _newest_for_all, ("torch_ref",)),
-    "block sinks scaled": (BLOCKS, _scaled_sinks, ("torch_ref",)),
-    "parts weighted in base 2": ("merge_states", _base_2_parts, ("jforge", "torch_ref", "triton")),
-}
 PLANTED = [(bug, name) for bug, (_, _, names) in BUGS.items() for name in names]
 
 
@@ -176,7 +148,7 @@ def test_a_chunk_asks_for_the_same_bits_in_any_batch(monkeypatch):
     draw = Draw(Case("chunk", DENSE, sizes, (64, 9), {"chunk": 64}), "float32", 0, "permuted")
     check(BACKENDS["triton"], draw)
     right = BACKENDS["triton"].ops.decode_attention
-    monkeypatch.setattr(BACKENDS["triton"].ops, DENSE, lambda *a, **options: _batch_dependent(right, *a, **options))
+    monkeypatch.setattr(BACKENDS["triton"].ops, DENSE, lambda *a, **options: batch_dependent(right, *a, **options))
     with pytest.raises(AssertionError, match="triton is wrong: other bits when the batch is permuted"):
         check(BACKENDS["triton"], draw)
 

@@ -2,8 +2,9 @@
 
     python -m jforge.harness.fuzz --examples 500 [--backend NAME] [--op OP] [--seed N]
 
-Each example is a question from fuzz_draws.py and a view of it, whose answer must not differ: the batch permuted, one
-row among emptied ones, the cache in shuffled pages, the keys in two calls that `merge_states` joins.
+Each example is a question from fuzz_draws.py or fuzz_draws_sparse.py and a view of it (fuzz_views.py), whose answer
+must not differ: the batch permuted, one row among emptied ones, the cache in shuffled pages, lists or scores in another
+order, the keys in two calls that are joined, two tokens of a state one after the other.
 
 A failure prints the smallest case found and the command that brings it back, and exits with 1. hypothesis is in the
 `dev` extra only, so nothing else of jforge imports this file.
@@ -12,26 +13,42 @@ A failure prints the smallest case found and the command that brings it back, an
 import argparse
 import collections
 import dataclasses
-import importlib
 import random
 import re
 import sys
 import time
+from collections.abc import Callable
 
 import hypothesis
 import numpy as np
+from hypothesis import strategies as st
 
 from jforge.harness import compare, oracle
+from jforge.harness import fuzz_draws as dense
+from jforge.harness import fuzz_draws_sparse as sparse
 from jforge.harness.backends import BACKENDS, Backend, gpu
-from jforge.harness.cases import DTYPES, Inputs, build
-from jforge.harness.fuzz_draws import OPS, Draw, draws, refusal
+from jforge.harness.cases import DTYPES
+from jforge.harness.fuzz_draws import Draw
+from jforge.harness.fuzz_refusals import refusal
+from jforge.harness.fuzz_views import ask, dequantised, inputs_of
+from pallas_kernels import compat  # before JAX's first computation, or its interpreter has too few threads
 
-CACHES = {
-    "decode_attention": ("k", "v"),
-    "decode_block_sparse": ("k", "v"),
-    "decode_mla": ("latent", "k_rope"),
+OPS: dict[str, Callable[..., st.SearchStrategy[Draw]]] = {
+    "decode_attention": dense.decode_attention,
+    "decode_block_sparse": dense.decode_block_sparse,
+    "decode_mla": dense.decode_mla,
+    "decode_sparse_mla": sparse.decode_sparse_mla,
+    "index_scores": sparse.index_scores,
+    "block_index_scores": sparse.block_index_scores,
+    "topk_indices": sparse.topk_indices,
+    "decode_linear": sparse.decode_linear,
+    "merge_states": dense.merge_states,
 }
-KERNELS = ("triton", "pallas")  # of which DESIGN asks the same bits in any batch
+VIEWS = dense.VIEWS | sparse.VIEWS
+BUCKETS, MOSAIC = dense.BUCKETS | sparse.BUCKETS, dense.MOSAIC | sparse.MOSAIC
+SCORES = ("index_scores", "block_index_scores")
+KERNELS = ("triton", "pallas")
+SAME_BITS = (*SCORES, "decode_linear", "merge_states")  # of kernels, in any batch; of the attending ops with a chunk
 
 
 @dataclasses.dataclass
@@ -74,138 +91,87 @@ def check(backend: Backend, draw: Draw, tally: Tally | None = None) -> None:
 
 def _judge(backend: Backend, draw: Draw) -> tuple[str | None, float]:
     """(what is wrong, the worst error over its tolerance)."""
-    case = draw.case
-    inputs = build(case, draw.dtype, draw.seed)
-    if case.op == "decode_block_sparse":
-        inputs = _with_garbage(inputs, draw)
-    asked, got = _ask(backend, draw, inputs)
+    case, inputs = draw.case, inputs_of(draw)
+    asked, got = ask(backend, draw, inputs)
+    if case.op == "topk_indices":
+        return _picks(backend, draw, inputs.arrays["scores"], got[0]), 0.0
     with np.errstate(all="raise", under="ignore"):  # the oracle must not overflow unseen
+        asked = dequantised(asked, draw)
         want = getattr(oracle, case.op)(*asked.arrays.values(), **asked.options)
+    limits, held = _limits(draw), got[0]
     out_dtype = case.options.get("out_dtype", draw.dtype)
-    limits = max(compare.OUT[draw.dtype], compare.OUT[out_dtype]), compare.LSE[draw.dtype]
-    held = got[0]
-    if "float16" in (
-        draw.dtype,
-        out_dtype,
-    ):  # where a sink outweighs all keys, an output may lie below its smallest step
+    if "float16" in (draw.dtype, out_dtype) and case.op not in SCORES:
+        # where a sink outweighs all keys, an output may lie below its smallest step
         held = np.where(np.abs(got[0] - want[0]) <= 2.0**-24, want[0], got[0])
-    errors = compare.worst_head(held, want[0]), compare.lse_error(got[1], want[1])
+    errors = compare.results(case.op, (held, *got[1:]), want)
     ratios = [error / limit for error, limit in zip(errors, limits, strict=True)]
     if max(ratios) > 1:
-        return f"is wrong: out {errors[0]:.1e} of {limits[0]:.1e}, lse {errors[1]:.1e} of {limits[1]:.1e}", max(ratios)
-    if draw.view != "split" and not np.array_equal(got[0], got[0].astype(DTYPES[out_dtype]).astype(np.float64)):
-        return f"is wrong: out holds values that {out_dtype} does not have", max(ratios)
-    fixed = "chunk" in case.options or case.op == "merge_states"
+        second = "state" if case.op == "decode_linear" else "lse"
+        found = f"out {errors[0]:.1e} of {limits[0]:.1e}, {second} {errors[1]:.1e} of {limits[1]:.1e}"
+        return f"is wrong: {found}", max(ratios)
+    held_in = "float32" if case.op in SCORES else out_dtype
+    merged = draw.view == "split" and case.op != "decode_linear"  # parts are joined in float32
+    if not merged and not np.array_equal(got[0], got[0].astype(DTYPES[held_in]).astype(np.float64)):
+        return f"is wrong: out holds values that {held_in} does not have", max(ratios)
+    fixed = "chunk" in case.options or case.op in SAME_BITS
     if backend.name in KERNELS and fixed and draw.view in ("permuted", "alone"):
         plain = backend.call(case.op, inputs)
         rows = slice(None) if draw.view == "permuted" else slice(draw.at, draw.at + 1)
         if not all(np.array_equal(a[rows], b[rows]) for a, b in zip(got, plain, strict=True)):
             return f"is wrong: other bits when the batch is {draw.view}", max(ratios)
-    if backend.name == "pallas" and not gpu() and _compat().races_found():
+    if backend.name == "pallas" and not gpu() and compat.races_found():
         _forget_races(backend)
         return "races", max(ratios)
     return None, max(ratios)
 
 
-def _ask(backend: Backend, draw: Draw, inputs: Inputs) -> tuple[Inputs, tuple[np.ndarray, ...]]:
-    """(what the oracle is to be asked, what the backend answers to the drawn view of it)."""
-    op, arrays = draw.case.op, inputs.arrays
-    rng = np.random.default_rng(draw.seed)
-    match draw.view:
-        case "permuted":
-            order = np.roll(np.arange(draw.case.sizes["B"]), 1)  # a random order of two rows is often the old one
-            axis = 1 if op == "merge_states" else 0
-            moved = {n: array if array is None else np.take(array, order, axis) for n, array in arrays.items()}
-            got = backend.call(op, Inputs(moved, inputs.options))
-            return inputs, tuple(part[np.argsort(order)] for part in got)
-        case "alone":
-            others = np.arange(draw.case.sizes["B"]) != draw.at
-            arrays = dict(arrays)
-            for name, nothing in (("lengths", 0), ("block_indices", -1)):
-                if arrays.get(name) is not None:
-                    arrays[name] = np.where(others.reshape(-1, *[1] * (arrays[name].ndim - 1)), nothing, arrays[name])
-            inputs = Inputs(arrays, inputs.options)
-        case "paged":
-            return inputs, backend.call(op, _paged(inputs, op, draw.at, rng))
-        case "split":
-            return inputs, _split(backend, draw, inputs)
-    return inputs, backend.call(op, inputs)
+def _limits(draw: Draw) -> tuple[float, float]:
+    """compare.py's for an example's dtypes. Scores are float32 whatever they are made of: see fuzz_draws_sparse.py."""
+    if draw.case.op in SCORES:
+        return compare.OUT["float32"], compare.LSE["float32"]
+    out_dtype = draw.case.options.get("out_dtype", draw.dtype)
+    return max(compare.OUT[draw.dtype], compare.OUT[out_dtype]), compare.LSE[draw.dtype]
 
 
-def _with_garbage(inputs: Inputs, draw: Draw) -> Inputs:
-    """Every -1 of the lists as it is, or as another index that a call must ignore."""
-    lists, S = inputs.arrays["block_indices"], draw.case.sizes["S"]
-    past = -(-S // draw.case.options["block_size"])
-    ignored = np.array([-1, -1, -2, past, 2**31 - 1, -(2**31)], np.int64).astype(np.int32)
-    other = np.random.default_rng(draw.seed).choice(ignored, lists.shape)
-    return Inputs({**inputs.arrays, "block_indices": np.where(lists < 0, other, lists)}, inputs.options)
-
-
-def _paged(inputs: Inputs, op: str, page: int, rng: np.random.Generator) -> Inputs:
-    """The caches as shuffled pools with one page of NaN; entries that nobody may follow point outside the pool: past
-    the lengths, or where heads pick their blocks those of pages that nobody picked.
-    """
-    arrays = dict(inputs.arrays)
-    caches = [name for name in CACHES[op] if arrays[name] is not None]
-    first = arrays[caches[0]]
-    B, S = first.shape[:2]
-    if op == "decode_block_sparse":
-        unread = np.isnan(first.astype(np.float32)).reshape(B, S // page, -1).all(axis=2)
-    else:
-        unread = np.arange(S // page) >= -(-arrays["lengths"][:, None] // page)
-    order = rng.permutation(B * S // page).astype(np.int32)
-    for name in caches:
-        pool = np.full((B * S // page + 1, page, *arrays[name].shape[2:]), np.nan, arrays[name].dtype)
-        pool[order] = arrays[name].reshape(-1, *pool.shape[1:])
-        arrays[name] = pool
-    table = np.where(unread, np.int32(10**6), order.reshape(B, -1))
-    return Inputs(arrays, {**inputs.options, "page_table": table})
-
-
-def _split(backend: Backend, draw: Draw, inputs: Inputs) -> tuple[np.ndarray, ...]:
-    """Two partial results, joined by the backend's own merge_states. Shapes stay, so that nothing compiles again."""
-    at, arrays = draw.at, inputs.arrays
-    if draw.case.op == "merge_states":
-        outs = arrays["outs"].astype(np.float32)  # parts are not rounded twice
-        first = np.arange(len(outs)) < at
-        parts = []
-        for mine in (first, ~first):
-            kept = np.where(mine[:, None, None, None], arrays["lses"], -np.inf).astype(arrays["lses"].dtype)
-            parts.append(backend.call("merge_states", Inputs({"outs": outs, "lses": kept}, {})))
-    elif draw.case.op == "decode_block_sparse":
-        lists, options = arrays["block_indices"], {**inputs.options, "out_dtype": "float32"}
-        first = np.arange(lists.shape[-1]) < at
-        parts = []
-        for mine in (first, ~first):
-            some = {**arrays, "block_indices": np.where(mine, lists, -1)}
-            parts.append(backend.call(draw.case.op, Inputs(some, options)))
-            options = {name: value for name, value in options.items() if name != "sinks"}  # one call carries the sink
-    else:
-        lengths = arrays["lengths"]
-        before = {**arrays, "lengths": np.minimum(lengths, at)}
-        after = {**arrays, "lengths": np.maximum(lengths - at, 0)}
-        for name in CACHES[draw.case.op]:
-            array = arrays[name]
-            after[name] = np.concatenate([array[:, at:], np.full_like(array[:, :at], np.nan)], axis=1)
-        options = {**inputs.options, "out_dtype": "float32"}
-        unsunk = {name: value for name, value in options.items() if name != "sinks"}  # one call carries the sink
-        calls = Inputs(before, options), Inputs(after, unsunk)
-        parts = [backend.call(draw.case.op, call) for call in calls]
-    outs, lses = (np.stack(both).astype(np.float32) for both in zip(*parts, strict=True))
-    return backend.call("merge_states", Inputs({"outs": outs, "lses": lses}, {}))
-
-
-def _compat():
-    return importlib.import_module("pallas_kernels.compat")
+def _picks(backend: Backend, draw: Draw, scores: np.ndarray, got: np.ndarray) -> str | None:
+    """What is wrong with the picks of topk_indices: a kernel may order ties its own way, the references may not."""
+    scores, k = scores.astype(np.float64), draw.case.options["k"]
+    order = np.argsort(-scores, axis=-1, kind="stable")[..., :k]
+    want = np.where(np.take_along_axis(scores, order, -1) == -np.inf, -1, order)
+    want = np.pad(want, [(0, 0)] * (want.ndim - 1) + [(0, k - want.shape[-1])], constant_values=-1)
+    if got.shape != want.shape or (got != got.astype(np.int64)).any():
+        return f"is wrong: picks of shape {got.shape}, which are to be {want.shape} integers"
+    got = got.astype(np.int64)
+    verdict = compare.picks(got, want, scores, k, np.finfo(np.float64).tiny)  # only equal scores tie
+    if verdict.wrong:
+        return f"is wrong: {verdict.wrong} of {verdict.rows} rows of picks"
+    padded = np.pad(scores, [(0, 0)] * (scores.ndim - 1) + [(0, 1)], constant_values=-np.inf)
+    picked = np.take_along_axis(padded, got, -1)  # -1 takes the -inf at the end
+    if (picked[..., 1:] > picked[..., :-1]).any():
+        return "is wrong: picks are not in descending order of their scores"
+    if backend.name not in KERNELS and draw.view != "shuffled" and not np.array_equal(got, want):
+        return "is wrong: ties are not in ascending order of their indices"
+    return None
 
 
 def _forget_races(backend: Backend) -> None:
     """Mosaic's interpreter is unusable after an exception in a kernel, and remembers its races."""
     if backend.name == "pallas" and not gpu():
-        _compat().reset_interpreter()
+        compat.reset_interpreter()
 
 
 # --- runs
+
+
+def draws(backend: Backend, op: str) -> st.SearchStrategy[Draw]:
+    """Examples of `op` in the dtypes that the backend is judged in here, and for Pallas now and then in float32, which
+    most of its ops must refuse. float32 results are for all; Triton's interpreter truncates to bfloat16 where a GPU
+    rounds.
+    """
+    judged = backend.gpu_dtypes if gpu() else backend.dtypes
+    out = tuple(dict.fromkeys(("float32", *judged)))
+    buckets = (MOSAIC if backend.name == "pallas" and not gpu() else BUCKETS)[op]
+    return OPS[op](buckets, judged * 4 + ("float32",) if backend.name == "pallas" else judged, out)
 
 
 def fuzz(

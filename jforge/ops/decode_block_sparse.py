@@ -80,6 +80,8 @@ def attend_gathered(
 
 def listed_slots(blocks: Array, size: int, S: int, lengths) -> tuple[Int[Array, "B T X s"], Bool[Array, "B T X s"]]:
     """(the slots of the listed blocks, inside the cache; which of them the query sees)."""
+    if S == 0:  # nothing that could stand in for an entry that is not seen
+        blocks = blocks[..., :0]
     listed = (blocks >= 0) & (blocks < -(-S // size))  # before the product, which garbage would overflow
     slots = jnp.where(listed, blocks, 0)[..., None] * size + jnp.arange(size)
     seen = listed[..., None] & (slots < S)
