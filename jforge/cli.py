@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import jforge
 from jforge import hf_config
 from jforge.harness import bench
-from jforge.harness.backends import enough_threads
+from jforge.harness.backends import for_programs_that_run_once
 
 try:
     from jforge import demo, report, report_bench
@@ -143,7 +143,7 @@ def _layers(name: str, path: str | None) -> tuple[list, str]:
 
 
 def _check(args) -> int:
-    _for_programs_that_run_once()
+    for_programs_that_run_once()
     targets = [(name, _attention(name)) for name in args.names or jforge.names()]
     work = [(name, att, cfg) for name, att in targets for cfg in att.examples]
     rows = []
@@ -171,17 +171,10 @@ def _attention(name: str) -> jforge.Attention:
 
 
 def _equiv(args) -> int:
-    _for_programs_that_run_once()
+    for_programs_that_run_once()
     data = {"backends": report.backends(), "frameworks": report.frameworks(), "device": device()}
     emit(args, data, report.show_equiv)
     return 0 if report.agrees(data) else 1
-
-
-def _for_programs_that_run_once() -> None:
-    """On a CPU, where most of the time would be XLA's passes over programs of microseconds."""
-    enough_threads()
-    if jax.default_backend() == "cpu":
-        jax.config.update("jax_disable_most_optimizations", True)
 
 
 def _bench(args) -> int:

@@ -6,7 +6,7 @@ import jax
 import jaxtyping
 import pytest
 
-os.environ.setdefault("NPROC", "16")  # as jforge.harness.backends.enough_threads
+os.environ.setdefault("NPROC", "16")  # as jforge.harness.backends.for_programs_that_run_once
 os.environ.setdefault("TRITON_INTERPRET", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # torch's threads cost more than they save on tensors this small
 jax.config.update("jax_disable_most_optimizations", True)  # most of the suite's time is XLA's, on tiny programs

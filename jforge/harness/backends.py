@@ -67,12 +67,13 @@ def passes(errors: tuple[float, float], dtype: str) -> bool:
     return errors[0] <= compare.OUT[dtype] and errors[1] <= compare.LSE[dtype]
 
 
-def enough_threads() -> None:
-    """Ask XLA's CPU client for enough threads that Mosaic's interpreter can run all warpgroups of a kernel at once.
-
-    It does nothing once JAX has computed something; a kernel then raises where the threads are too few.
+def for_programs_that_run_once() -> None:
+    """Before JAX computes anything. XLA's CPU client gets enough threads that Mosaic's interpreter can run all
+    warpgroups of a kernel at once, and leaves out the passes that would take most of the time of small programs.
     """
     os.environ.setdefault("NPROC", str(max(16, os.cpu_count() or 1)))
+    if not gpu():
+        jax.config.update("jax_disable_most_optimizations", True)
 
 
 @functools.cache

@@ -26,7 +26,7 @@ from hypothesis import strategies as st
 from jforge.harness import compare, oracle
 from jforge.harness import fuzz_draws as dense
 from jforge.harness import fuzz_draws_sparse as sparse
-from jforge.harness.backends import BACKENDS, Backend, gpu
+from jforge.harness.backends import BACKENDS, Backend, for_programs_that_run_once, gpu
 from jforge.harness.cases import DTYPES
 from jforge.harness.fuzz_draws import Draw
 from jforge.harness.fuzz_refusals import refusal
@@ -230,6 +230,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.examples < 1:
         parser.error(f"--examples is {args.examples}; it must be a positive integer")
+    for_programs_that_run_once()
     seed = random.SystemRandom().randrange(2**31) if args.seed is None else args.seed
     ops = [args.op] if args.op else list(OPS)
     print(f"seed {seed}", flush=True)
