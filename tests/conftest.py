@@ -13,6 +13,23 @@ jax.config.update("jax_disable_most_optimizations", True)  # most of the suite's
 jaxtyping.install_import_hook(["jforge"], "typecheck.check")
 
 
+def pytest_configure():
+    """Functions inside a kernel: Triton's interpreter patches its language anew for every call of one, a third of its
+    time. Once for each module is enough, as a launch patches what its end puts back.
+    """
+    from triton.runtime import interpreter  # reads TRITON_INTERPRET
+
+    patched = set()
+
+    def call(self, *args, **kwargs):
+        if id(self.fn.__globals__) not in patched:
+            patched.add(id(self.fn.__globals__))
+            interpreter._patch_lang(self.fn)
+        return self.rewrite()(*args, **kwargs)
+
+    interpreter.InterpretedFunction.__call__ = call
+
+
 @pytest.fixture(autouse=True, scope="module")
 def _forget_compiled_programs():
     """Each keeps some memory mappings, and Linux ends a process that needs more than 65,530 of them."""

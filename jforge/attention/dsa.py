@@ -11,7 +11,8 @@ The cache is MLA's and the index keys. A decode step scans all index keys, 2 J b
 index_topk latents: what it reads of the latents does not grow with the context, what it reads of the keys does.
 
 `index_quantised` rotates queries and keys by a Hadamard matrix and stores keys in e4m3 with a power-of-two scale, as
-DeepSeek's kernels do. With `index_shared` (GLM-5.2) a layer has no indexer: it takes the `indices` of another layer.
+DeepSeek's kernels do. They round what RoPE has turned, so the picks may change when all positions shift by the same
+number (law L10). With `index_shared` (GLM-5.2) a layer has no indexer: it takes the `indices` of another layer.
 
 Sources: DeepSeek-V3.2 (arXiv 2512.02556), transformers' deepseek_v32 and glm_moe_dsa; for the layout of RoPE in the
 indexer, where DeepSeek's first code differs, docs/divergences.md.
@@ -308,7 +309,7 @@ dsa = Attention(
     }),
     examples=(
         Config(**_TINY, index_n_heads=8, index_head_dim=6, index_topk=3, attention_bias=True),
-        Config(**_TINY, index_n_heads=8, index_head_dim=8, index_topk=4, index_rope_layout="interleaved",
+        Config(**{**_TINY, "rope_parameters": None}, index_n_heads=8, index_head_dim=8, index_topk=4,
                index_quantised=True),
     ),
 )  # fmt: skip
