@@ -239,11 +239,10 @@ def _split_with_index(weights: _Weights, cfg: Any) -> Params:
 
 
 def _split_v4_window(weights: _Weights, cfg: Any) -> Params:
-    """DeepSeek-V4. o_a holds, group by group, its [O, heads * H]; released files have names of their own."""
+    """DeepSeek-V4. o_a holds, group by group, its [rank, heads * H]; released files have names of their own."""
     D, N, H, L = cfg.hidden_size, cfg.num_attention_heads, cfg.head_dim, cfg.q_lora_rank
-    g, O = cfg.o_groups, cfg.o_lora_rank  # noqa: E741
-    take = _v4_take(weights)
-    down = take("o_a_proj.weight", (g * O, N // g * H)).reshape(g, O, N // g, H)
+    g, rank, take = cfg.o_groups, cfg.o_lora_rank, _v4_take(weights)
+    down = take("o_a_proj.weight", (g * rank, N // g * H)).reshape(g, rank, N // g, H)
     return {
         "wq_a": _jax(take("q_a_proj.weight", (L, D)).T),
         "q_norm": _jax(take("q_a_norm.weight", (L,))),
@@ -252,7 +251,7 @@ def _split_v4_window(weights: _Weights, cfg: Any) -> Params:
         "kv_norm": _jax(take("kv_norm.weight", (H,))),
         "sinks": _jax(take("sinks", (N,))),
         "wo_a": _jax(down.transpose(0, 2, 3, 1)),
-        "wo_b": _jax(take("o_b_proj.weight", (D, g * O)).T.reshape(g, O, D)),
+        "wo_b": _jax(take("o_b_proj.weight", (D, g * rank)).T.reshape(g, rank, D)),
     }
 
 

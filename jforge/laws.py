@@ -234,7 +234,8 @@ def _l7(b: Bench):
     jacobian = jax.jit(jax.jacrev(lambda x: b.att.forward(params, b.cfg, x)[0] @ probe))(x)
     support = (np.asarray(jacobian)[:, 0] != 0).any(axis=-1)
     order = np.arange(b.T)
-    seen = np.broadcast_to(b.att.visible(b.cfg, jnp.asarray(order)[:, None], jnp.asarray(order)), support.shape)
+    t = jnp.asarray(order)
+    seen = np.broadcast_to(b.att.visible(b.cfg, t[:, None], t), support.shape)
     picks = [_picks(b, params, x, t) for t in range(b.T)]
     if picks[0] is None:
         return float((support != seen).sum()), "pairs differ"

@@ -32,7 +32,7 @@ def pytest_configure():
 
 @pytest.fixture(autouse=True, scope="module")
 def _forget_compiled_programs():
-    """Each keeps some memory mappings, and Linux ends a process that needs more than 65,530 of them."""
+    """Each keeps some memory mappings, of which Linux allows a process 65,530: the whole suite would need more."""
     yield
     jax.clear_caches()
 

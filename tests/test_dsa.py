@@ -56,6 +56,12 @@ def test_random_steps_equal_forward():
     assert walk(DSA, E4M3, 17) <= compare.OUT["float64"]
 
 
+def test_torch_ref_agrees_on_interleaved_indexers():
+    """GLM-5's, exact and in e4m3."""
+    for cfg in (SMALL, E4M3):
+        assert torch_error(DSA, "dsa", replace(cfg, index_rope_layout="interleaved")) <= compare.OUT["float32"]
+
+
 def test_torch_ref_agrees_without_rope():
     cfg = replace(SMALL, rope_parameters=None, index_head_dim=3, index_topk=1)
     assert torch_error(DSA, "dsa", cfg) <= compare.OUT["float32"]

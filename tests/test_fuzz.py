@@ -43,8 +43,8 @@ def _blocks(dtype="float16", view="plain", at=0, S=64, V=64, **options):
     return Draw(Case("blocks", BLOCKS, sizes, (S,), {"block_size": 16, **options}), dtype, 0, view, at)
 
 
-def _index(op="index_scores", dtype="float16", stored=None, T=1, I=4, S=64, J=64, **options):  # noqa: E741
-    sizes = dict(B=1, T=T, I=I, S=S, J=J)
+def _index(op="index_scores", dtype="float16", stored=None, T=1, heads=4, S=64, J=64, **options):
+    sizes = dict(B=1, T=T, I=heads, S=S, J=J)
     return Draw(Case("index", op, sizes, (S,), options), dtype, 0, values="coarse", stored=stored)
 
 
@@ -77,10 +77,10 @@ REFUSALS = (
     ("pallas", _blocks(V=0, softcap=5.0), "has no cap"),
     ("pallas", _parts(), ROWS),
     ("pallas", _parts(V=6, view="split", at=1), ROWS),
-    ("triton", _index(I=264), REGISTERS),
-    ("triton", _index("index_scores", "float32", I=256, J=256), "need more shared memory"),
+    ("triton", _index(heads=264), REGISTERS),
+    ("triton", _index("index_scores", "float32", heads=256, J=256), "need more shared memory"),
     ("triton", _maxima(J=272), REGISTERS),
-    ("triton", _maxima(dtype="float32", I=256, J=256), "need more shared memory"),
+    ("triton", _maxima(dtype="float32", heads=256, J=256), "need more shared memory"),
     ("triton", _listed(stored="int8"), "latent_scale. has no Triton kernel yet"),
     ("triton", _listed(C=520), REGISTERS),
     ("triton", _listed(R=72), REGISTERS),
@@ -92,7 +92,7 @@ REFUSALS = (
     ("pallas", _index(J=16, stored="int8"), WIDTHS),
     ("pallas", _index(J=272), WIDTHS),
     ("pallas", _index(T=0), GRID),
-    ("pallas", _index(I=264, J=256), "heads of one query must fit"),
+    ("pallas", _index(heads=264, J=256), "heads of one query must fit"),
     ("pallas", _maxima(dtype="float32"), TF32),
     ("pallas", _maxima(S=67), TILES),
     ("pallas", _maxima(J=24), WIDTHS),

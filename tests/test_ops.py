@@ -21,13 +21,7 @@ def unwritten(package: str, op: str) -> bool:
 
 
 WRITTEN = [(case, b) for case in CASES for b in BACKENDS.values() if not unwritten(b.package, case.op)]
-# Mosaic's interpreter takes seconds a case, and a kernel's dtypes share all but a cast: every other case in each dtype.
-RUNS = [
-    (case, b, dtype)
-    for case, b in WRITTEN
-    for i, dtype in enumerate(b.dtypes)
-    if b.name != "pallas" or CASES.index(case) % len(b.dtypes) == i
-]
+RUNS = [(case, b, dtype) for case, b in WRITTEN for dtype in b.dtypes]
 
 
 @pytest.mark.parametrize("case,backend,dtype", RUNS, ids=[f"{c.name}-{b.name}-{d}" for c, b, d in RUNS])

@@ -225,13 +225,17 @@ def _select(cfg: Config, q_index, weights, cache, ops) -> Int[Array, "B T L"]:
     return choose(cfg, ops.index_scores(q_index, cache.k_index, weights, cache.length, k_scale=scale), ops)
 
 
+def _has_indexer(cfg: Config) -> None:
+    if cfg.index_shared:
+        raise ValueError("index_shared is True; such a layer has no indexer, ask the layer whose picks it takes")
+
+
 def index(params: Params, cfg: Config, x: Float[Array, "B T D"], cache, lengths=None) -> Int[Array, "B T L"]:
     """The picks of the new tokens x (row b its first lengths[b]) given the cache before them, for layers that share
     them; -1 at pads.
     """
     cache_spec(cfg).check(cache)
-    if cfg.index_shared:
-        raise ValueError("index_shared is True; such a layer has no indexer, ask the layer whose picks it takes")
+    _has_indexer(cfg)
     S = cache.latent.shape[1]
     step = begin(x, cache.length, lengths, cfg.hidden_size, S)
     *_, q_index, weights, cache = _append(params, cfg, step, cache)
@@ -241,7 +245,10 @@ def index(params: Params, cfg: Config, x: Float[Array, "B T D"], cache, lengths=
 
 def select(params: Params, cfg: Config, x: Float[Array, "B 1 D"], cache) -> Int[Array, "B 1 L"]:
     """The tokens that decode would gather for x."""
-    return index(params, cfg, one_token(x), cache)
+    _has_indexer(cfg)
+    step = begin(one_token(x), cache.length, None, cfg.hidden_size, cache.latent.shape[1])
+    *_, q_index, weights, cache = _append(params, cfg, step, cache)
+    return _select(cfg, q_index, weights, cache, jax_ops)
 
 
 def tokens_of(cfg: Config, selection, S: int) -> Bool[Array, "B T S"]:

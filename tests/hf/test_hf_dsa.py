@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import transformers
+from test_hf_mla import SHAPES as LATENT
 
 import jforge
 from jforge import cli, hf_config
@@ -46,15 +47,7 @@ INDEXER = {
     "indexer.k_norm.bias": (8,),
     "indexer.weights_proj.weight": (3, 10),
 }
-SHAPES = {
-    "q_a_proj.weight": (6, 10),
-    "q_a_layernorm.weight": (6,),
-    "q_b_proj.weight": (14, 6),
-    "kv_a_proj_with_mqa.weight": (9, 10),
-    "kv_a_layernorm.weight": (5,),
-    "kv_b_proj.weight": (10, 5),
-    "o_proj.weight": (10, 4),
-}
+SHAPES = {f"{name}.weight": shape for name, shape in LATENT.items()}
 
 
 def shared_of(config) -> str:

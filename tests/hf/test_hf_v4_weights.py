@@ -4,26 +4,11 @@ import jax
 import numpy as np
 import pytest
 import torch
+from test_hf_v4_config import TINY
 
 from jforge.hf import convert
 from jforge.hf_deepseek_v4 import RELEASED
 
-TINY = {
-    "model_type": "deepseek_v4",
-    "hidden_size": 10,
-    "num_attention_heads": 4,
-    "num_hidden_layers": 3,
-    "compress_ratios": [0, 4, 128],
-    "head_dim": 8,
-    "qk_rope_head_dim": 4,
-    "q_lora_rank": 6,
-    "o_groups": 2,
-    "o_lora_rank": 3,
-    "sliding_window": 4,
-    "index_n_heads": 2,
-    "index_head_dim": 6,
-    "index_topk": 2,
-}
 BASE = {
     "q_a_proj.weight": (6, 10),
     "q_a_norm.weight": (6,),
