@@ -71,7 +71,7 @@ def _consume(f, where, sinks, out, lse, *, q_s, k_s, v_s, p_s, q_full, k_full, v
         plgpu.barrier_wait(k_full.at[slot])
         x = matmul(k_s.at[slot], q_s.transpose((1, 0)), keys_by_rows)
         plgpu.barrier_arrive(k_free.at[slot])
-        x = jnp.where(visible(f, where, start), _logits(f, x), -jnp.inf)
+        x = jnp.where(visible(f, where, start), logits(f, x), -jnp.inf)
         raised = jnp.maximum(top, x.max(axis=0))
         shrink = jnp.exp2(top - raised)
         p = jnp.exp2(x - spread(raised, keys_by_rows, 1))
@@ -89,10 +89,10 @@ def _consume(f, where, sinks, out, lse, *, q_s, k_s, v_s, p_s, q_full, k_full, v
     top = plgpu.layout_cast(jnp.full((f.rows,), LOWEST, jnp.float32), BY_COLUMN)
     mass = plgpu.layout_cast(jnp.zeros(keys_by_rows, jnp.float32), TILE)
     acc, top, mass = lax.fori_loop(0, where.steps, step, (acc, top, mass))
-    _finish(f, where, acc, top, mass.sum(axis=0), sinks, out, lse, **smem)
+    finish(f, where, acc, top, mass.sum(axis=0), sinks, out, lse, **smem)
 
 
-def _logits(f, x):
+def logits(f, x):
     """Scaled and capped logits in base-2 units. tanh by exp2: the hardware's tanh has only 11 bits."""
     if f.softcap is None:
         return x * (f.scale * LOG2E)
@@ -100,7 +100,7 @@ def _logits(f, x):
     return (f.softcap * LOG2E) * (1 - 2 / (e + 1))
 
 
-def _finish(f, where, acc, top, mass, sinks, out, lse, *, out_s, row_s):
+def finish(f, where, acc, top, mass, sinks, out, lse, *, out_s, row_s):
     """Fold in the sink, normalise and store out and lse: the split's, or the final ones when it is the only split."""
     if sinks is not None:
         sink = load_sinks(f, where, sinks, row_s) * LOG2E

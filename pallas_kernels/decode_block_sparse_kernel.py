@@ -7,8 +7,7 @@ tile of 64 positions of the list,
 """
 
 from pallas_kernels.compat import BY_COLUMN, TILE, copy_rows, jnp, lax, pl, plgpu, spread
-from pallas_kernels.decode_attention_kernel import _finish as finish
-from pallas_kernels.decode_attention_kernel import _logits as logits
+from pallas_kernels.decode_attention_kernel import finish, logits
 from pallas_kernels.decode_common import BOX, keep, matmul
 from pallas_kernels.decode_listed import Gathered, Listed, stream
 from pallas_kernels.merge_states import LOWEST

@@ -28,7 +28,7 @@ def kernel(f, has_pages, has_sinks, q_latent, q_rope, latent, k_rope, lengths, *
     computes = lax.axis_index("warpgroup") == 0
 
     def work():
-        pl.when(computes)(lambda: _consume(f, where, sinks, out, lse, **smem))
+        pl.when(computes)(lambda: consume(f, where, sinks, out, lse, **smem))
         pl.when(jnp.logical_not(computes))(lambda: _produce(f, where, pages, q_latent, q_rope, latent, k_rope, **smem))
 
     if f.splits == 1:
@@ -64,7 +64,7 @@ def _produce(f, where, pages, q_latent, q_rope, latent, k_rope, *, ql_s, qr_s, l
         plgpu.barrier_wait(free.at[lax.rem(i, jnp.int32(f.stages))])
 
 
-def _consume(f, where, sinks, out, lse, *, ql_s, qr_s, l_s, r_s, p_s, q_full, full, free, **smem):
+def consume(f, where, sinks, out, lse, *, ql_s, qr_s, l_s, r_s, p_s, q_full, full, free, **smem):
     """Online softmax over the tiles. acc: O^T [C, rows]; top: running maximum [rows], base 2 and finite from the start
     so that no difference is inf - inf; mass: [block, rows], summed over keys only once, after the loop."""
     result, keys_by_rows = (f.C, f.rows), (f.block, f.rows)
@@ -78,7 +78,8 @@ def _consume(f, where, sinks, out, lse, *, ql_s, qr_s, l_s, r_s, p_s, q_full, fu
 
         def scores(accumulator):
             plgpu.wgmma(accumulator, l_s.at[slot], ql_s.at[zero].transpose((1, 0)))
-            plgpu.wgmma(accumulator, r_s.at[slot], qr_s.at[zero].transpose((1, 0)))
+            if f.R:
+                plgpu.wgmma(accumulator, r_s.at[slot], qr_s.at[zero].transpose((1, 0)))
             return accumulator[...]
 
         x = pl.run_scoped(scores, plgpu.ACC(keys_by_rows, jnp.float32)) * (f.scale * LOG2E)

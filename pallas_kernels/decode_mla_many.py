@@ -34,7 +34,7 @@ def kernel(f, has_pages, has_sinks, q_latent, q_rope, latent, k_rope, lengths, *
     def work():
         # Two copies of the code, so that the halves' addresses are constants: computed, they would spill.
         for w in (0, 1):
-            pl.when(warpgroup == w)(lambda w=w: _consume(f, where, w, sinks, out, lse, **smem))
+            pl.when(warpgroup == w)(lambda w=w: consume(f, where, w, sinks, out, lse, **smem))
         pl.when(warpgroup == 2)(lambda: _produce(f, where, pages, q_latent, q_rope, latent, k_rope, **smem))
 
     if f.splits == 1:
@@ -79,7 +79,7 @@ def _produce(f, where, pages, q_latent, q_rope, latent, k_rope, *, ql_s, qr_s, l
             plgpu.barrier_wait(free.at[slot * 2 + half])
 
 
-def _consume(f, where, w, sinks, out, lse, *, ql_s, qr_s, l_s, r_s, top_s, row_s, q_full, full, ready, free, done):
+def consume(f, where, w, sinks, out, lse, *, ql_s, qr_s, l_s, r_s, top_s, row_s, q_full, full, ready, free, done):
     """Online softmax over pairs of tiles, of which warpgroup w owns number w. acc: O [rows, C/2]; top: running maximum
     [rows], base 2 and finite from the start so that no difference is inf - inf; mass: sums of the own P [rows].
 
@@ -146,7 +146,8 @@ def _scores(f, where, w, i, slot, ql_s, qr_s, l_s, r_s, full):
             wait(half)
             plgpu.wgmma(accumulator, ql_s.at[zero, :, _half(f, half)], l_s.at[slot, half].transpose((1, 0)))
         wait(2)
-        plgpu.wgmma(accumulator, qr_s.at[zero], r_s.at[slot].transpose((1, 0)))
+        if f.R:
+            plgpu.wgmma(accumulator, qr_s.at[zero], r_s.at[slot].transpose((1, 0)))
         return accumulator[...]
 
     return pl.run_scoped(run, plgpu.ACC((f.rows, f.block), jnp.float32)) * (f.scale * LOG2E)

@@ -122,7 +122,7 @@ def _launch(f, alone, operands):
     batch, dtype = operands["lists"].shape[0], operands["latent"].dtype
     rows = (f.N if alone else f.row_blocks * f.rows,) if f.many else (1, f.units, f.heads)
     out_dtype = f.out_dtype if alone else jnp.float32
-    tiles = swizzled(64, 2)
+    tiles, copies = swizzled(64, 2), 2 if f.R else 1
     scratch = dict(
         ql_s=plgpu.SMEM((1, f.rows, f.C), dtype, transforms=tiles),
         qr_s=plgpu.SMEM((1, f.rows, f.rope), dtype, transforms=tiles),
@@ -134,7 +134,7 @@ def _launch(f, alone, operands):
             l_s=plgpu.SMEM((f.stages, 2, f.block, f.C // 2), dtype, transforms=tiles),
             top_s=plgpu.SMEM((f.stages, f.rows), jnp.float32),
             row_s=plgpu.SMEM((4, f.rows), jnp.float32),
-            q_full=plgpu.Barrier(num_arrivals=2),
+            q_full=plgpu.Barrier(num_arrivals=copies),
             full=plgpu.Barrier(num_barriers=f.stages * 3),
             ready=plgpu.Barrier(num_barriers=f.stages),
             free=plgpu.Barrier(num_barriers=f.stages * 2),
@@ -146,7 +146,7 @@ def _launch(f, alone, operands):
             p_s=plgpu.SMEM((f.rows, f.block), dtype, transforms=tiles),
             out_s=plgpu.SMEM((f.rows, math.gcd(f.C, COLUMNS)), out_dtype),
             row_s=plgpu.SMEM((f.rows,), jnp.float32),
-            q_full=plgpu.Barrier(num_arrivals=2 * f.boxes),
+            q_full=plgpu.Barrier(num_arrivals=copies * f.boxes),
             full=plgpu.Barrier(num_barriers=f.stages),
             free=plgpu.Barrier(num_barriers=f.stages),
         )

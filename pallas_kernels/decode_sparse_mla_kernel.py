@@ -1,11 +1,11 @@
 """Body of the kernels over listed keys that are the values too: the consumers of decode_mla.py behind a gather.
 
 The last warpgroup fills the ring: its threads copy the listed rows, 16 bytes at a time, into tiles of 64 keys. Keys
-without a rope part get one of zeros, which costs the scores an eighth more products at C = 512.
+without a rope part leave its tile to P alone.
 """
 
 from pallas_kernels import decode_mla_few, decode_mla_many
-from pallas_kernels.compat import copy_rows, jnp, lax, pl, plgpu
+from pallas_kernels.compat import copy_rows, lax, pl, plgpu
 from pallas_kernels.decode_common import BOX
 from pallas_kernels.decode_listed import Gathered, stream
 
@@ -19,24 +19,11 @@ def kernel(f, names, *refs, rows_s, **smem):
     warpgroup = lax.axis_index("warpgroup")
     if f.many:
         for w in (0, 1):
-            pl.when(warpgroup == w)(lambda w=w: decode_mla_many._consume(f, where, w, sinks, out, lse, **smem))
+            pl.when(warpgroup == w)(lambda w=w: decode_mla_many.consume(f, where, w, sinks, out, lse, **smem))
         pl.when(warpgroup == 2)(lambda: _produce_many(f, where, given, **smem))
     else:
-        pl.when(warpgroup == 0)(lambda: decode_mla_few._consume(f, where, sinks, out, lse, **smem))
+        pl.when(warpgroup == 0)(lambda: decode_mla_few.consume(f, where, sinks, out, lse, **smem))
         pl.when(warpgroup == 1)(lambda: _produce_few(f, where, given, **smem))
-
-
-def _ropes(given):
-    """Rope queries, or in their place others, which meet keys that are 0."""
-    return given.get("q_rope", given["q_latent"])
-
-
-def _fetch_rope(f, where, given, rows, tile):
-    """The rope keys of a tile, or zeros."""
-    if f.R:
-        copy_rows(where.source(given["k_rope"]), rows, tile)
-    else:
-        copy_rows(where.source(given["latent"]), jnp.minimum(rows, -1), tile)
 
 
 def _produce_few(f, where, given, *, ql_s, qr_s, l_s, r_s, q_full, full, free, **_):
@@ -45,11 +32,13 @@ def _produce_few(f, where, given, *, ql_s, qr_s, l_s, r_s, q_full, full, free, *
         t, unit, _ = where.box(f, j)
         at, rows = (where.b, t, unit, pl.ds(0, BOX)), pl.ds(j * BOX, BOX)
         plgpu.copy_gmem_to_smem(given["q_latent"].at[at], ql_s.at[0, rows], q_full)
-        plgpu.copy_gmem_to_smem(_ropes(given).at[(*at, pl.ds(0, f.rope))], qr_s.at[0, rows], q_full)
+        if f.R:
+            plgpu.copy_gmem_to_smem(given["q_rope"].at[(*at, pl.ds(0, f.rope))], qr_s.at[0, rows], q_full)
 
     def fetch(rows, slot):
         copy_rows(where.source(given["latent"]), rows, l_s.at[slot])
-        _fetch_rope(f, where, given, rows, r_s.at[slot])
+        if f.R:
+            copy_rows(where.source(given["k_rope"]), rows, r_s.at[slot])
 
     def announce(slot):
         plgpu.barrier_arrive(full.at[slot])
@@ -65,13 +54,15 @@ def _produce_many(f, where, given, *, ql_s, qr_s, l_s, r_s, q_full, full, free, 
     plgpu.set_max_registers(40, action="decrease")
     rows = pl.ds(where.row_block * f.rows, f.rows)
     plgpu.copy_gmem_to_smem(given["q_latent"].at[where.b, rows], ql_s.at[0], q_full)
-    plgpu.copy_gmem_to_smem(_ropes(given).at[where.b, rows, pl.ds(0, f.rope)], qr_s.at[0], q_full)
+    if f.R:
+        plgpu.copy_gmem_to_smem(given["q_rope"].at[where.b, rows, pl.ds(0, f.rope)], qr_s.at[0], q_full)
 
     def fetch(rows, slot):
         for half in (0, 1):
             channels = pl.ds(half * (f.C // 2), f.C // 2)
             copy_rows(where.source(given["latent"], channels), rows, l_s.at[slot, half])
-        _fetch_rope(f, where, given, rows, r_s.at[slot])
+        if f.R:
+            copy_rows(where.source(given["k_rope"]), rows, r_s.at[slot])
 
     def announce(slot):
         for part in range(3):

@@ -241,6 +241,7 @@ CASES: tuple[Case, ...] = (
     _blocks("blocks_few_of_many", 1, 4, 1, 64, 1024, 64, 20, (700,)),
     _blocks("tokens", 2, 8, 2, 64, 128, 1, 40, (128, 30)),
     _blocks("tokens_keys_are_values", 2, 16, 1, 64, 96, 1, 33, (), V=0, sinks=True),
+    _blocks("entries_64_heads", 1, 64, 1, 128, 96, 1, 70, (), V=0, sinks=True),
     _blocks("tokens_two_queries", 1, 4, 1, 128, 128, 1, 70, (128,), T=2),
     _sparse_mla("sparse_mla_16_heads", 2, 16, 256, 96, "basic"),
     _sparse_mla("sparse_mla_128_heads", 1, 128, 128, 64, "basic"),

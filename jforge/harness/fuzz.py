@@ -1,6 +1,6 @@
 """Fuzz of the ops: hypothesis draws cases that the named list does not have, the float64 oracle judges them.
 
-    python -m jforge.harness.fuzz --examples 500 [--backend NAME] [--op OP] [--seed N]
+    python -m jforge.harness.fuzz --examples 500 [--backend NAME] [--op OP] [--seed N] [--out FILE]
 
 Each example is a question from fuzz_draws.py or fuzz_draws_sparse.py and a view of it (fuzz_views.py), whose answer
 must not differ: the batch permuted, one row among emptied ones, the cache in shuffled pages, lists or scores in another
@@ -13,6 +13,7 @@ A failure prints the smallest case found and the command that brings it back, an
 import argparse
 import collections
 import dataclasses
+import os
 import random
 import re
 import sys
@@ -23,7 +24,7 @@ import hypothesis
 import numpy as np
 from hypothesis import strategies as st
 
-from jforge.harness import compare, oracle
+from jforge.harness import bench, compare, oracle
 from jforge.harness import fuzz_draws as dense
 from jforge.harness import fuzz_draws_sparse as sparse
 from jforge.harness.backends import BACKENDS, Backend, for_programs_that_run_once, gpu
@@ -201,8 +202,11 @@ def fuzz(
     return tally
 
 
-def _run(backend: Backend, op: str, examples: int, seed: int) -> tuple[list[str], str | None]:
-    """(a row of the summary, the report of a failure) of one backend and op, with progress on stderr."""
+COLUMNS = ("implementation", "op", "judged", "refused", "worst", "seconds", "ok")  # worst: error over its tolerance
+
+
+def _run(backend: Backend, op: str, examples: int, seed: int) -> tuple[dict, str | None]:
+    """(a record of the run, the report of a failure) of one backend and op, with progress on stderr."""
     start = time.perf_counter()
 
     def progress(tally: Tally) -> None:
@@ -211,14 +215,14 @@ def _run(backend: Backend, op: str, examples: int, seed: int) -> tuple[list[str]
             done = f"{tally.examples} of {examples}, {seconds:.0f} s"
             print(f"  {backend.name} {op}: {done}", file=sys.stderr, flush=True)
 
-    report, counts, worst = None, ("-", "-"), "FAILS"
+    record, report = {"what": "fuzz", "implementation": backend.name, "op": op, "seed": seed}, None
     try:
         tally = fuzz(backend, op, examples, seed=seed, progress=progress)
-        counts, worst = (str(tally.judged.total()), str(tally.refused.total())), f"{tally.worst:.2f}"
+        record |= {"judged": tally.judged.total(), "refused": tally.refused.total(), "worst": round(tally.worst, 2)}
     except AssertionError as failure:
         command = f"python -m jforge.harness.fuzz --backend {backend.name} --op {op} --examples {examples}"
         report = f"{failure}\n    {command} --seed {seed}"
-    return [backend.name, op, *counts, worst, f"{time.perf_counter() - start:.0f}"], report
+    return record | {"seconds": round(time.perf_counter() - start), "ok": report is None}, report
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -227,27 +231,35 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--backend", choices=tuple(BACKENDS))
     parser.add_argument("--op", choices=tuple(OPS))
     parser.add_argument("--seed", type=int, help="default: a fresh one")
+    parser.add_argument("--out", metavar="FILE", help="append a record of each backend and op to FILE as JSON lines")
+    parser.add_argument("--commit", help="for these, where there is no .git to ask")
     args = parser.parse_args(argv)
     if args.examples < 1:
         parser.error(f"--examples is {args.examples}; it must be a positive integer")
+    try:
+        bench.append(args.out or os.devnull, [], {})
+    except OSError as error:
+        parser.error(f"--out is {args.out}; it cannot be written: {error.strerror}")
     for_programs_that_run_once()
     seed = random.SystemRandom().randrange(2**31) if args.seed is None else args.seed
     ops = [args.op] if args.op else list(OPS)
     print(f"seed {seed}", flush=True)
-    rows = [["backend", "op", "judged", "refused", "error/limit", "seconds"]]
-    failed = 0
+    records, where = [], bench.environment(args.commit) if args.out else {}
     for backend in BACKENDS.values():
         if args.backend not in (None, backend.name):
             continue
         for op in ops:
-            row, report = _run(backend, op, -(-args.examples // len(ops)), seed)
-            rows.append(row)
+            record, report = _run(backend, op, -(-args.examples // len(ops)), seed)
+            records.append(record)
+            if args.out:
+                bench.append(args.out, [record], where)
             if report:
-                failed += 1
                 print(report, flush=True)
+    rows = [COLUMNS, *([str(record.get(name, "-")) for name in COLUMNS] for record in records)]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    failed = sum(not record["ok"] for record in records)
     print(f"seed {seed}: {f'{failed} failed, see above' if failed else 'all right'}")
     return 1 if failed else 0
 

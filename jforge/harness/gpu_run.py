@@ -2,13 +2,18 @@
 
 cases: every case in every dtype on every backend, twice (the second result must be bitwise the first).
 invariance: with a fixed chunk a row's bits are those of the row alone, in 50 random batches.
+memcheck: compute-sanitizer over one small case a kernel.
 bench: the shapes of jforge bench, both packages and their peers.
-Appends JSON lines with the environment; exits 1 if a case is wrong. Uninitialised torch memory is NaN.
+Appends JSON lines with the environment; exits 1 if something is wrong. Uninitialised torch memory is NaN.
 """
 
 import argparse
 import os
+import re
+import shutil
+import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # torch and JAX share the card
 
@@ -79,12 +84,46 @@ def invariance(backend, batches: int = 50, seed: int = 0) -> dict:
     return {**row, "ok": different == 0}
 
 
+def invariances(backends) -> list[dict]:
+    return [invariance(backend) for backend in backends]
+
+
+# Together they launch every kernel of both packages, with the tails of rows and tiles that a copy may not cross.
+MEMCHECKED = (
+    "head_80_chunked", "four_queries_window", "mla_80_heads", "mla_chunked", "blocks_of_16", "tokens_two_queries",
+    "entries_64_heads", "sparse_mla_small", "sparse_mla_128_heads", "index_5_heads", "block_index_blocks_of_16",
+    "linear_decay_a_channel", "merge_many",
+)  # fmt: skip
+
+
+def memcheck(backend, case: str) -> dict:
+    """What compute-sanitizer finds in one case, in a process of its own, where each array is an allocation."""
+    run = (sys.executable, "-m", "jforge.harness.gpu_run", os.devnull, "--only", "cases", "--case", case)
+    result = subprocess.run(
+        ["compute-sanitizer", "--tool", "memcheck", *run, "--backend", backend.name, "--commit", "-"],
+        env=os.environ | {"XLA_PYTHON_CLIENT_ALLOCATOR": "platform", "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    summary = re.search(r"ERROR SUMMARY: (\d+) error", result.stdout)
+    row = {"what": "memcheck", "case": case, "implementation": backend.name}
+    if result.returncode or summary is None:
+        return {**row, "ok": False, "failure": (result.stdout + result.stderr)[-300:]}
+    return {**row, "errors": int(summary[1]), "ok": summary[1] == "0"}
+
+
+def memchecks(backends) -> list[dict]:
+    if shutil.which("compute-sanitizer") is None:
+        raise SystemExit("gpu_run: error: compute-sanitizer, of the CUDA toolkit, is not on the PATH")
+    with ThreadPoolExecutor(os.cpu_count() // 2) as pool:  # a process spends most of its time on the CPU
+        return list(pool.map(lambda pair: memcheck(*pair), [(b, case) for b in backends for case in MEMCHECKED]))
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("path", help="JSON lines are appended here")
     parser.add_argument("--commit", help="the commit under test, where there is no .git to ask")
-    parser.add_argument("--only", choices=("cases", "invariance", "bench"))
-    parser.add_argument("--case", help="one case by name (for a memory checker, say)")
+    parser.add_argument("--only", choices=("cases", "invariance", "memcheck", "bench"))
+    parser.add_argument("--case", help="one case by name")
     parser.add_argument("--backend", choices=tuple(BACKENDS))
     args = parser.parse_args()
     if not gpu():
@@ -94,11 +133,13 @@ def main() -> int:
     if args.only in (None, "cases"):
         chosen = [(c, b) for c in CASES for b in backends if args.case in (None, c.name)]
         good &= run_cases(args.path, where, chosen)
-    if args.only in (None, "invariance"):
-        rows = [invariance(b) for b in backends if b.name in ("triton", "pallas")]
-        bench.append(args.path, rows, where)
-        print(*rows, sep="\n", flush=True)
-        good &= all(row["ok"] for row in rows)
+    kernels = [b for b in backends if b.name in ("triton", "pallas")]
+    for part, rows_of in (("invariance", invariances), ("memcheck", memchecks)):
+        if args.only in (None, part):
+            rows = rows_of(kernels)
+            bench.append(args.path, rows, where)
+            print(*rows, sep="\n", flush=True)
+            good &= all(row["ok"] for row in rows)
     if args.only in (None, "bench"):
         for row in bench.run():
             bench.append(args.path, [row], where)
