@@ -69,8 +69,10 @@ def passes(errors: tuple[float, float], dtype: str) -> bool:
 
 def for_programs_that_run_once() -> None:
     """Before JAX computes anything. XLA's CPU client gets enough threads that Mosaic's interpreter can run all
-    warpgroups of a kernel at once, and leaves out the passes that would take most of the time of small programs.
+    warpgroups of a kernel at once, and leaves out the passes that would take most of the time of small programs; on a
+    GPU it leaves memory to torch.
     """
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     os.environ.setdefault("NPROC", str(max(16, os.cpu_count() or 1)))
     if not gpu():
         jax.config.update("jax_disable_most_optimizations", True)

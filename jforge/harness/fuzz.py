@@ -166,13 +166,14 @@ def _forget_races(backend: Backend) -> None:
 
 def draws(backend: Backend, op: str) -> st.SearchStrategy[Draw]:
     """Examples of `op` in the dtypes that the backend is judged in here, and for Pallas now and then in float32, which
-    most of its ops must refuse. float32 results are for all; Triton's interpreter truncates to bfloat16 where a GPU
-    rounds.
+    most of its ops must refuse, and on a GPU more of what it takes. float32 results are for all; Triton's interpreter
+    truncates to bfloat16 where a GPU rounds.
     """
     judged = backend.gpu_dtypes if gpu() else backend.dtypes
     out = tuple(dict.fromkeys(("float32", *judged)))
-    buckets = (MOSAIC if backend.name == "pallas" and not gpu() else BUCKETS)[op]
-    return OPS[op](buckets, judged * 4 + ("float32",) if backend.name == "pallas" else judged, out)
+    if backend.name != "pallas":
+        return OPS[op](BUCKETS[op], judged, out)
+    return OPS[op](MOSAIC[op] + (BUCKETS[op] if gpu() else ()), judged * 4 + ("float32",), out)
 
 
 def fuzz(
