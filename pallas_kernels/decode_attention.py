@@ -26,7 +26,7 @@ from pallas_kernels.compat import jnp, launch, plgpu, swizzled, target
 from pallas_kernels.decode_attention_kernel import kernel
 from pallas_kernels.decode_common import BOX
 from pallas_kernels.merge_states import merge
-from pallas_kernels.plan import SMS, default_config, fill_splits, lookup, programs_per_sm
+from pallas_kernels.plan import default_config, fill_splits, lookup, programs_per_sm
 
 
 def decode_attention(q, k, v, lengths, *, scale, window=None, sinks=None, softcap=None, page_table=None,
@@ -134,8 +134,8 @@ def make_facts(sizes, dtype, out_dtype, *, scale, window=None, softcap=None, chu
     if chunk is None:
         key = "decode_attention", str(dtype), H, V, T * group, B * K, S, target().device_kind
         config = config or lookup(*key) or default
-        slots = SMS * programs_per_sm(config, *shape)
-        splits = config.splits or fill_splits(B * K * row_blocks, -(-span // config.block), slots)
+        tiles = -(-span // config.block)
+        splits = config.splits or fill_splits(B * K * row_blocks, tiles, programs_per_sm(config, *shape))
     else:  # nothing that could differ between batches, so never the table
         config = default
         chunk = -(-chunk // config.block) * config.block

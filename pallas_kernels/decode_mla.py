@@ -24,7 +24,7 @@ from pallas_kernels import decode_mla_few, decode_mla_many
 from pallas_kernels.compat import jnp, launch, plgpu, swizzled, target
 from pallas_kernels.decode_common import BOX
 from pallas_kernels.merge_states import merge
-from pallas_kernels.plan import RESERVED, SMEM, SMS, Config, fill_splits, lookup
+from pallas_kernels.plan import RESERVED, SMEM, Config, fill_splits, lookup
 
 ROPE = 64  # columns of a rope tile
 FEW, MANY = 32, 64  # query rows of a program of the two kernels
@@ -143,8 +143,8 @@ def make_facts(sizes, dtype, out_dtype, *, scale, window=None, chunk=None, confi
     span = S if window is None else min(S, window + T - 1 + default.block)
     if chunk is None:
         config = config or lookup("decode_mla", str(dtype), C, R, T * N, B, S, target().device_kind) or default
-        part = BOX * boxes / 16
-        splits = config.splits or fill_splits(B * row_blocks, -(-span // config.block), SMS, part)
+        tiles = -(-span // config.block)
+        splits = config.splits or fill_splits(B * row_blocks, tiles, part=BOX * boxes / 16)
     else:  # nothing that could differ between batches, so never the table
         config = default
         chunk = -(-chunk // config.block) * config.block

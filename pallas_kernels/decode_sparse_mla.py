@@ -22,7 +22,7 @@ from pallas_kernels.decode_mla import Facts as DenseFacts
 from pallas_kernels.decode_mla_few import COLUMNS
 from pallas_kernels.decode_sparse_mla_kernel import kernel
 from pallas_kernels.merge_states import merge
-from pallas_kernels.plan import SMS, fill_splits, lookup
+from pallas_kernels.plan import fill_splits, lookup
 
 
 def decode_sparse_mla(q_latent, q_rope, latent, k_rope, indices, *, scale, sinks=None, latent_scale=None,
@@ -85,7 +85,7 @@ def make_facts(B, N, C, R, lists, dtype, out_dtype, *, scale, config=None) -> Fa
     span = lists.L * lists.size
     found = config or lookup("decode_sparse_mla", str(dtype), C, R, N, rows, span, target().device_kind) or default
     tiles = lists.tiles(found.block)
-    splits = found.splits or fill_splits(rows * row_blocks, tiles, SMS, BOX * boxes / 16)
+    splits = found.splits or fill_splits(rows * row_blocks, tiles, part=BOX * boxes / 16)
     return Facts(
         T=1, N=N, C=C, R=R, heads=heads, units=units, boxes=boxes, many=many, stages=found.stages,
         splits=lists.even_splits(splits, found.block), page=None, chunk=None, window=None, scale=scale,

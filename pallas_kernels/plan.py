@@ -82,19 +82,21 @@ def lookup(op, dtype, head_dim, value_dim, group, batch_heads, length, device) -
     return Config(**min(near, key=distance)["config"]) if near else None
 
 
-def fill_splits(programs: int, tiles: int, slots: int, part: float = 0.0) -> int:
-    """Number of splits with the least modelled time; programs = B*K*row blocks, tiles of one row, slots on the card.
+def fill_splits(programs: int, tiles: int, together: int = 1, part: float = 0.0) -> int:
+    """Number of splits with the least modelled time; programs = B*K*row blocks, tiles of one row, and the programs that
+    an SM runs together.
 
-    Time of a plan in tiles: waves of programs, each as long as its tiles plus one for start and end, plus the merge
-    kernel, which costs about one tile and one more for every 32 parts. `part` is the time to write and merge one
-    program's partial result, where that is not small against a tile.
+    Time of a plan in tiles: an SM loads the tiles of its programs no faster when they run together, but their starts
+    and ends, about one tile each, fall together. The merge kernel costs about one tile and one more for every 32 parts.
+    `part` is the time to write and merge one program's partial result, where that is not small against a tile.
     """
 
     tiles = max(tiles, 1)
 
     def time(splits):
         per = -(-tiles // splits)
-        waves = -(-programs * -(-tiles // per) // slots)
-        return waves * (per + 1) + (1 + splits / 32 + waves * part if splits > 1 else 0)
+        count = programs * -(-tiles // per)
+        loads, waves = -(-count // SMS) * per, -(-count // (SMS * together))
+        return loads + waves + (1 + splits / 32 + waves * part if splits > 1 else 0)
 
     return min(range(1, min(tiles, MOST_SPLITS) + 1), key=time)

@@ -1,4 +1,4 @@
-"""Everything that only a GPU can prove: python -m jforge.harness.gpu_run OUT.jsonl [--commit C] [--only PART]
+"""Everything that only a GPU can prove: python -m jforge.harness.gpu_run OUT.jsonl [--commit C] [--only PART] [--op OP]
 
 cases: every case in every dtype on every backend, twice (the second result must be bitwise the first).
 invariance: with a fixed chunk a row's bits are those of the row alone, in 50 random batches.
@@ -123,6 +123,7 @@ def main() -> int:
     parser.add_argument("path", help="JSON lines are appended here")
     parser.add_argument("--commit", help="the commit under test, where there is no .git to ask")
     parser.add_argument("--only", choices=("cases", "invariance", "memcheck", "bench"))
+    parser.add_argument("--op", action="append", metavar="OP", help="of cases and bench, this op alone (may be repeated)")
     parser.add_argument("--case", help="one case by name")
     parser.add_argument("--backend", choices=tuple(BACKENDS))
     args = parser.parse_args()
@@ -131,7 +132,8 @@ def main() -> int:
     where, good = bench.environment(args.commit), True
     backends = [b for b in BACKENDS.values() if args.backend in (None, b.name)]
     if args.only in (None, "cases"):
-        chosen = [(c, b) for c in CASES for b in backends if args.case in (None, c.name)]
+        named = [c for c in CASES if args.case in (None, c.name) and c.op in (args.op or (c.op,))]
+        chosen = [(c, b) for c in named for b in backends]
         good &= run_cases(args.path, where, chosen)
     kernels = [b for b in backends if b.name in ("triton", "pallas")]
     for part, rows_of in (("invariance", invariances), ("memcheck", memchecks)):
@@ -141,7 +143,7 @@ def main() -> int:
             print(*rows, sep="\n", flush=True)
             good &= all(row["ok"] for row in rows)
     if args.only in (None, "bench"):
-        for row in bench.run():
+        for row in bench.run(args.op or bench.OPS):
             bench.append(args.path, [row], where)
             print({k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()}, flush=True)
     return 0 if good else 1

@@ -74,7 +74,7 @@ SHARED = [
 def case(request, monkeypatch):
     if request.param.splits:
         for module in PLANNERS:
-            monkeypatch.setattr(module, "fill_splits", lambda *_: request.param.splits)
+            monkeypatch.setattr(module, "fill_splits", lambda *_, **__: request.param.splits)
     return request.param
 
 

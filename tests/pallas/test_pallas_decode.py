@@ -60,7 +60,7 @@ CASES = [
 def case(request, monkeypatch):
     if request.param.splits:
         module = importlib.import_module("pallas_kernels.decode_attention")  # the package's attribute is the op
-        monkeypatch.setattr(module, "fill_splits", lambda *_: request.param.splits)
+        monkeypatch.setattr(module, "fill_splits", lambda *_, **__: request.param.splits)
     return request.param
 
 
@@ -145,10 +145,12 @@ def test_wrong_arguments_name_the_argument():
 
 
 def test_plans():
-    """One split where heads alone fill the card, many where they do not, and the nearest entry of the table."""
-    assert plan.fill_splits(programs=512, tiles=128, slots=264) == 1
-    assert 128 <= 8 * plan.fill_splits(programs=8, tiles=64, slots=264) <= 264
-    assert plan.fill_splits(programs=1, tiles=0, slots=264) == 1
+    """One split where heads alone keep every SM busy, as many as do where they do not."""
+    assert plan.fill_splits(programs=512, tiles=128, together=2) == 1
+    assert plan.fill_splits(programs=128, tiles=16, together=2) == 1
+    assert 128 <= 8 * plan.fill_splits(programs=8, tiles=64, together=2) <= 132
+    assert plan.fill_splits(programs=136, tiles=64, together=2) > 1
+    assert plan.fill_splits(programs=1, tiles=0) == 1
     for H, V, rows in [(64, 64, 8), (128, 128, 8), (128, 128, 64), (256, 256, 32), (256, 64, 8)]:
         assert plan.default_config(H, V, rows).stages >= 2
 

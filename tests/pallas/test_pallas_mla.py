@@ -63,7 +63,7 @@ MANY = [
 @pytest.fixture(params=FEW + MANY, ids=str)
 def case(request, monkeypatch):
     if request.param.splits:
-        monkeypatch.setattr(module, "fill_splits", lambda *_: request.param.splits)
+        monkeypatch.setattr(module, "fill_splits", lambda *_, **__: request.param.splits)
     return request.param
 
 

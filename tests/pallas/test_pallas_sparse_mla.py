@@ -55,7 +55,7 @@ MANY = [
 @pytest.fixture(params=FEW + MANY, ids=str)
 def case(request, monkeypatch):
     if request.param.splits:
-        monkeypatch.setattr(module, "fill_splits", lambda *_: request.param.splits)
+        monkeypatch.setattr(module, "fill_splits", lambda *_, **__: request.param.splits)
     return request.param
 
 
@@ -91,7 +91,7 @@ def test_model_shapes_lower(N, T, splits, monkeypatch):
     B, S, L = 2, 32768, 2048
     shapes = (B, T, N, 512), (B, T, N, 64), (B, S, 512), (B, S, 64)
     args = [jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in shapes]
-    monkeypatch.setattr(module, "fill_splits", lambda *_: splits)
+    monkeypatch.setattr(module, "fill_splits", lambda *_, **__: splits)
     with compat.lowering_for_cuda():
         call = functools.partial(pallas_kernels.decode_sparse_mla, scale=1.0)
         jax.jit(call).trace(*args, jax.ShapeDtypeStruct((B, T, L), jnp.int32)).lower(lowering_platforms=("cuda",))
