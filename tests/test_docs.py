@@ -19,13 +19,22 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 MECHANISMS = (ROOT / "docs" / "mechanisms.md").read_text(encoding="utf-8")
 
 
-@pytest.fixture(scope="module")
-def script():
-    """docs/mechanisms.py, which writes the tables."""
-    spec = importlib.util.spec_from_file_location("mechanisms_script", ROOT / "docs" / "mechanisms.py")
+def _script(name: str):
+    """A file of docs/ that writes the tables of a document."""
+    spec = importlib.util.spec_from_file_location(f"{name}_script", ROOT / "docs" / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="module")
+def script():
+    return _script("mechanisms")
+
+
+@pytest.fixture(scope="module")
+def gpu():
+    return _script("kernels")
 
 
 def test_tables_of_mechanisms_are_those_of_the_code(script):
@@ -50,6 +59,34 @@ def test_bytes_stand_in_tables_alone(script):
     """Prose holds no number that nobody would check."""
     prose = script._BLOCK.sub("", MECHANISMS)
     assert not re.findall(r"\d+ (?:B|KiB|MiB|GiB)\b", prose)
+
+
+@pytest.mark.parametrize("document", ("README.md", "docs/kernels.md"))
+def test_gpu_tables_are_those_of_the_records(gpu, document):
+    text = (ROOT / document).read_text(encoding="utf-8")
+    names = [name for _, name, _ in gpu._BLOCK.findall(text)]
+    assert names == (["dense"] if document == "README.md" else ["proofs", "dense", "latent", "parts"])
+    assert gpu.render(text, gpu.records()) == text
+
+
+def test_a_slower_or_wrong_kernel_changes_the_gpu_tables(gpu):
+    text, rows = (ROOT / "docs" / "kernels.md").read_text(encoding="utf-8"), gpu.records()
+    for what in ("decode_attention", "decode_mla", "decode_linear"):
+        slower = [row | {"median": 2 * row["median"]} if row["what"] == what else row for row in rows]
+        assert gpu.render(text, slower) != text
+    for what in ("case", "invariance", "memcheck", "fuzz"):
+        at = next(i for i, row in enumerate(rows) if row["what"] == what)
+        wrong = [*rows[:at], rows[at] | {"ok": False}, *rows[at + 1 :]]
+        assert "| 1 |" in gpu.render(text, wrong)
+    assert "Not yet run there: `llama`." in gpu.render(text, [row for row in rows if row.get("case") != "llama"])
+
+
+def test_every_gpu_record_is_of_a_right_kernel(gpu):
+    """Each proof is recorded for both packages, and nothing in the records failed."""
+    rows = gpu.records()
+    assert all(row.get("ok", True) for row in rows)
+    for what in ("case", "invariance", "memcheck", "fuzz"):
+        assert {row["implementation"] for row in rows if row["what"] == what} == {"pallas", "triton"}
 
 
 def printed() -> list[tuple[str, list[str]]]:

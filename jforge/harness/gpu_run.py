@@ -123,7 +123,9 @@ def main() -> int:
     parser.add_argument("path", help="JSON lines are appended here")
     parser.add_argument("--commit", help="the commit under test, where there is no .git to ask")
     parser.add_argument("--only", choices=("cases", "invariance", "memcheck", "bench"))
-    parser.add_argument("--op", action="append", metavar="OP", help="of cases and bench, this op alone (may be repeated)")
+    parser.add_argument(
+        "--op", action="append", metavar="OP", help="of cases and bench, this op alone (may be repeated)"
+    )
     parser.add_argument("--case", help="one case by name")
     parser.add_argument("--backend", choices=tuple(BACKENDS))
     args = parser.parse_args()

@@ -1,0 +1,149 @@
+"""The tables of docs/kernels.md and README.md that come from a GPU. `python docs/kernels.py` writes them anew from
+docs/gpu_runs.jsonl, prose untouched.
+
+A table stands between `<!-- gpu NAME -->` and `<!-- end -->`; NAME is proofs, dense, latent or parts.
+"""
+
+import json
+import re
+from pathlib import Path
+
+from jforge.harness.cases import CASES
+
+FOLDER = Path(__file__).parent
+DOCUMENTS = FOLDER / "kernels.md", FOLDER.parent / "README.md"
+PEERS = {"sdpa flash": "SDPA flash", "sdpa cudnn": "SDPA cuDNN", "cudnn (JAX)": "cuDNN (JAX)", "flex": "FlexAttention"}
+_BLOCK = re.compile(r"(<!-- gpu (?P<name>\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def records() -> list[dict]:
+    return [json.loads(line) for line in (FOLDER / "gpu_runs.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def render(text: str, rows: list[dict]) -> str:
+    """The document with its tables as the records have them."""
+    tables = {"proofs": proofs, "dense": dense, "latent": latent, "parts": parts}
+
+    def table(match: re.Match) -> str:
+        return match[1] + "\n".join(["", *tables[match["name"]](rows), ""]) + "\n" + match[3]
+
+    return _BLOCK.sub(table, text)
+
+
+def _markdown(columns, rows, words: int) -> list[str]:
+    """A table whose first `words` columns are words, as is a last one that names commits; all else is numbers."""
+    rule = ["---" if i < words or name == "commit" else "---:" for i, name in enumerate(columns)]
+    return [f"| {' | '.join(map(str, cells))} |" for cells in (columns, rule, *rows)]
+
+
+def _source(chosen: list[dict], rows: list[dict]) -> list[str]:
+    """Where timed rows come from: card, driver, commit, and the read ceiling of the same run."""
+    commits = sorted({row["commit"] for row in chosen})
+    rates = [row["GB_per_s"] for row in rows if row["what"] == "ceiling" and row["commit"] in commits]
+    card, driver = chosen[0]["device"], chosen[0]["driver"]
+    (samples,) = {row["samples"] for row in chosen if "samples" in row}
+    ceiling = f"read ceiling {min(rates):.0f} to {max(rates):.0f} GB/s"
+    return ["", f"{card}, driver {driver}, commit {', '.join(commits)}, median of {samples}, {ceiling}."]
+
+
+def _by_size(rows: list[dict], what: tuple[str, ...]) -> dict[tuple, dict[str, dict]]:
+    """{sizes: {implementation: row}} of the timed rows of these ops."""
+    names = ("what", "B", "N", "K", "S", "I", "H", "L", "window", "block_size")
+    found: dict = {}
+    for row in rows:
+        if row["what"] in what:
+            found.setdefault(tuple(row.get(name) for name in names), {})[row["implementation"]] = row
+    return found
+
+
+def _us(row: dict) -> str:
+    return f"{row['median']:.0f}" if row["median"] >= 1000 else f"{row['median']:.1f}"
+
+
+def dense(rows: list[dict]) -> list[str]:
+    columns = ("B, N, K, S", "pallas", "triton", *PEERS.values(), "pallas / best", "triton / best")
+    table, chosen = [], []
+    for sizes, found in _by_size(rows, ("decode_attention",)).items():
+        if PEERS.keys() <= found.keys():
+            best = min(found[name]["median"] for name in PEERS)
+            ratios = [f"{found[name]['median'] / best:.2f}" for name in ("pallas", "triton")]
+            times = [_us(found[name]) for name in ("pallas", "triton", *PEERS)]
+            table.append((", ".join(map(str, sizes[1:5])), *times, *ratios))
+            chosen += found.values()
+    return _markdown(columns, table, 1) + _source(chosen, rows)
+
+
+def latent(rows: list[dict]) -> list[str]:
+    columns = ("B, N, S", "pallas, us", "triton, us", "pallas, GB/s", "triton, GB/s", "SDPA, expanded, us")
+    table, chosen = [], []
+    for (_, B, N, _, S, *_), found in _by_size(rows, ("decode_mla",)).items():
+        ours = found["pallas"], found["triton"]
+        rates = [f"{row['GB_per_s']:.0f}" for row in ours]
+        table.append((f"{B}, {N}, {S}", *map(_us, ours), *rates, _us(found["sdpa (expanded)"])))
+        chosen += found.values()
+    return _markdown(columns, table, 1) + _source(chosen, rows)
+
+
+def parts(rows: list[dict]) -> list[str]:
+    columns = ("op", "B, N, K, S", "a row reads", "pallas, us", "triton, us", "pallas, GB/s", "triton, GB/s")
+    ops = ("decode_attention", "decode_block_sparse", "decode_sparse_mla", "index_scores", "block_index_scores",
+           "msa step", "decode_linear")  # fmt: skip
+    table, chosen = [], []
+    for (op, B, N, K, S, heads, H, L, window, block), found in _by_size(rows, ops).items():
+        if not PEERS.keys() <= found.keys():
+            ours = found["pallas"], found["triton"]
+            sizes = ", ".join(str(x or "-") for x in (B, N or heads, K, S))
+            read = _read(op, H, L, window, block)
+            table.append((f"`{op}`", sizes, read, *map(_us, ours), *(f"{row['GB_per_s']:.0f}" for row in ours)))
+            chosen += ours
+    return _markdown(columns, table, 3) + _source(chosen, rows)
+
+
+def _read(op: str, H: int, L: int, window: int, block: int) -> str:
+    """What a call reads of a row's cache, in words."""
+    match op:
+        case "decode_attention":
+            return f"a window of {window}" if window else "all"
+        case "decode_block_sparse" if block == 1:
+            return f"{L} entries of {H}, keys are values"
+        case "decode_block_sparse":
+            return f"{L} blocks of {block} a key head"
+        case "decode_sparse_mla":
+            return f"{L} tokens"
+        case "msa step":
+            return f"all index keys, then {L} blocks of {block} a key head"
+        case "decode_linear":
+            return f"a float32 state of {H} x {H} a head, and writes it"
+    return "all index keys" + (f", by blocks of {block}" if block else "")
+
+
+def proofs(rows: list[dict]) -> list[str]:
+    """What was asked of the kernels on a GPU: how often, and how often the answer was wrong."""
+    asked = {
+        "case": "named case in a dtype, right, and the same bits twice",
+        "invariance": "random batch, with `chunk`: a row's bits are those of the row alone",
+        "memcheck": "case under compute-sanitizer, each array its own allocation",
+        "fuzz": "drawn example judged by the oracle (beside it, refused as documented)",
+    }
+    table = []
+    for what, label in asked.items():
+        found = [row for row in rows if row["what"] == what and "ok" in row]  # a refusal proves nothing
+        cells = []
+        for name in ("pallas", "triton"):
+            mine = [row for row in found if row["implementation"] == name]
+            count = sum(row.get("batches", row.get("judged", 1)) for row in mine)
+            refused = f" ({sum(row['refused'] for row in mine)})" if what == "fuzz" else ""
+            cells.append(f"{count}{refused}")
+        wrong = sum(not row["ok"] for row in found)
+        table.append((label, *cells, wrong, ", ".join(sorted({row["commit"] for row in found}))))
+    end = ["", f"{rows[0]['device']}, driver {rows[0]['driver']}."]
+    ran = {row["case"] for row in rows if row["what"] == "case"}
+    due = [f"`{case.name}`" for case in CASES if case.name not in ran]
+    if due:
+        end += ["", f"Not yet run there: {', '.join(due)}."]
+    return _markdown(("asked", "pallas", "triton", "wrong", "commit"), table, 1) + end
+
+
+if __name__ == "__main__":
+    for document in DOCUMENTS:
+        document.write_text(render(document.read_text(encoding="utf-8"), records()), encoding="utf-8")
