@@ -90,7 +90,6 @@ def fill_splits(programs: int, tiles: int, together: int = 1, part: float = 0.0)
     and ends, about one tile each, fall together. The merge kernel costs about one tile and one more for every 32 parts.
     `part` is the time to write and merge one program's partial result, where that is not small against a tile.
     """
-
     tiles = max(tiles, 1)
 
     def time(splits):
