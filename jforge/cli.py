@@ -19,6 +19,7 @@ import jforge
 from jforge import hf_config
 from jforge.harness import bench
 from jforge.harness.backends import for_programs_that_run_once
+from jforge.harness.cases import CASES
 
 try:
     from jforge import demo, report, report_bench
@@ -79,7 +80,9 @@ def parser() -> Parser:
         "names", nargs="*", metavar="NAME", help="mechanisms, or module:attribute (default: all of jforge)"
     )
 
-    command("equiv", _equiv, "Agreement of the four backends and of the frameworks, as measured here.")
+    sub = command("equiv", _equiv, "Agreement of the four backends and of the frameworks, as measured here.")
+    sub.add_argument("names", nargs="*", metavar="NAME", help="ops or mechanisms (default: all; takes minutes)")
+
     sub = command(
         "bench", _bench, "Times of the decode ops: the kernels and their peers on a GPU, XLA and torch on a CPU."
     )
@@ -171,8 +174,15 @@ def _attention(name: str) -> jforge.Attention:
 
 
 def _equiv(args) -> int:
+    ops, mechanisms = sorted({case.op for case in CASES}), jforge.names()
+    for name in args.names:
+        if name not in (*ops, *mechanisms):
+            known = f"an op ({', '.join(ops)}) or a mechanism ({', '.join(mechanisms)})"
+            raise ValueError(f"NAME is {name!r}; it must be {known}")
     for_programs_that_run_once()
-    data = {"backends": report.backends(), "frameworks": report.frameworks(), "device": device()}
+    backends = report.backends([op for op in ops if op in args.names or not args.names])
+    frameworks = report.frameworks([name for name in mechanisms if name in args.names or not args.names])
+    data = {"backends": backends, "frameworks": frameworks, "device": device()}
     emit(args, data, report.show_equiv)
     return 0 if report.agrees(data) else 1
 

@@ -28,7 +28,7 @@ def run() -> dict:
             case "laws":
                 results["laws"] = report.laws(jforge.check(att, att.examples[0]))
             case "backends":
-                results["backends"] = report.backends("demo")
+                results["backends"] = report.backends(tag="demo")
             case "times":
                 results["times"] = decode_times(att, name, cfg)
     return {"cost": report.cost(name, "Llama-3.1-8B", costs, context, 1, "bfloat16"), **results}

@@ -1,7 +1,7 @@
 """What the commands show: each function returns plain data (so --json is complete), each show_ prints its tables."""
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 
 import jax.numpy as jnp
 from rich.console import Console
@@ -253,10 +253,12 @@ def cell(error: float | None, ok: bool) -> str:
 # equiv
 
 
-def backends(tag: str | None = None) -> list[dict]:
-    """Every case in every dtype that a backend is judged in here: error against float64, or why it was refused."""
+def backends(ops: Collection[str] | None = None, tag: str | None = None) -> list[dict]:
+    """The cases (of some ops, of a tag) in every dtype that a backend is judged in here: error against float64, or why
+    it was refused.
+    """
     rows = []
-    work = [(c, b) for c in cases(tag=tag) for b in BACKENDS.values()]
+    work = [(c, b) for c in cases(tag=tag) if ops is None or c.op in ops for b in BACKENDS.values()]
     for case, backend in track(work, "comparing backends"):
         for dtype in backend.gpu_dtypes if gpu() else backend.dtypes:
             row = {"case": case.name, "op": case.op, "backend": backend.name, "dtype": dtype}
@@ -269,19 +271,20 @@ def backends(tag: str | None = None) -> list[dict]:
     return rows
 
 
-def frameworks() -> list[dict]:
-    """jforge against torch_ref on every example, and against transformers on tiny random models, in float32."""
+def frameworks(names: Collection[str]) -> list[dict]:
+    """These mechanisms in float32: against torch_ref on every example, against transformers on tiny random models."""
     import torch_ref
     from jforge.harness import frameworks, tiny_models
 
     rows = []
-    work = [(n, cfg) for n in jforge.names() if n in torch_ref.names() for cfg in jforge.get(n).examples]
+    work = [(n, cfg) for n in names for cfg in jforge.get(n).examples]
     for name, cfg in track(work, "comparing with torch_ref"):
         errors = frameworks.against_torch(jforge.get(name), torch_ref.get(name), cfg)
         rows.append(
             {"mechanism": name, "judge": "torch_ref", "subject": f"N={cfg.num_attention_heads}", **_judged(errors)}
         )
-    for name in track(tiny_models.MODELS, "comparing with transformers"):
+    models = [name for name, model in tiny_models.MODELS.items() if model.mechanism in names]
+    for name in track(models, "comparing with transformers"):
         mechanism, errors = tiny_models.against_transformers(name)
         rows.append({"mechanism": mechanism, "judge": "transformers", "subject": name, **_judged(errors)})
     return rows
@@ -324,7 +327,8 @@ def show_frameworks(rows: list[dict]) -> None:
 
 
 def show_equiv(data: dict) -> None:
-    show_backends(data["backends"])
-    OUT.print()
+    if data["backends"]:
+        show_backends(data["backends"])
+        OUT.print()
     show_frameworks(data["frameworks"])
     OUT.print(f"on {data['device']}", highlight=False)

@@ -11,6 +11,7 @@ import pytest
 from rich.console import Console
 
 import jforge
+import torch_ref
 from jforge import cli, report, report_bench
 from jforge.harness import bench
 
@@ -137,6 +138,25 @@ def test_check_reports_a_broken_law(capsys, monkeypatch, tmp_path):
     assert code == 0 and "mine:good" in out
 
 
+def test_equiv_of_an_op_and_a_mechanism(capsys):
+    code, out, _ = run(capsys, "equiv", "merge_states", "mha", "--json")
+    data = json.loads(out)
+    assert code == 0 and {row["op"] for row in data["backends"]} == {"merge_states"}
+    assert {row["backend"] for row in data["backends"]} == {"jforge", "torch_ref", "triton", "pallas"}
+    assert {(row["mechanism"], row["judge"]) for row in data["frameworks"]} == {
+        ("mha", "torch_ref"), ("mha", "transformers"),
+    }  # fmt: skip
+    assert all(row["ok"] and max(row["errors"].values()) <= 1e-5 for row in data["frameworks"])
+
+
+def test_equiv_of_a_wrong_mechanism_fails(capsys, monkeypatch):
+    twin = torch_ref.get("single_head")
+    right = twin.forward
+    monkeypatch.setattr(twin, "forward", lambda *args: 1.001 * right(*args))
+    code, out, _ = run(capsys, "equiv", "single_head")
+    assert code == 1 and "1e-03" in out and "float64 oracle" not in out
+
+
 BAD = [
     ((), "COMMAND"),
     (("tabel",), "'tabel'"),
@@ -155,6 +175,7 @@ BAD = [
     (("cost", "gqa", "--config", "rope.json"), "rope_type"),
     (("cost", "gqa", "--config", "alien.json"), "alien"),
     (("check", "nope"), "'nope'"),
+    (("equiv", "gqa", "nope"), "'nope'"),
     (("bench", "decode_everything"), "'decode_everything'"),
     (("bench", "decode_mla"), "decode_mla can be timed on a GPU alone"),
     (("bench", "--plot", "out.jpg"), "out.jpg"),
