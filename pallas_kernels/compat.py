@@ -38,12 +38,20 @@ _CORES = os.cpu_count() or 1
 _THREADS = int(os.environ.get("NPROC", _CORES if xla_bridge.backends_are_initialized() else max(16, _CORES)))
 os.environ.setdefault("NPROC", str(_THREADS))
 
+# Mosaic puts the last axis of a grid first: CUDA takes 2**31 - 1 blocks along that one and so many along the others.
+_MOST_BLOCKS = 65535
+
 _INTERPRETER = plgpu.InterpretGPUParams(detect_races=True)
 
 
 def launch(body, *operands, **arguments):
     """`plgpu.kernel(body, **arguments)(*operands)`: compiled for a GPU, interpreted with race detection on a CPU."""
     arguments.setdefault("compiler_params", plgpu.CompilerParams(approx_math=True))
+    for axis, size in zip(arguments["grid_names"][:-1], arguments["grid"], strict=False):
+        if size > _MOST_BLOCKS:
+            raise NotImplementedError(
+                f"{arguments['kernel_name']} would run {size} programs along {axis}; CUDA takes {_MOST_BLOCKS}"
+            )
     interpret = None if target().platform == "gpu" else _INTERPRETER
     if interpret and (warpgroups := arguments.get("num_threads", 1)) > _THREADS:
         raise RuntimeError(

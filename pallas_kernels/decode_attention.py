@@ -26,7 +26,7 @@ from pallas_kernels.compat import jnp, launch, plgpu, swizzled, target
 from pallas_kernels.decode_attention_kernel import kernel
 from pallas_kernels.decode_common import BOX
 from pallas_kernels.merge_states import merge
-from pallas_kernels.plan import default_config, fill_splits, lookup, programs_per_sm
+from pallas_kernels.plan import bounded, default_config, fill_splits, lookup, programs_per_sm
 
 
 def decode_attention(q, k, v, lengths, *, scale, window=None, sinks=None, softcap=None, page_table=None,
@@ -41,11 +41,12 @@ def decode_attention(q, k, v, lengths, *, scale, window=None, sinks=None, softca
 
     The number of splits follows from the shapes alone, and each row's tiles are shared evenly among them on the device.
     `chunk` fixes the split size instead (rounded up to a multiple of 64 keys): then a row's result is bitwise the same
-    in any batch. A second kernel merges the splits; with one split there is none.
+    in any batch. A second kernel merges the splits; with one split that no `chunk` asked for there is none.
 
-    Raises ValueError and TypeError from jforge.ops.check, and NotImplementedError for what has no kernel: float32 and
-    float64 (wgmma multiplies float32 as tf32), k_scale and v_scale, S or a page that is not a multiple of 8 (TMA), head
-    and value dims that are not multiples of 16 or above 256.
+    Lengths outside of 0..S raise ValueError where they are concrete; a traced call does not look at them. Raises
+    ValueError and TypeError from jforge.ops.check, and NotImplementedError for what has no kernel: float32 and float64
+    (wgmma multiplies float32 as tf32), k_scale and v_scale, S or a page that is not a multiple of 8 (TMA), head and
+    value dims that are not multiples of 16 or above 256, empty sizes, more rows or splits than a CUDA grid takes.
     """
     sizes = check.decode_attention(
         q, k, v, lengths, scale=scale, window=window, sinks=sinks, softcap=softcap, page_table=page_table,
@@ -55,6 +56,7 @@ def decode_attention(q, k, v, lengths, *, scale, window=None, sinks=None, softca
         raise NotImplementedError("k_scale is given; the kernel reads float16 and bfloat16 caches only")
     if page_table is not None:
         sizes = sizes | dict(S=sizes["P"] * sizes["page"])
+    check.length_values(lengths, sizes["S"])
     out_dtype = jnp.dtype(out_dtype or q.dtype)
     _refuse(sizes, q.dtype, out_dtype)
     facts = make_facts(sizes, q.dtype, out_dtype, scale=float(scale), window=window, softcap=softcap, chunk=chunk)
@@ -69,14 +71,15 @@ def _refuse(sizes, dtype, out_dtype) -> None:
         raise NotImplementedError("out_dtype is float64; the kernel accumulates in float32")
     name = "page" if "page" in sizes else "S"
     slots, H, V = sizes[name], sizes["H"], sizes["V"]
-    if sizes["S"] == 0 or slots % 8:
+    if slots == 0 or slots % 8:
         raise NotImplementedError(f"k has {name}={slots} slots; TMA needs a positive multiple of 8")
     if H % 16 or not 0 < H <= 256:
         raise NotImplementedError(f"q has H={H}; the kernel takes multiples of 16 up to 256")
     if V % 16 or not 0 < V <= 256:
         raise NotImplementedError(f"v has V={V}; the kernel takes multiples of 16 up to 256")
-    if min(sizes["B"], sizes["T"], sizes["N"]) == 0 or sizes["B"] > 65535:
-        raise NotImplementedError(f"q has B={sizes['B']}, T={sizes['T']}, N={sizes['N']}; the grid must not be empty")
+    B, T, N, S = (sizes[x] for x in "BTNS")
+    if min(B, T, N, S) == 0 or B > 65535:
+        raise NotImplementedError(f"q has B={B}, T={T}, N={N}, the cache S={S}; none may be 0, B at most 65535")
 
 
 @dataclass(frozen=True)
@@ -130,6 +133,7 @@ def make_facts(sizes, dtype, out_dtype, *, scale, window=None, softcap=None, chu
     boxes = -(-T * units // row_blocks)
     shape = H, width, BOX * boxes
     default = default_config(*shape)
+    window, chunk = bounded(window, S), bounded(chunk, S)
     span = S if window is None else min(S, window + T - 1 + default.block)
     if chunk is None:
         key = "decode_attention", str(dtype), H, V, T * group, B * K, S, target().device_kind
@@ -137,7 +141,7 @@ def make_facts(sizes, dtype, out_dtype, *, scale, window=None, softcap=None, chu
         tiles = -(-span // config.block)
         splits = config.splits or fill_splits(B * K * row_blocks, tiles, programs_per_sm(config, *shape))
     else:  # nothing that could differ between batches, so never the table
-        config = default
+        config = config or default
         chunk = -(-chunk // config.block) * config.block
         splits = -(-span // chunk)
     return Facts(T, K, H, V, heads, units, boxes, config.block, config.stages, splits, sizes.get("page"), chunk, window,
@@ -148,7 +152,7 @@ def make_facts(sizes, dtype, out_dtype, *, scale, window=None, softcap=None, chu
 def run(q, k, v, lengths, page_table, sinks, facts):
     """The decode kernel, and the merge kernel when there are splits. Reshapes only relabel; nothing is moved."""
     f, (B, T, N, _) = facts, q.shape
-    alone = f.splits == 1
+    alone = f.splits == 1 and f.chunk is None  # the bits of a merge differ, and a longer cache would need one
     q = q.reshape(B, T, -1, f.heads, f.H)
     heads = (f.splits, B, T, N // f.heads, f.heads)
     paged, own_sinks = page_table is not None, sinks is not None and alone

@@ -93,11 +93,16 @@ def _consume(f, where, sinks, out, lse, *, q_s, k_s, v_s, p_s, q_full, k_full, v
 
 
 def logits(f, x):
-    """Scaled and capped logits in base-2 units. tanh by exp2: the hardware's tanh has only 11 bits."""
+    """Scaled and capped logits in base-2 units. tanh by exp2, as the hardware's has only 11 bits; where 1 - 2 / (e + 1)
+    would cancel, by its series, which is exact to float32 there.
+    """
     if f.softcap is None:
         return x * (f.scale * LOG2E)
-    e = jnp.exp2(x * (2 * LOG2E * f.scale / f.softcap))
-    return (f.softcap * LOG2E) * (1 - 2 / (e + 1))
+    y = x * (f.scale / f.softcap)
+    square = y * y
+    small = y * (1 + square * (square * (2 / 15) - 1 / 3))
+    e = jnp.exp2(y * (2 * LOG2E))
+    return (f.softcap * LOG2E) * jnp.where(square < 0.0625**2, small, 1 - 2 / (e + 1))
 
 
 def finish(f, where, acc, top, mass, sinks, out, lse, *, out_s, row_s):

@@ -58,6 +58,8 @@ def decode_block_sparse(q, k, v, block_indices, lengths, *, block_size, scale, s
         raise NotImplementedError(f"block_size is {block_size}; the kernels take {', '.join(map(str, BLOCK_SIZES))}")
     B, T, N, K, H, X, L = (sizes[x] for x in "BTNKHXL")
     S = sizes["S"] if page_table is None else sizes["P"] * sizes["page"]
+    if lengths is not None:
+        check.length_values(lengths, S)
     lists = Lists(T=T, count=X, K=K, L=L, size=block_size, S=S, page=sizes.get("page"))
     refuse(lists, q.dtype, out_dtype, B, N, ("q", "k", "block_indices"))
     out_dtype, scale = jnp.dtype(out_dtype or q.dtype), float(scale)

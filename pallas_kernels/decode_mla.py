@@ -24,7 +24,7 @@ from pallas_kernels import decode_mla_few, decode_mla_many
 from pallas_kernels.compat import jnp, launch, plgpu, swizzled, target
 from pallas_kernels.decode_common import BOX
 from pallas_kernels.merge_states import merge
-from pallas_kernels.plan import RESERVED, SMEM, Config, fill_splits, lookup
+from pallas_kernels.plan import RESERVED, SMEM, Config, bounded, fill_splits, lookup
 
 ROPE = 64  # columns of a rope tile
 FEW, MANY = 32, 64  # query rows of a program of the two kernels
@@ -44,11 +44,13 @@ def decode_mla(q_latent, q_rope, latent, k_rope, lengths, *, scale, window=None,
 
     The number of splits follows from the shapes alone, and each row's tiles are shared evenly among them on the device.
     `chunk` fixes the split size instead (rounded up to a multiple of 64 keys): then a row's result is bitwise the same
-    in any batch. A second kernel merges the splits; with one split there is none.
+    in any batch. A second kernel merges the splits; with one split that no `chunk` asked for there is none.
 
-    Raises ValueError and TypeError from jforge.ops.check, and NotImplementedError for what has no kernel: float32 and
-    float64, latent_scale, S or a page that is not a multiple of 8 (TMA), C that is not a multiple of 64 or above 512,
-    R that is not a multiple of 8 or above 64. Absorbed latent attention is from DeepSeek-V2 (arXiv 2405.04434).
+    Lengths outside of 0..S raise ValueError where they are concrete; a traced call does not look at them. Raises
+    ValueError and TypeError from jforge.ops.check, and NotImplementedError for what has no kernel: float32 and float64,
+    latent_scale, empty sizes, more rows or splits than a CUDA grid takes, S or a page that is not a multiple of 8
+    (TMA), C that is not a multiple of 64 or above 512, R that is not a multiple of 8 or above 64. Absorbed latent
+    attention is from DeepSeek-V2 (arXiv 2405.04434).
     """
     sizes = check.decode_mla(
         q_latent, q_rope, latent, k_rope, lengths, scale=scale, window=window, sinks=sinks, page_table=page_table,
@@ -58,6 +60,7 @@ def decode_mla(q_latent, q_rope, latent, k_rope, lengths, *, scale, window=None,
         raise NotImplementedError("latent_scale is given; the kernel reads float16 and bfloat16 latents only")
     if page_table is not None:
         sizes = sizes | dict(S=sizes["P"] * sizes["page"])
+    check.length_values(lengths, sizes["S"])
     out_dtype = jnp.dtype(out_dtype or q_latent.dtype)
     _refuse(sizes, q_latent.dtype, out_dtype)
     facts = make_facts(sizes, q_latent.dtype, out_dtype, scale=float(scale), window=window, chunk=chunk)
@@ -72,15 +75,15 @@ def _refuse(sizes, dtype, out_dtype) -> None:
         raise NotImplementedError("out_dtype is float64; the kernel accumulates in float32")
     name = "page" if "page" in sizes else "S"
     slots, C, R = sizes[name], sizes["C"], sizes["R"]
-    if sizes["S"] == 0 or slots % 8:
+    if slots == 0 or slots % 8:
         raise NotImplementedError(f"latent has {name}={slots} slots; TMA needs a positive multiple of 8")
     if C % 64 or not 0 < C <= 512:
         raise NotImplementedError(f"latent has C={C}; the kernel takes multiples of 64 up to 512")
     if R % 8 or not 0 < R <= ROPE:
         raise NotImplementedError(f"k_rope has R={R}; the kernel takes multiples of 8 up to {ROPE}")
-    if min(sizes["B"], sizes["T"], sizes["N"]) == 0 or sizes["B"] > 65535:
-        B, T, N = (sizes[x] for x in "BTN")
-        raise NotImplementedError(f"q_latent has B={B}, T={T}, N={N}; the grid must not be empty, B at most 65535")
+    B, T, N, S = (sizes[x] for x in "BTNS")
+    if min(B, T, N, S) == 0 or B > 65535:
+        raise NotImplementedError(f"q_latent has B={B}, T={T}, N={N}, the cache S={S}; none may be 0, B at most 65535")
 
 
 @dataclass(frozen=True)
@@ -140,13 +143,14 @@ def make_facts(sizes, dtype, out_dtype, *, scale, window=None, chunk=None, confi
     row_blocks = -(-boxes // ((MANY if many else FEW) // BOX))
     boxes = MANY // BOX if many else -(-boxes // row_blocks)
     default = default_config(C, BOX * boxes)
+    window, chunk = bounded(window, S), bounded(chunk, S)
     span = S if window is None else min(S, window + T - 1 + default.block)
     if chunk is None:
         config = config or lookup("decode_mla", str(dtype), C, R, T * N, B, S, target().device_kind) or default
         tiles = -(-span // config.block)
         splits = config.splits or fill_splits(B * row_blocks, tiles, part=BOX * boxes / 16)
     else:  # nothing that could differ between batches, so never the table
-        config = default
+        config = config or default
         chunk = -(-chunk // config.block) * config.block
         splits = -(-span // chunk)
     plan = heads, N // heads, boxes, many, config.stages, splits
@@ -159,7 +163,7 @@ def run(q_latent, q_rope, latent, k_rope, lengths, page_table, sinks, facts):
     f, (B, T, N, C) = facts, q_latent.shape
     # The kernel of many rows stores what is not 16 bits wide in whole blocks of 64 rows.
     whole = not f.many or T * N % MANY == 0 or f.out_dtype == q_latent.dtype
-    alone = f.splits == 1 and whole
+    alone = f.splits == 1 and f.chunk is None and whole  # with `chunk` a longer cache would need a merge
     own_sinks = sinks is not None and alone
     operands = lengths, *[page_table] * (page_table is not None), *[sinks] * own_sinks
     place = _many if f.many else _few

@@ -42,6 +42,7 @@ def index_scores(q_index, k_index, weights, lengths, *, k_scale=None):
     than shared memory holds. Source: the lightning indexer of DeepSeek-V3.2 (arXiv 2512.02556).
     """
     check.index_scores(q_index, k_index, lengths, k_scale=k_scale, weights=weights)
+    check.length_values(lengths, k_index.shape[1])
     if weights.dtype == jnp.float64:
         raise NotImplementedError("weights has dtype float64; the kernel accumulates in float32")
     _refuse(q_index, k_index)
@@ -61,6 +62,7 @@ def block_index_scores(q_index, k_index, lengths, *, block_size, k_scale=None):
     2606.13392).
     """
     check.index_scores(q_index, k_index, lengths, k_scale=k_scale)
+    check.length_values(lengths, k_index.shape[1])
     check.positive("block_size", block_size, integer=True)
     _refuse(q_index, k_index)
     if block_size not in (8, 16, 32) and block_size % TILE:

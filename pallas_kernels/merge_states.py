@@ -23,14 +23,16 @@ def merge_states(outs, lses):
     in the order of the parts, so the result is deterministic; out keeps the dtype of outs.
 
     Raises ValueError and TypeError from jforge.ops.check; NotImplementedError for float64 and for rows of V elements
-    that are not a multiple of 16 bytes (TMA).
+    that are not a positive multiple of 16 bytes (TMA).
     """
     check.merge_states(outs, lses)
     if "float64" in (str(outs.dtype), str(lses.dtype)):
         raise NotImplementedError("outs or lses is float64; Mosaic GPU kernels accumulate in float32")
     V = outs.shape[-1]
-    if V * outs.dtype.itemsize % 16:
-        raise NotImplementedError(f"outs has V={V} ({outs.dtype}); TMA needs rows of a multiple of 16 bytes")
+    if V == 0 or V * outs.dtype.itemsize % 16:
+        raise NotImplementedError(f"outs has V={V} ({outs.dtype}); TMA needs rows of a positive multiple of 16 bytes")
+    if outs.size == 0:
+        return jnp.zeros(outs.shape[1:], outs.dtype), jnp.zeros(lses.shape[1:], jnp.float32)
     return _merge_jit(outs, lses)
 
 
@@ -59,8 +61,8 @@ def merge(outs, lses, sizes, out_dtype, sinks=None):
             plgpu.SMEM((1, width), out_dtype),
             plgpu.Barrier(num_barriers=slots),
         ],
-        grid=(rows, -(-V // width)),
-        grid_names=("row", "column"),
+        grid=(-(-V // width), rows),
+        grid_names=("column", "row"),
         kernel_name="merge_states",
     )
     return out.reshape(B, T, N, V), lse.reshape(B, T, N)

@@ -1,9 +1,9 @@
 """Launch plans: tile sizes from a checked-in table or a safe default, and the number of splits of a cache.
 
 A table `tuning/<op>.json` lists measured configurations under the key (dtype, head dim, value dim, group, batch*heads
-bucket, length bucket, device). Buckets are powers of two. A lookup never measures anything: dtype, dims and device must
-match, the nearest bucket wins within a factor of 2, and without a match the default is used, which fits every supported
-shape. `python -m pallas_kernels.tune` measures the table again.
+bucket, length bucket, device). Buckets are powers of two. A lookup never measures anything: dtype, dims, group and
+device must match, the nearest entry wins if its two distances make less than a factor of 2 together, and without one
+the default is used, which fits every supported shape. `python -m pallas_kernels.tune` measures the table again.
 """
 
 import json
@@ -80,6 +80,11 @@ def lookup(op, dtype, head_dim, value_dim, group, batch_heads, length, device) -
         and distance(e) < 1
     ]
     return Config(**min(near, key=distance)["config"]) if near else None
+
+
+def bounded(keys: int | None, slots: int) -> int | None:
+    """An option that counts keys, as an int that no int32 sum overflows: more than all slots are all slots."""
+    return None if keys is None else min(int(keys), max(slots, 1))
 
 
 def fill_splits(programs: int, tiles: int, together: int = 1, part: float = 0.0) -> int:

@@ -253,7 +253,7 @@ def run(q, k, v, lengths, *, scale, window=None, sinks=None, softcap=None, chunk
     return out, lse
 
 
-def _check(q, k, v, page_table, k_scale, v_scale, out_dtype):
+def _check(q, k, v, lengths, page_table, k_scale, v_scale, out_dtype):
     """What this kernel asks beyond the contract; NotImplementedError for the parts of the contract it lacks."""
     op = "decode_attention"
     if page_table is not None:
@@ -266,6 +266,7 @@ def _check(q, k, v, page_table, k_scale, v_scale, out_dtype):
         if width > MAX_HEAD_DIM:
             raise NotImplementedError(f"{op}: {name}={width} needs more registers than a program has; at most 256")
     runtime.check_last_dim(op, q=q, k=k, v=v)
+    runtime.check_cache(op, lengths, k.shape[1], k=k, v=v)
     runtime.check_device(op, "q", q.device)
 
 
@@ -288,7 +289,8 @@ def decode_attention(
     """Attention of the last T tokens of every row over its cache; the equation is at the top of this file.
 
     q: B T N H, k: B S K H, v: B S K V of one dtype (float16, bfloat16, float32), N a multiple of K, H and V at most
-    256; any strides, the last dimension contiguous. lengths: int32 B, keys with the T new ones included, 0 to S.
+    256; any strides, the last dimension contiguous. lengths: int32 B, keys with the T new ones included, 0 to
+    S (a CUDA tensor's values are not looked at).
     window: keys that a query sees, its own included. sinks: N, natural-log units, unscaled. softcap: > 0.
     chunk: keys of one split; results are then bitwise the same whatever else is in the batch. By default the number of
     splits follows from the shapes and the card.
@@ -301,5 +303,5 @@ def decode_attention(
     options = dict(scale=scale, window=window, sinks=sinks, softcap=softcap, chunk=chunk, out_dtype=out_dtype)
     unwritten = dict(page_table=page_table, k_scale=k_scale, v_scale=v_scale)
     check.decode_attention(q, k, v, lengths, **options, **unwritten)
-    _check(q, k, v, **unwritten, out_dtype=out_dtype or q.dtype)
+    _check(q, k, v, lengths, **unwritten, out_dtype=out_dtype or q.dtype)
     return run(q, k, v, lengths, **options)

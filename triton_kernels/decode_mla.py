@@ -211,7 +211,7 @@ def run(q_latent, q_rope, latent, k_rope, lengths, *, scale, window=None, sinks=
     return out, lse
 
 
-def _check(q_latent, q_rope, latent, k_rope, page_table, out_dtype):
+def _check(q_latent, q_rope, latent, k_rope, lengths, page_table, out_dtype):
     """What this kernel asks beyond the contract; NotImplementedError for the parts of the contract it lacks."""
     runtime.check_float(OP, "q_latent", q_latent.dtype)
     runtime.check_float(OP, "out_dtype", out_dtype)
@@ -221,6 +221,8 @@ def _check(q_latent, q_rope, latent, k_rope, page_table, out_dtype):
     if page_table is not None and (latent.shape[1] < MIN_PAGE or latent.shape[1] & (latent.shape[1] - 1)):
         raise NotImplementedError(f"{OP}: the page size is {latent.shape[1]}; allowed: powers of two from {MIN_PAGE}")
     runtime.check_last_dim(OP, q_latent=q_latent, q_rope=q_rope, latent=latent, k_rope=k_rope)
+    slots = latent.shape[1] * (1 if page_table is None else page_table.shape[1])
+    runtime.check_cache(OP, lengths, slots, latent=latent, k_rope=k_rope)
     runtime.check_device(OP, "q_latent", q_latent.device)
 
 
@@ -259,5 +261,5 @@ def decode_mla(
     check.decode_mla(q_latent, q_rope, latent, k_rope, lengths, **options, latent_scale=latent_scale)
     if latent_scale is not None:
         raise NotImplementedError(f"{OP}: a quantised latent (latent_scale) has no Triton kernel yet")
-    _check(q_latent, q_rope, latent, k_rope, page_table, out_dtype or q_latent.dtype)
+    _check(q_latent, q_rope, latent, k_rope, lengths, page_table, out_dtype or q_latent.dtype)
     return run(q_latent, q_rope, latent, k_rope, lengths, **options)

@@ -217,8 +217,9 @@ def run_blocks(q_index, k_index, lengths, *, block_size, k_scale=None, config=No
     return out
 
 
-def _check(op, q_index, k_index):
+def _check(op, q_index, k_index, lengths):
     """What the kernels ask beyond the contract."""
+    runtime.check_cache(op, lengths, k_index.shape[1], k_index=k_index)
     heads, dim = q_index.shape[2:]
     runtime.check_inputs(op, {"I": (heads, MAX_HEADS), "J": (dim, MAX_DIM)}, None, q_index=q_index, k_index=k_index)
     if pow2_ceil(heads) * pow2_ceil(dim) * q_index.element_size() > MAX_QUERY_BYTES:
@@ -243,7 +244,7 @@ def index_scores(q_index, k_index, weights, lengths, *, k_scale=None):
     check_sparse.index_scores(q_index, k_index, weights, lengths, k_scale=k_scale)
     if weights.dtype != torch.float32:
         raise TypeError(f"index_scores: weights must be float32 in triton_kernels, got {weights.dtype}")
-    _check("index_scores", q_index, k_index)
+    _check("index_scores", q_index, k_index, lengths)
     return run_tokens(q_index, k_index, weights, lengths, k_scale=k_scale)
 
 
@@ -254,5 +255,5 @@ def block_index_scores(q_index, k_index, lengths, *, block_size, k_scale=None):
     Returns float32 B T I ceil(S / block_size), unscaled, -inf where a query sees no key of the block.
     """
     check_block_scores.block_index_scores(q_index, k_index, lengths, block_size=block_size, k_scale=k_scale)
-    _check("block_index_scores", q_index, k_index)
+    _check("block_index_scores", q_index, k_index, lengths)
     return run_blocks(q_index, k_index, lengths, block_size=block_size, k_scale=k_scale)

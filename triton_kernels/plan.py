@@ -178,9 +178,9 @@ def fill_splits(programs, span, config, sms, limit=256, tolerance=0.15):
 
     programs: programs of one split (B * K * row blocks); span: most keys that one of them can see. sms * ctas_per_sm
     programs make a wave, and a wave lasts as long as the tiles of one split. Splits beyond need cost partial results
-    and a longer merge, so the first count within 15% of the least time is taken (FlashAttention's rule); a kernel that
-    merges nothing asks for the least time itself. Counts that would leave a split without tiles at full length are
-    never taken.
+    and a longer merge, so the first count that reaches 1 - tolerance of the best rate is taken (FlashAttention's rule);
+    a kernel that merges nothing asks for the least time itself. Counts that would leave a split without tiles at full
+    length are never taken.
     """
     tiles = max(1, -(-span // config.block_n))
     most = max(1, min(limit, -(-span // config.min_split)))

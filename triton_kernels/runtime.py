@@ -11,12 +11,16 @@ import numpy as np
 import torch
 import triton
 
+from torch_ref.ops import check
+
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 
 # H100 SXM: the planner's default when no GPU is visible, so that plans made on a CPU are the ones of the target card.
 DEFAULT_SM_COUNT = 132
 # CUDA's limit for the second and third grid axis.
 MAX_GRID_YZ = 65535
+# Elements from slot to slot of a cache: offsets inside a tile of up to 128 slots are 32-bit.
+MAX_SLOT_STRIDE = 2**31 // 128 - 1
 
 FLOAT_DTYPES = {torch.float16: "float16", torch.bfloat16: "bfloat16", torch.float32: "float32"}
 
@@ -68,6 +72,20 @@ def check_last_dim(op, **tensors):
         if tensor is not None and tensor.numel() and tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
             raise ValueError(
                 f"{op}: the last dimension of {name} must be contiguous, its stride is {tensor.stride(-1)}"
+            )
+
+
+def check_cache(op, lengths, slots, **caches):
+    """ValueError for a length outside of 0..slots where that costs no wait for a device, NotImplementedError for a
+    cache (slots in its second dimension; None is skipped) whose slots lie too far apart.
+    """
+    if lengths is not None and lengths.device.type == "cpu":
+        check.length_values(lengths, slots)
+    for name, cache in caches.items():
+        if cache is not None and cache.stride(1) > MAX_SLOT_STRIDE:
+            stride = cache.stride(1)
+            raise NotImplementedError(
+                f"{op}: {name} has {stride} elements from slot to slot; at most {MAX_SLOT_STRIDE}"
             )
 
 

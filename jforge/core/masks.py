@@ -17,4 +17,4 @@ def window(q_pos: Int[Array, "*#s"], k_pos: Int[Array, "*#s"], size: int) -> Boo
 def decode(lengths: Int[Array, "B"], T: int, S: int, size: int | None = None) -> Bool[Array, "B T S"]:
     """What the T newest tokens of each row see of S slots: s < lengths - T + t + 1, the last `size` of them."""
     q_pos = (lengths[:, None] - T + jnp.arange(T))[..., None]
-    return causal(q_pos, jnp.arange(S)) if size is None else window(q_pos, jnp.arange(S), size)
+    return causal(q_pos, jnp.arange(S)) if size is None or size >= S else window(q_pos, jnp.arange(S), size)

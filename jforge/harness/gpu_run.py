@@ -58,7 +58,9 @@ def run_cases(path: str, where: dict, chosen) -> bool:
 
 
 def invariance(backend, batches: int = 50, seed: int = 0) -> dict:
-    """One row among random others: the same bits as alone, whatever the batch size, its place and their lengths."""
+    """One row among random others: the same bits as alone, whatever the batch size, its place, their lengths, and how
+    long the cache is; with sinks, and splits of 128 and of 1024 keys (the row alone then has one split) in turn.
+    """
     rng = np.random.default_rng(seed)
     K, N, H, S, length = 2, 8, 128, 1024, 777
 
@@ -66,20 +68,25 @@ def invariance(backend, batches: int = 50, seed: int = 0) -> dict:
         return rng.standard_normal(shape).astype(DTYPES["bfloat16"])
 
     row = draw(1, 1, N, H), draw(1, S, K, H), draw(1, S, K, H)
-    options = {"scale": H**-0.5, "chunk": 128}
-    names = ("q", "k", "v", "lengths")
-    lone = Inputs(dict(zip(names, (*row, np.array([length], np.int32)), strict=True)), options)
-    want, different = backend.call("decode_attention", lone), 0
-    for _ in range(batches):
+    sinks = rng.standard_normal(N).astype(np.float32)
+
+    def call(chunk: int, *arrays):
+        options = {"scale": H**-0.5, "sinks": sinks, "chunk": chunk}
+        inputs = Inputs(dict(zip(("q", "k", "v", "lengths"), arrays, strict=True)), options)
+        return backend.call("decode_attention", inputs)
+
+    want = {chunk: call(chunk, *row, np.array([length], np.int32)) for chunk in (128, S)}
+    different = 0
+    for i in range(batches):
         B = int(rng.choice((2, 3, 5, 8, 17)))  # few sizes: every new one is a compilation for Pallas
-        at = int(rng.integers(B))
-        arrays = [draw(B, *a.shape[1:]) for a in row]
+        slots, chunk, at = S << (i // 2) % 2, (128, S)[i % 2], int(rng.integers(B))
+        arrays = [draw(B, 1, N, H), draw(B, slots, K, H), draw(B, slots, K, H)]
         for array, mine in zip(arrays, row, strict=True):
-            array[at] = mine[0]
-        lengths = rng.integers(0, S + 1, B).astype(np.int32)
+            array[at, : mine.shape[1]] = mine[0]
+        lengths = rng.integers(0, slots + 1, B).astype(np.int32)
         lengths[at] = length
-        got = backend.call("decode_attention", Inputs(dict(zip(names, (*arrays, lengths), strict=True)), options))
-        different += not all(np.array_equal(g[at], w[0]) for g, w in zip(got, want, strict=True))
+        got = call(chunk, *arrays, lengths)
+        different += not all(np.array_equal(g[at], w[0]) for g, w in zip(got, want[chunk], strict=True))
     row = {"what": "invariance", "implementation": backend.name, "batches": batches, "different": different}
     return {**row, "ok": different == 0}
 

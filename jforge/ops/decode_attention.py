@@ -28,8 +28,8 @@ def decode_attention(
     """out_t = sum_s softmax_s(cap(scale * q_t . k_s)) v_s over s < lengths[b]-T+t+1, the last `window` of them.
 
     k: B S K H and v: B S K V in q's dtype; query head n reads KV head n // (N/K). With `page_table` they are pools
-    `pages page K H` and slot s of row b lies in page page_table[b, s // page]; entries past ceil(length/page) are
-    never followed. With k_scale and v_scale (float32, B S K or pages page K) they are int8 or fp8 and mean
+    `pages page K H` and slot s of row b lies in page page_table[b, s // page]; entries past ceil(length/page) may
+    be anything. With k_scale and v_scale (float32, B S K or pages page K) they are int8 or fp8 and mean
     stored * scale. `sinks` are logits in natural-log units, not scaled. `chunk` fixes how the kernels split the keys;
     the result here does not depend on it.
 

@@ -3,6 +3,7 @@
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from jforge.core.attend import einsum
 from jforge.core.softmax import accumulation_dtype
 from jforge.ops import check
 
@@ -23,5 +24,5 @@ def merge_states(
     total = weights.sum(axis=0)
     safe = jnp.where(total == 0, 1, total)
     parts = jnp.where(jnp.isneginf(lses)[..., None], 0, outs.astype(wide))
-    out = jnp.einsum("pbtn,pbtnv->btnv", weights, parts) / safe[..., None]
+    out = einsum("pbtn,pbtnv->btnv", weights, parts) / safe[..., None]
     return out.astype(outs.dtype), jnp.where(total == 0, -jnp.inf, jnp.log(safe) + shift)

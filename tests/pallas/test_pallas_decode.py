@@ -97,14 +97,17 @@ def test_lowers_for_cuda(case):
     assert "stablehlo.pad" not in text and "stablehlo.slice" not in text and "stablehlo.transpose" not in text
 
 
-def test_fixed_chunk_is_bitwise_batch_invariant(no_races):
-    """A row alone and the same row among others of other lengths give the same bits."""
-    both = Case((130, 30), S=136, N=4, options=dict(chunk=64))
-    op, args, _, _ = call(both)
-    out, lse = op(*args)
-    one, one_lse = op(*(x[:1] for x in args))
-    assert np.array_equal(np.asarray(out[:1]), np.asarray(one))
-    assert np.array_equal(np.asarray(lse[:1]), np.asarray(one_lse))
+@pytest.mark.parametrize("options", [dict(), dict(window=70), dict(softcap=3.0, out_dtype="float32")], ids=str)
+def test_fixed_chunk_is_bitwise_batch_invariant(options, no_races):
+    """A row alone, among rows of other lengths, and in caches of other sizes: the same bits, sinks included."""
+    both = Case((130, 30), S=136, N=16, sinks=True, options=dict(chunk=64, **options))
+    op, (q, k, v, lengths), _, _ = call(both)
+    out, lse = (np.asarray(x) for x in op(q, k, v, lengths))
+    for b, sizes in ((0, (136,)), (1, (32, 64, 136))):
+        row = slice(b, b + 1)
+        for S in sizes:
+            one, one_lse = op(q[row], k[row, :S], v[row, :S], lengths[row])
+            assert np.array_equal(out[row], np.asarray(one)) and np.array_equal(lse[row], np.asarray(one_lse)), S
 
 
 @pytest.mark.parametrize(
@@ -136,8 +139,45 @@ def test_unsupported_calls_say_why(change, reason):
         pallas_kernels.decode_attention(q, k, v, jnp.ones(1, jnp.int32), scale=1.0, **options)
 
 
+@pytest.mark.parametrize("softcap", [0.5, 30.0, 1e3, 1e5, 1e7])
+def test_softcaps_from_small_to_none(softcap):
+    case = Case((70,), S=72, N=8, options=dict(softcap=softcap, out_dtype="float32"))
+    op, args, contiguous, sinks = call(case)
+    out, lse = op(*args)
+    want, want_lse = expected(case, contiguous, sinks)
+    assert oracle.error(out, want) < OUT_LIMIT["float16"] / 2
+    assert oracle.lse_error(lse, want_lse) < 1e-5
+
+
+def test_options_may_be_numpy_integers_and_larger_than_the_cache():
+    case = Case((70,), S=72, N=8, T=2)
+    op, args, _, _ = call(case)
+    for name, value in (("chunk", np.int64(64)), ("chunk", 2**62), ("window", np.int32(20)), ("window", 2**31 - 1)):
+        out, _ = op(*args, **{name: value})
+        same, _ = op(*args, **{name: min(int(value), 72)})
+        assert np.array_equal(np.asarray(out), np.asarray(same)), name
+
+
+def test_grids_that_cuda_has_not_say_so():
+    def shape(*sizes):
+        return jax.ShapeDtypeStruct(sizes, jnp.float16)
+
+    call = functools.partial(pallas_kernels.decode_attention, scale=1.0)
+    long, rows = 64 * 65536, 65536
+    lengths = jax.ShapeDtypeStruct((1,), jnp.int32), jax.ShapeDtypeStruct((rows,), jnp.int32)
+    with compat.lowering_for_cuda():
+        with pytest.raises(NotImplementedError, match="65536 programs along split"):
+            call = functools.partial(call, chunk=64)
+            jax.eval_shape(call, shape(1, 1, 1, 16), shape(1, long, 1, 16), shape(1, long, 1, 16), lengths[0])
+        with pytest.raises(NotImplementedError, match="B=65536"):
+            jax.eval_shape(call, shape(rows, 1, 1, 16), shape(rows, 8, 1, 16), shape(rows, 8, 1, 16), lengths[1])
+
+
 def test_wrong_arguments_name_the_argument():
     (q, k, v, lengths), _ = Case((5,), S=8).arrays()
+    for n in (-1, 9):
+        with pytest.raises(ValueError, match=rf"lengths\[0\] is {n}"):
+            pallas_kernels.decode_attention(q, k, v, jnp.array([n], jnp.int32), scale=1.0)
     with pytest.raises(TypeError, match="k has dtype"):
         pallas_kernels.decode_attention(q, k.astype(jnp.bfloat16), v, lengths, scale=1.0)
     with pytest.raises(ValueError, match="window"):

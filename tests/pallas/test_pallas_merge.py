@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pallas_oracle as oracle
 import pytest
+from jax.experimental.mosaic.gpu import core
 
 import pallas_kernels
 from pallas_kernels import compat
@@ -40,8 +41,31 @@ def test_lowers_for_cuda(P, V, dtype):
     assert lowered.as_text().count("custom_call @mosaic_gpu_v2") == 1
 
 
+def test_rows_lie_along_the_axis_that_cuda_does_not_limit(monkeypatch):
+    """More than 65535 rows, which a batch of 512 with 128 heads has."""
+    grids, lower = [], core._lower_as_gpu_kernel
+    monkeypatch.setattr(
+        core,
+        "_lower_as_gpu_kernel",
+        lambda body, grid, *args, **kwargs: grids.append(grid) or lower(body, grid, *args, **kwargs),
+    )
+    outs, lses = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((2, 512, 2, 128, 512), (2, 512, 2, 128)))
+    with compat.lowering_for_cuda():
+        jax.jit(pallas_kernels.merge_states).trace(outs, lses).lower(lowering_platforms=("cuda",))
+    assert grids == [(131072, 2, 1)]
+
+
+@pytest.mark.parametrize("B, T, N", [(0, 1, 2), (2, 0, 2), (2, 1, 0)])
+def test_no_rows(B, T, N):
+    out, lse = pallas_kernels.merge_states(jnp.zeros((2, B, T, N, 64), jnp.float16), jnp.zeros((2, B, T, N)))
+    assert out.shape == (B, T, N, 64) and out.dtype == jnp.float16
+    assert lse.shape == (B, T, N) and lse.dtype == jnp.float32
+
+
 def test_unsupported_calls_say_why():
     lses = jnp.zeros((2, 1, 1, 1))
+    with pytest.raises(NotImplementedError, match="V=0"):
+        pallas_kernels.merge_states(jnp.zeros((2, 1, 1, 1, 0), jnp.float16), lses)
     with pytest.raises(NotImplementedError, match="16 bytes"):
         pallas_kernels.merge_states(jnp.zeros((2, 1, 1, 1, 6), jnp.float16), lses)
     with pytest.raises(ValueError, match="lses"):

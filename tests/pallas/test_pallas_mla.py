@@ -109,12 +109,15 @@ def test_model_shapes_lower(N, T):
 
 @pytest.mark.parametrize("N", [8, 40])
 def test_fixed_chunk_is_bitwise_batch_invariant(N, no_races):
-    """A row alone and the same row among others of other lengths give the same bits."""
-    op, args, _, _ = call(MlaCase((100, 30), S=104, N=N, options=dict(chunk=64)))
-    out, lse = op(*args)
-    one, one_lse = op(*(x[:1] for x in args))
-    assert np.array_equal(np.asarray(out[:1]), np.asarray(one))
-    assert np.array_equal(np.asarray(lse[:1]), np.asarray(one_lse))
+    """A row alone, among rows of other lengths, and in caches of other sizes: the same bits, sinks included."""
+    op, (*queries, latent, k_rope, lengths), _, _ = call(
+        MlaCase((100, 30), S=104, N=N, sinks=True, options=dict(chunk=64, out_dtype="float32"))
+    )
+    out, lse = (np.asarray(x) for x in op(*queries, latent, k_rope, lengths))
+    for b, S in ((0, 104), (1, 64), (1, 104)):
+        row = slice(b, b + 1)
+        one, one_lse = op(*(q[row] for q in queries), latent[row, :S], k_rope[row, :S], lengths[row])
+        assert np.array_equal(out[row], np.asarray(one)) and np.array_equal(lse[row], np.asarray(one_lse)), S
 
 
 @pytest.mark.parametrize(

@@ -152,6 +152,28 @@ def test_chunk_is_batch_invariant(window, tokens):
             assert torch.equal(alone[0], out[b]) and torch.equal(lse_alone[0], lse[b])
 
 
+def test_lengths_outside_of_the_cache_are_refused():
+    q, k, v, lengths = make([5], slots=8)
+    for n in (-1, 9):
+        with pytest.raises(ValueError, match=rf"lengths\[0\] is {n}"):
+            tk.decode_attention(q, k, v, torch.full_like(lengths, n), scale=1.0)
+
+
+def test_slots_too_far_apart_for_offsets_of_32_bits_are_refused():
+    """In a cache whose first dimension is the slot, the next slot of a row is a whole batch away."""
+    q, k, v, lengths = make([2], slots=2, heads=1, kv_heads=1)
+    expected = tk.decode_attention(q, k, v, lengths, scale=1.0)
+    for stride, fits in ((tk.runtime.MAX_SLOT_STRIDE, True), (tk.runtime.MAX_SLOT_STRIDE + 1, False)):
+        far = torch.empty(stride + k.shape[-1], dtype=k.dtype)
+        far = far.as_strided(k.shape, (0, stride, 0, 1))
+        far.copy_(k)
+        if fits:
+            assert torch.equal(tk.decode_attention(q, far, v, lengths, scale=1.0)[0], expected[0])
+            continue
+        with pytest.raises(NotImplementedError, match=f"k has {stride} elements from slot to slot"):
+            tk.decode_attention(q, far, v, lengths, scale=1.0)
+
+
 def test_merge_is_skipped_for_one_split(monkeypatch):
     launches = []
     monkeypatch.setattr(module, "merge_parts", lambda *args, **kwargs: launches.append(kwargs["n_splits"]))
