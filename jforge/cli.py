@@ -48,10 +48,22 @@ def context(text: str) -> int:
     return tokens
 
 
-def batch(text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no batch size: write a positive integer")
+def positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no positive integer")
     return int(text)
+
+
+def writable(option: str, path: str) -> None:
+    """Raise ValueError unless a file can be written at `path`; nothing in it changes."""
+    new = not os.path.exists(path)
+    try:
+        with open(path, "ab"):
+            pass
+    except OSError as problem:
+        raise ValueError(f"{option} is {path!r}; it cannot be written: {problem.strerror}") from None
+    if new:
+        os.remove(path)
 
 
 def parser() -> Parser:
@@ -72,7 +84,7 @@ def parser() -> Parser:
     sub.add_argument("mechanism", metavar="NAME", help="a mechanism, as `jforge table` lists them")
     sub.add_argument("--config", metavar="FILE", help="a model's config.json (default: a shipped model of NAME)")
     sub.add_argument("--context", type=context, default=131072, help="tokens in each row (131072, 128k, 1m)")
-    sub.add_argument("--batch", type=batch, default=1, help="rows")
+    sub.add_argument("--batch", type=positive, default=1, help="rows")
     sub.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="dtype of the cache")
 
     sub = command("check", _check, "The laws, for mechanisms of jforge or your own Attention.")
@@ -87,7 +99,7 @@ def parser() -> Parser:
         "bench", _bench, "Times of the decode ops: the kernels and their peers on a GPU, XLA and torch on a CPU."
     )
     sub.add_argument("ops", nargs="*", metavar="OP", help="ops to time (default: all that have a benchmark)")
-    sub.add_argument("--samples", type=batch, default=50, help="timed calls a row")
+    sub.add_argument("--samples", type=positive, default=50, help="timed calls a row")
     sub.add_argument("--out", metavar="FILE", help="append the rows to FILE as JSON lines")
     sub.add_argument("--plot", metavar="FILE", help="draw the rates as a PNG")
     sub = command("demo", _demo, "Bytes, laws, agreement and decode times for Llama-3.1-8B.")
@@ -138,7 +150,11 @@ def _layers(name: str, path: str | None) -> tuple[list, str]:
             raise ValueError(f"{name} has no shipped model; give one with --config FILE")
         model, cfg = next(iter(att.models.items()))
         return [(name, cfg)], f"{model}, one layer"
-    found = hf_config.layers(hf_config.load(path))
+    config = hf_config.load(path)
+    try:
+        found = hf_config.layers(config)
+    except (ValueError, TypeError, NotImplementedError) as problem:
+        raise type(problem)(f"--config {path}: {problem}") from None
     others = sorted({mechanism for mechanism, _ in found})
     if name not in others:
         raise ValueError(f"{path} has no {name} layer; its layers are {', '.join(others)}")
@@ -161,13 +177,18 @@ def _attention(name: str) -> jforge.Attention:
     if ":" not in name:
         return jforge.get(name)
     module, _, attribute = name.partition(":")
+    if not module or not attribute:
+        raise ValueError(f"NAME is {name!r}; it must be a mechanism or module:attribute")
     sys.path.insert(0, os.getcwd())
     try:
-        found = getattr(importlib.import_module(module), attribute)
-    except ImportError as problem:
-        raise ValueError(f"{name}: module {module!r} cannot be imported ({problem})") from None
-    except AttributeError:
-        raise ValueError(f"{name}: module {module!r} has no attribute {attribute!r}") from None
+        found = importlib.import_module(module)
+    except Exception as problem:  # whatever the user's module does while it is imported
+        raise ValueError(
+            f"{name}: module {module!r} cannot be imported ({type(problem).__name__}: {problem})"
+        ) from None
+    if not hasattr(found, attribute):
+        raise ValueError(f"{name}: module {module!r} has no attribute {attribute!r}")
+    found = getattr(found, attribute)
     if not isinstance(found, jforge.Attention):
         raise TypeError(f"{name} is a {type(found).__name__}; it must be a jforge.Attention")
     return found
@@ -193,6 +214,9 @@ def _bench(args) -> int:
             raise ValueError(f"{op!r} has no benchmark; there are {', '.join(bench.OPS)}")
     if args.plot and not args.plot.endswith(".png"):
         raise ValueError(f"--plot is {args.plot!r}; it must end in .png")
+    for option, path in (("--out", args.out), ("--plot", args.plot)):
+        if path:
+            writable(option, path)
     rows = list(report.track(bench.run(args.ops or bench.OPS, samples=args.samples), "timing"))
     if not rows:
         raise ValueError(f"{', '.join(args.ops)} can be timed on a GPU alone, and here is none")

@@ -56,6 +56,25 @@ def test_pattern_is_the_definition(cfg):
     np.testing.assert_array_equal(shorter[..., :width], table[:, :9, :width])
 
 
+LISTS = [*PATTERNS, *(
+    SPARSE.Config(**SMALL, block_size=4, num_global_blocks=g, num_local_blocks=w, num_random_blocks=r, vert_stride=v,
+                  homo_head_pattern=homo)
+    for g, w, r, v, homo in ((2, 2, 0, 3, True), (2, 1, 0, 8, False), (5, 4, 0, 1, True), (1, 1, 2, 3, False))
+)]  # fmt: skip
+
+
+@pytest.mark.parametrize("cfg", LISTS, ids=range(len(LISTS)))
+def test_longest_list_is_that_of_the_table(cfg):
+    for count in range(1, 25):
+        assert block_sparse.longest_list(cfg, count) == block_sparse.pattern(cfg, count).shape[-1], count
+
+
+def test_cost_of_a_long_context_draws_no_table(monkeypatch):
+    monkeypatch.setattr(block_sparse, "pattern", None)
+    for cfg in SPARSE.models.values():
+        assert SPARSE.cost(cfg, context=2**40).entries_read < 2**40
+
+
 def test_heads_draw_and_stride_apart():
     """The stride's offset of head n is n * vert_stride // N: heads 0..3 of 8 see 7 5 3 1 in block 7."""
     strided = replace(PATTERNS[2], num_local_blocks=1)

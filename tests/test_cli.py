@@ -171,7 +171,7 @@ BAD = [
     (("cost", "gqa", "--config", "broken.json"), "line 1"),
     (("cost", "gqa", "--config", "list.json"), "list"),
     (("cost", "mqa", "--config", str(CONFIG)), "no mqa layer"),
-    (("cost", "gqa", "--config", "uneven.json"), "num_key_value_heads=3"),
+    (("cost", "gqa", "--config", "uneven.json"), "uneven.json: num_attention_heads is 32"),
     (("cost", "gqa", "--config", "rope.json"), "rope_type"),
     (("cost", "gqa", "--config", "alien.json"), "alien"),
     (("check", "nope"), "'nope'"),
@@ -179,8 +179,15 @@ BAD = [
     (("bench", "decode_everything"), "'decode_everything'"),
     (("bench", "decode_mla"), "decode_mla can be timed on a GPU alone"),
     (("bench", "--plot", "out.jpg"), "out.jpg"),
+    (("bench", "--plot", "nowhere/out.png"), "'nowhere/out.png'"),
+    (("bench", "--out", "nowhere/out.jsonl"), "'nowhere/out.jsonl'"),
+    (("bench", "--out", "."), "'.'"),
+    (("bench", "--samples", "-1"), "'-1' is no positive integer"),
     (("check", "no_such_module:x"), "no_such_module"),
     (("check", "json:nothing"), "nothing"),
+    (("check", "broken_module:att"), "ZeroDivisionError"),
+    (("check", ":att"), "':att'"),
+    (("check", "json:"), "'json:'"),
     (("check", "json:dumps"), "jforge.Attention"),
 ]
 
@@ -191,6 +198,7 @@ def test_a_mistake_is_one_line_and_exit_code_2(capsys, monkeypatch, tmp_path, ar
     llama = json.loads(CONFIG.read_text())
     Path("broken.json").write_text("{")
     Path("list.json").write_text("[1]")
+    Path("broken_module.py").write_text("1 / 0")
     Path("uneven.json").write_text(json.dumps({**llama, "num_key_value_heads": 3}))
     Path("rope.json").write_text(json.dumps({**llama, "rope_scaling": {"rope_type": "spiral", "factor": 2.0}}))
     Path("alien.json").write_text(json.dumps({**llama, "model_type": "alien"}))

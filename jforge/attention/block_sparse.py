@@ -80,6 +80,24 @@ def _blocks_of(cfg: Config, n: int, i: int) -> list[int]:
     return sorted(found)
 
 
+def longest_list(cfg: Config, count: int) -> int:
+    """L of `pattern(cfg, count)`, without the table where it can be counted: up to i + 1 blocks, no list is longer than
+    that of the last block, and the parts do not overlap unless blocks are both drawn and strided.
+    """
+    if cfg.vert_stride is None:
+        return min(count, cfg.num_global_blocks + cfg.num_local_blocks + cfg.num_random_blocks)
+    if cfg.num_random_blocks:
+        return pattern(cfg, count).shape[-1]
+    first_local = max(0, count - cfg.num_local_blocks)
+    first = min(cfg.num_global_blocks, first_local)  # blocks first .. first_local - 1 are there by the stride alone
+    step = max(1, cfg.vert_stride // cfg.num_attention_heads)
+    heads = 1 if cfg.homo_head_pattern else cfg.num_attention_heads
+    strided = [
+        (first_local + n * step) // cfg.vert_stride - (first + n * step) // cfg.vert_stride for n in range(heads)
+    ]
+    return first + max(strided) + count - first_local
+
+
 def _lists(cfg: Config, positions: Int[Array, "B T"], S: int) -> Int[Array, "B T X L"]:
     """The list of each query: one a key head, or one a query head where heads differ."""
     table = jnp.asarray(pattern(cfg, -(-S // cfg.block_size)))
@@ -156,7 +174,7 @@ def cost(
 ) -> Cost:
     """One step writes a slot and gathers L blocks for each list, L the longest list of this context."""
     S = context if capacity is None else capacity
-    gathered = pattern(cfg, -(-S // cfg.block_size)).shape[-1] * cfg.block_size
+    gathered = longest_list(cfg, -(-S // cfg.block_size)) * cfg.block_size
     lists = 1 if cfg.homo_head_pattern else cfg.num_attention_heads // cfg.num_key_value_heads
     slots = min(context, lists * gathered)
     return step_cost(
