@@ -61,10 +61,11 @@ class Report:
         return iter(self.rows)
 
     def __str__(self) -> str:
-        lines = [f"{'law':4} {'':38} {'error':>9} {'allowed':>9}"]
+        wide = max(map(len, TITLES.values()))
+        lines = [f"{'law':4} {'':{wide}} {'error':>9} {'allowed':>9}"]
         for row in self.rows:
             verdict = "ok" if row.ok else f"FAILS {row.note}".rstrip()
-            lines.append(f"{row.law:4} {TITLES[row.law]:38} {row.error:9.1e} {row.tolerance:9.1e}  {verdict}")
+            lines.append(f"{row.law:4} {TITLES[row.law]:{wide}} {row.error:9.2g} {row.tolerance:9.2g}  {verdict}")
         return "\n".join(lines)
 
 

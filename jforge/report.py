@@ -317,7 +317,9 @@ def show_backends(rows: list[dict]) -> None:
 
 def show_frameworks(rows: list[dict]) -> None:
     """One table a judge, since each has modes of its own."""
-    for judge_name in dict.fromkeys(row["judge"] for row in rows):
+    for i, judge_name in enumerate(dict.fromkeys(row["judge"] for row in rows)):
+        if i:
+            OUT.print()
         mine = [row for row in rows if row["judge"] == judge_name]
         out = grid("mechanism", "of", *mine[0]["errors"], right=2)
         for row in mine:
