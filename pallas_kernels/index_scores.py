@@ -45,7 +45,7 @@ def index_scores(q_index, k_index, weights, lengths, *, k_scale=None):
     check.length_values(lengths, k_index.shape[1])
     if weights.dtype == jnp.float64:
         raise NotImplementedError("weights has dtype float64; the kernel accumulates in float32")
-    _refuse(q_index, k_index)
+    _refuse(q_index, k_index, k_scale)
     facts = make_facts(q_index.shape, k_index.shape[1], k_index.dtype)
     if facts.padded * facts.J * 2 > MOST_Q_BYTES:
         I, J = q_index.shape[2:]  # noqa: E741
@@ -64,15 +64,18 @@ def block_index_scores(q_index, k_index, lengths, *, block_size, k_scale=None):
     check.index_scores(q_index, k_index, lengths, k_scale=k_scale)
     check.length_values(lengths, k_index.shape[1])
     check.positive("block_size", block_size, integer=True)
-    _refuse(q_index, k_index)
+    _refuse(q_index, k_index, k_scale)
     if block_size not in (8, 16, 32) and block_size % TILE:
         raise NotImplementedError(f"block_size is {block_size}; the kernel takes 8, 16, 32 and multiples of {TILE}")
-    facts = make_block_facts(q_index.shape, k_index.shape[1], k_index.dtype, block_size)
+    size = min(int(block_size), 2**30)  # of what is longer than the cache, any will do
+    facts = make_block_facts(q_index.shape, k_index.shape[1], k_index.dtype, size)
     return run_blocks(q_index, k_index, lengths, k_scale, facts)
 
 
-def _refuse(q, k) -> None:
+def _refuse(q, k, k_scale) -> None:
     """NotImplementedError for shapes and dtypes without a kernel."""
+    if k_scale is not None and k_scale.dtype != jnp.float32:
+        raise NotImplementedError(f"k_scale has dtype {k_scale.dtype}; the kernel takes float32")
     if q.dtype not in (jnp.float16, jnp.bfloat16):
         raise NotImplementedError(f"q_index has dtype {q.dtype}; wgmma multiplies 16-bit inputs, float32 only as tf32")
     (B, T, count, J), S = q.shape, k.shape[1]

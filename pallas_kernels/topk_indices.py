@@ -2,6 +2,7 @@
 
 import jax
 
+from jforge.ops import check
 from pallas_kernels.compat import jnp
 
 
@@ -16,12 +17,11 @@ def topk_indices(scores, k):
         raise TypeError(f"scores has dtype {scores.dtype}; it must be floating point")
     if scores.ndim == 0:
         raise ValueError("scores has shape (); it needs at least one axis")
-    if isinstance(k, bool) or not isinstance(k, int) or k < 1:
-        raise ValueError(f"k is {k!r}; it must be a positive integer")
+    check.positive("k", k, integer=True)
     # top_k keeps the lower index first among equals, but tells -0 from 0 and the NaNs of either sign apart.
     ordered = jnp.where(scores == 0, jnp.zeros_like(scores), scores)
     ordered = jnp.where(jnp.isnan(scores), jnp.full_like(scores, jnp.nan), ordered)
-    values, picks = jax.lax.top_k(ordered, min(k, scores.shape[-1]))
+    values, picks = jax.lax.top_k(ordered, min(int(k), scores.shape[-1]))
     picks = jnp.where(jnp.isneginf(values), -1, picks.astype(jnp.int32))
     missing = k - picks.shape[-1]
     return jnp.pad(picks, [(0, 0)] * (picks.ndim - 1) + [(0, missing)], constant_values=-1)

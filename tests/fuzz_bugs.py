@@ -2,11 +2,12 @@
 
 import math
 
+import jax.numpy as jnp
 import numpy as np
 import torch
 
 DENSE, BLOCKS, INDEX, MAXIMA = "decode_attention", "decode_block_sparse", "index_scores", "block_index_scores"
-LISTED, LINEAR = "decode_sparse_mla", "decode_linear"
+LISTED, LINEAR, TOPK = "decode_sparse_mla", "decode_linear", "topk_indices"
 
 
 def _wide_window(right, *arrays, window=None, **options):
@@ -106,6 +107,11 @@ def _unseen_is_picked(right, scores, k):
     return right(scores.clip(min=-6e4), k)
 
 
+def _nan_is_unseen(right, scores, k):
+    where = torch.where if isinstance(scores, torch.Tensor) else jnp.where
+    return right(where(scores == scores, scores, -float("inf")), k)
+
+
 def _higher_index_first(right, scores, k):
     S = scores.shape[-1]
     picks = right(scores[..., np.arange(S)[::-1].copy()], k)
@@ -170,9 +176,10 @@ BUGS = {
     "blocks: k_scale of the slot before": (MAXIMA, _scale_of_the_slot_before, ("jforge", "torch_ref")),
     "blocks: all queries see the newest token": (MAXIMA, _same_length_for_all, ("torch_ref",)),
     "a block too long by a token": (MAXIMA, _edge_token_in_both_blocks, ("torch_ref",)),
-    "-inf is picked": ("topk_indices", _unseen_is_picked, ("jforge", "torch_ref", "triton", "pallas")),
-    "ties go to the higher index": ("topk_indices", _higher_index_first, ("jforge", "torch_ref")),
-    "picks in ascending order": ("topk_indices", _worst_first, ("jforge", "torch_ref", "triton", "pallas")),
+    "-inf is picked": (TOPK, _unseen_is_picked, ("jforge", "torch_ref", "triton", "pallas")),
+    "ties go to the higher index": (TOPK, _higher_index_first, ("jforge", "torch_ref", "triton", "pallas")),
+    "NaN is not picked": (TOPK, _nan_is_unseen, ("jforge", "torch_ref", "triton", "pallas")),
+    "picks in ascending order": (TOPK, _worst_first, ("jforge", "torch_ref", "triton", "pallas")),
     "-1 is token 0": (LISTED, _minus_1_is_token_0, ("jforge", "torch_ref", "triton")),
     "all queries read the last one's list": (LISTED, _last_list_for_all, ("torch_ref", "triton")),
     "latent_scale ignored": (LISTED, _latent_scale_ignored, ("jforge", "torch_ref")),

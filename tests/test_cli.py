@@ -6,14 +6,16 @@ import sys
 from functools import partial
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from rich.console import Console
 
 import jforge
 import torch_ref
 from jforge import cli, report, report_bench
-from jforge.harness import bench
+from jforge.harness import bench, bench_sparse, compare
 
 CONFIGS = Path(jforge.__file__).parent / "configs"
 CONFIG = CONFIGS / "llama-3.1-8b.json"
@@ -217,11 +219,27 @@ def test_bench_on_a_cpu_records_and_draws(capsys, monkeypatch, tmp_path):
     assert "jforge (XLA)" in shown and "B1 N4 K2 S64" in shown and png.read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_wrong_kernel_gets_no_time(monkeypatch):
-    """The gate: a row whose output is wrong is refused, not timed."""
-    call = bench.Call("wrong", lambda i: jnp.zeros((1, 1, 2, 4)), lambda: None)
-    row = bench.shape_row("decode_attention", call, bench.Shape(1, 2, 1, 8, 4), 1, jnp.ones((1, 1, 2, 4)), 5, 3000.0)
+@pytest.mark.parametrize("got,want", [(0.0, 1.0), (1.0, np.nan), (np.nan, np.nan)])
+def test_a_wrong_kernel_gets_no_time(got, want):
+    """The gate: a row whose output is wrong is refused, not timed, and NaN agrees with nothing."""
+    call = bench.Call("wrong", lambda i: jnp.full((1, 1, 2, 4), got), lambda: None)
+    want = jnp.full((1, 1, 2, 4), want)
+    row = bench.shape_row("decode_attention", call, bench.Shape(1, 2, 1, 8, 4), 1, want, 5, 3000.0)
     assert row["refused"] == "wrong result" and "median" not in row
+
+
+def test_a_state_that_is_not_written_gets_no_time():
+    """Of decode_linear the new state is judged too."""
+    (work,) = (work for work in bench_sparse.WORK if work.op == "decode_linear")
+    small = bench_sparse._linear(2, 3, 8)
+    arrays = small.draw(small.sizes, jax.random.key(0))
+    want = bench_sparse._reference(small, arrays)
+    unwritten = bench.Call("unwritten", lambda i: (want[0], arrays[3]), lambda: None)
+    row = bench.gated_row(work.op, unwritten, small.sizes, small.moved, 1, want, 5, 3000.0, compare.worst_row)
+    assert row["refused"] == "wrong result"
+    run = bench.jax_call("jforge", jforge.ops.decode_linear, [list(arrays)], carry=3).run
+    out, state = run(0)
+    assert max(compare.worst_row(*pair) for pair in zip((out, state), want, strict=True)) < 1e-2
 
 
 def test_sizes_of_a_benchmark_row():

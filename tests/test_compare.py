@@ -49,3 +49,24 @@ def test_epsilon_and_forced_picks():
 def test_picks_names_bad_arguments(change, message):
     with pytest.raises(ValueError, match=f"^{message}; "):
         compare.picks(**({"got": WANT, "want": WANT, "scores": SCORES, "k": 2, "epsilon": 1e-6} | change))
+
+
+@pytest.mark.parametrize("metric", [compare.relative, compare.worst_vector, compare.worst_head, compare.worst_row])
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_what_is_not_finite_is_never_right(metric, bad):
+    """Neither in a result nor in what it is held against: an oracle that reads a poisoned slot must not agree."""
+    good = np.ones((1, 2, 3, 4))
+    broken = good.copy()
+    broken[0, 0, 0, 0] = bad
+    assert metric(good, good) == 0
+    for got, want in ((broken, good), (good, broken), (broken, broken)):
+        assert metric(got, want) == np.inf
+
+
+def test_an_lse_may_be_minus_infinity_alone():
+    lse = np.array([1.0, -np.inf])
+    assert compare.lse_error(lse, lse) == 0
+    for bad in (np.nan, np.inf):
+        broken = np.array([bad, -np.inf])
+        for got, want in ((broken, lse), (lse, broken), (broken, broken)):
+            assert compare.lse_error(got, want) == np.inf

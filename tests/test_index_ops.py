@@ -195,6 +195,13 @@ def test_topk_tables(package, name):
     assert str(got.dtype).endswith("int32") and np.asarray(got).tolist() == want
 
 
+@pytest.mark.parametrize("package", written("topk_indices"))
+def test_topk_of_broken_scores(untyped, package):
+    """NaN of either sign above +inf, the lower index first; k may be a NumPy integer."""
+    scores = np.array([1, np.copysign(np.nan, -1), INF, np.copysign(np.nan, 1), -INF], np.float32)
+    assert np.asarray(call(package, "topk_indices", scores, np.int64(5))).tolist() == [1, 3, 2, 0, -1]
+
+
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 @pytest.mark.parametrize("package", written("topk_indices"))
 def test_topk_of_many_ties(package, dtype):

@@ -62,7 +62,7 @@ def topk_indices(scores, k):
     check.topk_indices(scores, k)
     runtime.check_float(OP, "scores", scores.dtype)
     runtime.check_device(OP, "scores", scores.device)
-    slots = scores.shape[-1]
+    slots, k = scores.shape[-1], int(k)
     picks = torch.empty((*scores.shape[:-1], k), dtype=torch.int32, device=scores.device)
     if not picks.numel() or not slots:
         return picks.fill_(-1)

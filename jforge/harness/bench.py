@@ -53,7 +53,7 @@ DENSE_SHAPES = tuple(
 
 
 class Call(NamedTuple):
-    """An implementation: `run(i)` computes on input set i and returns out, B 1 N H, of its own framework."""
+    """An implementation: `run(i)` computes on input set i and returns what is judged, of its own framework."""
 
     name: str
     run: Callable[[int], Any]
@@ -155,8 +155,9 @@ def gated_row(
         call.synchronise()
     except Exception as refusal:  # a peer may fail in any way; ours are tested elsewhere
         return {**row, "refused": " ".join(str(refusal).split())[:200]}
-    error = judge(float32(got), want)
-    if error > compare.OUT["bfloat16"]:
+    got, want = (results if isinstance(results, tuple) else (results,) for results in (got, want))
+    error = max(judge(float32(ours), theirs) for ours, theirs in zip(got, want, strict=True))
+    if not error <= compare.OUT["bfloat16"]:
         return {**row, "error": error, "refused": "wrong result"}
     timing = time_gpu([lambda i=i: call.run(i) for i in range(sets)], call.synchronise, samples=samples)
     rate = moved / timing.median / 1e3
@@ -197,9 +198,10 @@ def jax_call(name: str, function: Callable, inputs, carry: int | None = None) ->
 
     def run(i: int):
         result = compiled(*inputs[i])
-        if carry is not None:
-            result, inputs[i][carry] = result
-        last[:] = [result]
+        if carry is None:
+            last[:] = [result]
+        else:  # what is waited for must outlive the next call, to which the state is given
+            inputs[i][carry], last[:] = result[1], result[:1]
         return result
 
     return Call(name, run, lambda: jax.block_until_ready(last))

@@ -33,11 +33,11 @@ class Work:
     run: Callable | None = None
 
     def __call__(self, ops, *arrays, **more):
-        """The first result of the op (or step) of a namespace."""
+        """The first result of the op (or step) of a namespace; of decode_linear the state too."""
         if self.run is not None:
             return self.run(ops, *arrays, **more)
         result = getattr(ops, self.op)(*arrays, **self.options, **more)
-        return result[0] if isinstance(result, tuple) else result
+        return result[0] if isinstance(result, tuple) and self.op != "decode_linear" else result
 
 
 def _normal(key, *shape: int, dtype=jnp.bfloat16) -> jax.Array:
@@ -108,7 +108,7 @@ def _index(B: int, heads: int, S: int, J: int = 128, size: int | None = None) ->
 
     sizes = {"B": B, "I": heads, "S": S, "J": J, "block_size": size or 0}
     scores = 4 * heads * -(-S // size) if size else 4 * S
-    moved = B * (2 * S * J + scores)
+    moved = B * (2 * (heads + S) * J + scores)
     op, options = ("block_index_scores", {"block_size": size}) if size else ("index_scores", {})
     return Work(op, sizes, draw, moved, options)
 
@@ -136,7 +136,7 @@ def _msa(B: int, N: int, K: int, S: int, L: int = 16, size: int = 128, H: int = 
         return ops.decode_block_sparse(q, k, v, picks, lengths, block_size=size, scale=H**-0.5, **more)[0]
 
     sizes = {"B": B, "N": N, "K": K, "S": S, "H": H, "L": L, "block_size": size}
-    return Work("msa step", sizes, draw, 2 * B * H * (S + 2 * K * L * size), run=run)
+    return Work("msa step", sizes, draw, 2 * B * H * (S + K + 2 * K * L * size + 2 * N), run=run)
 
 
 WORK = (
@@ -175,9 +175,10 @@ def run(
 
 
 def _reference(work: Work, arrays):
-    """The first result in float32 from jforge.ops."""
+    """What a call returns, in float32 from jforge.ops."""
     more = {"out_dtype": jnp.float32} if _attends(work.op) else {}
-    return np.asarray(jax.jit(lambda *arrays: work(jforge.ops, *arrays, **more))(*arrays), np.float32)
+    result = jax.jit(lambda *arrays: work(jforge.ops, *arrays, **more))(*arrays)
+    return jax.tree.map(lambda array: np.asarray(array, np.float32), result)
 
 
 def _attends(op: str) -> bool:

@@ -25,15 +25,17 @@ def relative(got, want) -> float:
 def worst_vector(got, want) -> float:
     """max ||got - want|| / ||want|| over the vectors on the last axis: the worst token, and head in a cache."""
     got, want = (np.asarray(a, np.float64) for a in (got, want))
-    if got.shape != want.shape or not np.isfinite(got).all():
+    if got.shape != want.shape or not np.isfinite(got).all() or not np.isfinite(want).all():
         return math.inf
     return float(np.max(np.linalg.norm(got - want, axis=-1) / np.linalg.norm(want, axis=-1)))
 
 
 def worst_head(got, want) -> float:
-    """max over (b, n) of ||got - want|| / ||want|| for outs B T N V; a head whose reference is 0 must be exactly 0."""
+    """max over (b, n) of ||got - want|| / ||want|| for outs B T N V; a head whose reference is 0 must be exactly 0,
+    and where either is not finite, the error is inf.
+    """
     got, want = (np.asarray(a, np.float64) for a in (got, want))
-    if got.shape != want.shape or not np.isfinite(got).all():
+    if got.shape != want.shape or not np.isfinite(got).all() or not np.isfinite(want).all():
         return math.inf
     difference = np.linalg.norm(got - want, axis=(1, 3))
     norm = np.linalg.norm(want, axis=(1, 3))
@@ -50,7 +52,7 @@ def worst_row(got, want) -> float:
     if got.shape != want.shape or (np.isneginf(got) != np.isneginf(want)).any():
         return math.inf
     got, want = (np.where(np.isneginf(a), 0, a) for a in (got, want))
-    if not np.isfinite(got).all():
+    if not np.isfinite(got).all() or not np.isfinite(want).all():
         return math.inf
     difference, norm = np.linalg.norm(got - want, axis=-1), np.linalg.norm(want, axis=-1)
     error = np.where(norm > 0, difference / np.where(norm > 0, norm, 1), np.where(difference > 0, math.inf, 0))
@@ -72,7 +74,7 @@ def lse_error(got, want) -> float:
     if got.shape != want.shape or (np.isneginf(got) != np.isneginf(want)).any():
         return math.inf
     finite = ~np.isneginf(want)
-    if not np.isfinite(got[finite]).all():
+    if not np.isfinite(got[finite]).all() or not np.isfinite(want[finite]).all():
         return math.inf
     return float((np.abs(got[finite] - want[finite]) / np.maximum(1, np.abs(want[finite]))).max(initial=0))
 

@@ -110,7 +110,7 @@ def topk_indices(draw, buckets, dtypes: tuple[str, ...], out: tuple[str, ...]) -
     view = draw(st.sampled_from(VIEWS["topk_indices"]))
     at = draw(st.integers(0, S)) if view == "split" else 0
     case = Case("fuzz", "topk_indices", sizes, lengths, {"k": k})
-    values = draw(st.sampled_from(("coarse", "normal")))
+    values = draw(st.sampled_from(("coarse", "normal", "broken")))
     return Draw(case, draw(st.sampled_from(dtypes)), draw(seeds()), view, at, values)
 
 

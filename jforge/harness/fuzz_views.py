@@ -51,11 +51,16 @@ def _coarse(x: np.ndarray) -> np.ndarray:
 
 
 def _scores(draw: Draw, rng: np.random.Generator) -> Inputs:
-    """As many scores above -inf as a row's length says, some of them +inf; coarse ones tie, 0.0 with -0.0 too."""
+    """As many scores above -inf as a row's length says, some of them +inf; coarse ones tie, 0.0 with -0.0 too;
+    broken ones hold NaN of either sign.
+    """
     *axes, S = draw.case.sizes.values()
     scores = rng.standard_normal((len(draw.case.lengths), S))
     scores = np.round(2 * scores) / 2 if draw.values == "coarse" else scores
     scores[rng.random(scores.shape) < 0.02] = np.inf
+    if draw.values == "broken":
+        signed = np.copysign(np.nan, rng.standard_normal(scores.shape))
+        scores = np.where(rng.random(scores.shape) < 0.1, signed, scores)
     for row, length in zip(scores, draw.case.lengths, strict=True):
         row[rng.permutation(S)[length:]] = -np.inf
     return Inputs({"scores": scores.reshape(*axes, S).astype(DTYPES[draw.dtype])}, dict(draw.case.options))

@@ -41,7 +41,7 @@ def run_case(case, backend, dtype: str) -> dict:
 
 
 def run_cases(path: str, where: dict, chosen) -> bool:
-    """Run and record all cases; True when none is wrong."""
+    """Run and record all cases; True when one or more are right and none is wrong."""
     import torch
 
     torch.use_deterministic_algorithms(True, warn_only=True)
@@ -53,8 +53,9 @@ def run_cases(path: str, where: dict, chosen) -> bool:
     for row in bad:
         print("WRONG", row)
     refused = sum("refused" in row for row in rows)
-    print(f"cases: {len(rows) - len(bad) - refused} right, {len(bad)} wrong, {refused} refused", flush=True)
-    return not bad
+    right = len(rows) - len(bad) - refused
+    print(f"cases: {right} right, {len(bad)} wrong, {refused} refused", flush=True)
+    return right > 0 and not bad
 
 
 def invariance(backend, batches: int = 50, seed: int = 0) -> dict:
@@ -95,7 +96,8 @@ def invariances(backends) -> list[dict]:
     return [invariance(backend) for backend in backends]
 
 
-# Together they launch every kernel of both packages, with the tails of rows and tiles that a copy may not cross.
+# Together they launch every kernel of both packages, with the tails of rows and tiles that a copy may not cross, except
+# Triton's of topk_indices and those of quantised index keys, which have no named case.
 MEMCHECKED = (
     "head_80_chunked", "four_queries_window", "mla_80_heads", "mla_chunked", "blocks_of_16", "tokens_two_queries",
     "entries_64_heads", "sparse_mla_small", "sparse_mla_128_heads", "index_5_heads", "block_index_blocks_of_16",
@@ -136,6 +138,12 @@ def main() -> int:
     parser.add_argument("--case", help="one case by name")
     parser.add_argument("--backend", choices=tuple(BACKENDS))
     args = parser.parse_args()
+    ops = dict.fromkeys((*bench.OPS, *(case.op for case in CASES)))
+    for op in args.op or ():
+        if op not in ops:
+            parser.error(f"--op is {op!r}; there are {', '.join(ops)}")
+    if args.case is not None and args.case not in {case.name for case in CASES}:
+        parser.error(f"--case is {args.case!r}; jforge/harness/cases.py has none of that name")
     if not gpu():
         parser.error("no GPU is visible to JAX")
     where, good = bench.environment(args.commit), True
@@ -154,6 +162,7 @@ def main() -> int:
     if args.only in (None, "bench"):
         for row in bench.run(args.op or bench.OPS):
             bench.append(args.path, [row], where)
+            good &= row.get("implementation") not in ("pallas", "triton") or "refused" not in row
             print({k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()}, flush=True)
     return 0 if good else 1
 

@@ -4,16 +4,19 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from jforge.ops import check
+
 
 def topk_indices(scores: Float[Array, "*b S"], k: int) -> Int[Array, "*b L"]:
     """Indices of the k largest scores, score descending and index ascending; picks of -inf become -1.
 
-    k above S gives S picks followed by -1. int32.
+    k above S gives S picks followed by -1. int32. NaN ranks above everything: a broken score is picked and shows.
+    Raises ValueError from jforge.ops.check.
     """
-    if isinstance(k, bool) or not isinstance(k, int) or k < 1:
-        raise ValueError(f"k is {k!r}; it must be a positive integer")
-    scores = jnp.where(scores == 0, 0, scores)  # top_k puts -0.0 after 0.0; they are one score
-    values, picks = jax.lax.top_k(scores, min(k, scores.shape[-1]))  # top_k keeps the lower index on a tie
+    check.positive("k", k, integer=True)
+    # top_k keeps the lower index on a tie, but puts -0.0 after 0.0 and tells the NaNs of either sign apart.
+    scores = jnp.where(scores == 0, 0, jnp.where(jnp.isnan(scores), jnp.nan, scores))
+    values, picks = jax.lax.top_k(scores, min(int(k), scores.shape[-1]))
     picks = jnp.where(jnp.isneginf(values), -1, picks.astype(jnp.int32))
     missing = k - picks.shape[-1]
     return jnp.pad(picks, [(0, 0)] * (picks.ndim - 1) + [(0, missing)], constant_values=-1)

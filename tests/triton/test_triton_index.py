@@ -167,9 +167,16 @@ def test_a_length_past_the_cache_stays_in_its_row():
     """Invalid, and unchecked on a GPU: whatever the scores are, they must not be written over the next row's."""
     (q, k, weights, _), _ = make([40, 40], slots=40)
     given, valid = torch.tensor([1000, 5], dtype=torch.int32), torch.tensor([40, 5], dtype=torch.int32)
-    assert torch.equal(tk.index_scores(q, k, weights, given), tk.index_scores(q, k, weights, valid))
-    blocks = (tk.block_index_scores(q, k, lengths, block_size=8) for lengths in (given, valid))
-    assert torch.equal(*blocks)
+    tokens = [module.run_tokens(q, k, weights, lengths, k_scale=None) for lengths in (given, valid)]
+    blocks = [module.run_blocks(q, k, lengths, block_size=8, k_scale=None) for lengths in (given, valid)]
+    assert torch.equal(*tokens) and torch.equal(*blocks)
+    if given.device.type == "cpu":  # whose values are at hand
+        for call in (
+            lambda: tk.index_scores(q, k, weights, given),
+            lambda: tk.block_index_scores(q, k, given, block_size=8),
+        ):
+            with pytest.raises(ValueError, match=r"lengths\[0\] is 1000"):
+                call()
 
 
 def test_empty_inputs():
