@@ -109,15 +109,22 @@ def _decode_sparse_mla(case: Case, dtype: np.dtype, rng: np.random.Generator) ->
 
 
 def _index_scores(case: Case, dtype: np.dtype, rng: np.random.Generator) -> Inputs:
-    """Signed weights for index_scores, none for block_index_scores; NaN in the keys past each length."""
+    """Signed weights for index_scores, none for block_index_scores; NaN in the keys past each length. The option
+    `stored` is the dtype of keys that have a scale each: there NaN is in the scales, and in the keys where it exists.
+    """
     B, T, heads, S, J = (case.sizes[axis] for axis in "BTISJ")
     q, k = (rng.standard_normal(shape).astype(dtype) for shape in ((B, T, heads, J), (B, S, J)))
+    options = dict(case.options)
+    if stored := options.pop("stored", None):
+        k = np.round(25 * k.astype(np.float32)).clip(-127, 127).astype(stored)
+        options["k_scale"] = rng.uniform(0.02, 0.08, (B, S)).astype(np.float32)
     for b, length in enumerate(case.lengths):
-        k[b, length:] = np.nan
+        for array in (k, options.get("k_scale", k)):
+            array[b, length:] = 127 if array.dtype == np.int8 else np.nan
     arrays = {"q_index": q, "k_index": k}
     if case.op == "index_scores":
         arrays["weights"] = rng.standard_normal((B, T, heads)).astype(np.float32)
-    return Inputs({**arrays, "lengths": np.array(case.lengths, np.int32)}, case.options)
+    return Inputs({**arrays, "lengths": np.array(case.lengths, np.int32)}, options)
 
 
 def _decode_linear(case: Case, dtype: np.dtype, rng: np.random.Generator) -> Inputs:
@@ -250,9 +257,13 @@ CASES: tuple[Case, ...] = (
     _index("index_64_heads", "index_scores", 2, 64, 256, 128, (256, 100), "basic"),
     _index("index_5_heads", "index_scores", 3, 5, 136, 64, (136, 0, 7)),
     _index("index_two_queries", "index_scores", 2, 8, 128, 64, (128, 1), T=2),
+    _index("index_int8_keys", "index_scores", 2, 8, 136, 64, (136, 70), stored="int8"),
     _index("block_index_4_heads", "block_index_scores", 2, 4, 512, 128, (512, 300), "basic", block_size=128),
     _index("block_index_blocks_of_16", "block_index_scores", 3, 2, 136, 64, (136, 0, 17), block_size=16),
     _index("block_index_two_queries", "block_index_scores", 2, 4, 128, 64, (128, 65), T=2, block_size=64),
+    _index(
+        "block_index_e4m3_keys", "block_index_scores", 2, 4, 128, 64, (128, 65), block_size=64, stored="float8_e4m3fn"
+    ),
     _linear("linear_lightning", 2, 4, 128, "basic"),
     _linear("linear_decay_a_row", 2, 3, 64, V=128, decay=2),
     _linear("linear_delta_rule", 2, 2, 64, decay=2, beta=1),

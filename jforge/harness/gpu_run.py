@@ -96,12 +96,12 @@ def invariances(backends) -> list[dict]:
     return [invariance(backend) for backend in backends]
 
 
-# Together they launch every kernel of both packages, with the tails of rows and tiles that a copy may not cross, except
-# Triton's of topk_indices and those of quantised index keys, which have no named case.
+# Together they launch every kernel of both packages but those around torch's top-k, which have no named case, with the
+# tails of rows and tiles that a copy may not cross.
 MEMCHECKED = (
     "head_80_chunked", "four_queries_window", "mla_80_heads", "mla_chunked", "blocks_of_16", "tokens_two_queries",
-    "entries_64_heads", "sparse_mla_small", "sparse_mla_128_heads", "index_5_heads", "block_index_blocks_of_16",
-    "linear_decay_a_channel", "merge_many",
+    "entries_64_heads", "sparse_mla_small", "sparse_mla_128_heads", "index_5_heads", "index_int8_keys",
+    "block_index_blocks_of_16", "block_index_e4m3_keys", "linear_decay_a_channel", "merge_many",
 )  # fmt: skip
 
 

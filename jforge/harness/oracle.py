@@ -63,9 +63,10 @@ def decode_sparse_mla(q_latent, q_rope, latent, k_rope, indices, **options):
     return decode_block_sparse(q, k, latent[:, :, None], indices[:, :, None], None, block_size=1, **options)
 
 
-def index_scores(q_index, k_index, weights, lengths):
+def index_scores(q_index, k_index, weights, lengths, *, k_scale=None):
     """(scores,) in float64; see jforge.ops.index_scores."""
     q, k, weights = (np.asarray(a, np.float64) for a in (q_index, k_index, weights))
+    k = k if k_scale is None else k * np.asarray(k_scale, np.float64)[..., None]
     scores = np.full((*q.shape[:2], k.shape[1]), -np.inf)
     for b, t in np.ndindex(q.shape[:2]):
         end = max(0, int(lengths[b]) - q.shape[1] + t + 1)
@@ -73,9 +74,10 @@ def index_scores(q_index, k_index, weights, lengths):
     return (scores,)
 
 
-def block_index_scores(q_index, k_index, lengths, *, block_size):
+def block_index_scores(q_index, k_index, lengths, *, block_size, k_scale=None):
     """(scores,) in float64; see jforge.ops.block_index_scores."""
     q, k = (np.asarray(a, np.float64) for a in (q_index, k_index))
+    k = k if k_scale is None else k * np.asarray(k_scale, np.float64)[..., None]
     (B, T, heads, _), S = q.shape, k.shape[1]
     scores = np.full((B, T, heads, -(-S // block_size)), -np.inf)
     for b, t, block in np.ndindex(B, T, scores.shape[-1]):
