@@ -59,7 +59,8 @@ def decode_attention(q, k, v, lengths, *, scale, window=None, sinks=None, softca
     check.length_values(lengths, sizes["S"])
     out_dtype = jnp.dtype(out_dtype or q.dtype)
     _refuse(sizes, q.dtype, out_dtype)
-    facts = make_facts(sizes, q.dtype, out_dtype, scale=float(scale), window=window, softcap=softcap, chunk=chunk)
+    facts = make_facts(sizes, q.dtype, out_dtype, scale=float(scale), window=window,
+                       softcap=softcap and float(softcap), chunk=chunk)  # fmt: skip
     return run(q, k, v, lengths, page_table, sinks, facts)
 
 

@@ -42,11 +42,11 @@ def decode_block_sparse(q, k, v, block_indices, lengths, *, block_size, scale, s
     query reads are followed.
 
     Raises ValueError and TypeError from jforge.ops.check, and NotImplementedError for what has no kernel: float32 and
-    float64, k_scale and v_scale, other block sizes than 1, 8, 16, 32, 64 and 128, empty lists. Blocks: S or a page that
-    is not a multiple of 8 (TMA), pages that neither divide a block nor are made of blocks, H and V that are not
-    multiples of 16 or above 256. Tokens: H and V that are not multiples of 64 or above 256. v None: softcap, and H that
-    is not a multiple of 64 or above 512. Lists for a KV head are those of NSA (arXiv 2502.11089) and MiniMax-M3 (arXiv
-    2606.13392), lists for a head those of MoBA (arXiv 2502.13189).
+    float64, k_scale and v_scale, other block sizes than 1, 8, 16, 32, 64 and 128, empty sizes, B*T above 65535. Blocks:
+    S or a page that is not a multiple of 8 (TMA), pages that neither divide a block nor are made of blocks, H and V
+    that are not multiples of 16 or above 256. Tokens: H and V that are not multiples of 64 or above 256. v None:
+    softcap, and H that is not a multiple of 64 or above 512. Lists for a KV head are those of NSA (arXiv 2502.11089)
+    and MiniMax-M3 (arXiv 2606.13392), lists for a head those of MoBA (arXiv 2502.13189).
     """
     sizes = check.decode_block_sparse(
         q, k, v, block_indices, lengths, block_size=block_size, scale=scale, sinks=sinks, softcap=softcap,
@@ -60,9 +60,9 @@ def decode_block_sparse(q, k, v, block_indices, lengths, *, block_size, scale, s
     S = sizes["S"] if page_table is None else sizes["P"] * sizes["page"]
     if lengths is not None:
         check.length_values(lengths, S)
-    lists = Lists(T=T, count=X, K=K, L=L, size=block_size, S=S, page=sizes.get("page"))
+    lists = Lists(T=T, count=X, K=K, L=L, size=int(block_size), S=S, page=sizes.get("page"))
     refuse(lists, q.dtype, out_dtype, B, N, ("q", "k", "block_indices"))
-    out_dtype, scale = jnp.dtype(out_dtype or q.dtype), float(scale)
+    out_dtype, scale, softcap = jnp.dtype(out_dtype or q.dtype), float(scale), softcap and float(softcap)
     if v is None:
         if softcap is not None:
             raise NotImplementedError(f"softcap is {softcap} and v is None; the kernel for shared rows has no cap")

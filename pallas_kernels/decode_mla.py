@@ -116,8 +116,6 @@ class Facts:
     def V(self):
         return self.C
 
-    width = V
-
     @property
     def piece(self):
         """Keys that one TMA copy brings in."""

@@ -36,8 +36,8 @@ def decode_sparse_mla(q_latent, q_rope, latent, k_rope, indices, *, scale, sinks
     list names may hold NaN.
 
     Raises ValueError and TypeError from jforge.ops.check, and NotImplementedError for what has no kernel: float32 and
-    float64, latent_scale, empty lists, C that is not a multiple of 64 or above 512, R that is not a multiple of 8 or
-    above 64. Attention over the tokens that an indexer picks is from DeepSeek-V3.2 (arXiv 2512.02556).
+    float64, latent_scale, empty sizes, B*T above 65535, C that is not a multiple of 64 or above 512, R that is not a
+    multiple of 8 or above 64. Attention over the tokens that an indexer picks is from DeepSeek-V3.2 (arXiv 2512.02556).
     """
     sizes = check.decode_sparse_mla(
         q_latent, q_rope, latent, k_rope, indices, scale=scale, sinks=sinks, latent_scale=latent_scale,

@@ -67,6 +67,8 @@ BAD = [
     ("integers", {"q": np.zeros(Q, np.int32)}, {}, TypeError, "q"),
     ("window", {}, {"window": 0}, ValueError, "window"),
     ("softcap", {}, {"softcap": -1.0}, ValueError, "softcap"),
+    ("endless softcap", {}, {"softcap": float("inf")}, ValueError, "softcap"),
+    ("complex scale", {}, {"scale": np.complex64(1)}, TypeError, "scale"),
     ("chunk", {}, {"chunk": 0}, ValueError, "chunk"),
     ("sinks", {}, {"sinks": np.zeros(3, np.float32)}, ValueError, "sinks"),
     (

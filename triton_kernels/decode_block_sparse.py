@@ -26,7 +26,16 @@ from triton_kernels.decode_mla import MAX_LATENT
 from triton_kernels.decode_sparse_mla import listed_slot, seen_slots, split_range, tile_rows, whole_tiles
 from triton_kernels.decode_sparse_mla import run as run_keys_as_values
 from triton_kernels.merge_states import LOG2E, finite_or_zero, merge_parts, part_buffers
-from triton_kernels.plan import Config, block_rows, default_block_config, fill_splits, nearest, split_dim, value_chunks
+from triton_kernels.plan import (
+    Config,
+    block_rows,
+    default_block_config,
+    fill_splits,
+    nearest,
+    pow2_ceil,
+    split_dim,
+    value_chunks,
+)
 
 OP = "decode_block_sparse"
 
@@ -222,6 +231,8 @@ def decode_block_sparse(
         raise NotImplementedError(f"{OP}: quantised k and v (k_scale, v_scale) have no Triton kernel yet")
     slots = k.shape[1] * (1 if page_table is None else page_table.shape[1])
     runtime.check_cache(OP, lengths, slots, k=k, v=v)
+    runtime.check_rows(OP, q=q, block_indices=block_indices)
+    options["block_size"] = min(int(block_size), pow2_ceil(max(slots, 1)))  # what is longer is one block too
     if v is None:
         runtime.check_inputs(OP, {"H": (q.shape[-1], MAX_LATENT)}, out_dtype, q=q, k=k)
         return run_keys_as_values(q, None, k, None, block_indices, lengths, **options)

@@ -108,6 +108,7 @@ def _check(q, k, v, state, decay, beta):
         if tensor is not None and tensor.dtype != torch.float32:
             raise TypeError(f"{OP}: {name} must be float32 in triton_kernels, got {tensor.dtype}")
     runtime.check_inputs(OP, {"H": (q.shape[-1], MAX_KEY_DIM)}, None, q=q, k=k, v=v, state=state)
+    runtime.check_rows(OP, q=q, k=k, v=v, state=state)
     for size, stride, letter in zip(state.shape, state.stride(), "BNHV", strict=True):
         if size > 1 and stride == 0:
             raise ValueError(f"{OP}: state is overwritten in place, but its {letter}={size} entries share memory")

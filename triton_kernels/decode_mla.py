@@ -223,6 +223,7 @@ def _check(q_latent, q_rope, latent, k_rope, lengths, page_table, out_dtype):
     runtime.check_last_dim(OP, q_latent=q_latent, q_rope=q_rope, latent=latent, k_rope=k_rope)
     slots = latent.shape[1] * (1 if page_table is None else page_table.shape[1])
     runtime.check_cache(OP, lengths, slots, latent=latent, k_rope=k_rope)
+    runtime.check_rows(OP, q_latent=q_latent, q_rope=q_rope)
     runtime.check_device(OP, "q_latent", q_latent.device)
 
 

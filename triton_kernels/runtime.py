@@ -89,6 +89,16 @@ def check_cache(op, lengths, slots, **caches):
             )
 
 
+def check_rows(op, **tensors):
+    """NotImplementedError for a tensor of which one row of the batch reaches over 2**31 elements: the offsets of
+    queries, heads and entries are 32-bit.
+    """
+    for name, tensor in tensors.items():
+        reach = sum((size - 1) * stride for size, stride in zip(tensor.shape[1:], tensor.stride()[1:], strict=True))
+        if reach >= 2**31:
+            raise NotImplementedError(f"{op}: a row of {name} reaches over {reach} elements; at most {2**31 - 1}")
+
+
 def check_inputs(op, widths, out_dtype, **tensors):
     """What a kernel asks of its float tensors beyond the contract; the first one is the query, None is skipped.
 

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 FLOATS = ("float16", "bfloat16", "float32", "float64")
+NUMBERS = (int, float, np.integer, np.floating)
 QUANTISED = ("int8", "float8_e4m3fn", "float8_e5m2")
 
 
@@ -37,8 +38,8 @@ def same_float(**arrays) -> None:
 
 
 def positive(name: str, value, integer: bool = False) -> None:
-    kinds = (int, np.integer) if integer else (int, float, np.number)
-    if not isinstance(value, kinds) or isinstance(value, bool) or not value > 0:
+    kinds = (int, np.integer) if integer else NUMBERS
+    if not isinstance(value, kinds) or isinstance(value, bool) or not 0 < value < float("inf"):
         raise ValueError(f"{name} is {value!r}; it must be a positive {'integer' if integer else 'number'}")
 
 
@@ -78,7 +79,7 @@ def _options(sizes: dict[str, int], scale, sinks, out_dtype, softcap=None, **int
     if sinks is not None:
         shape("sinks", sinks, "N", sizes)
         dtype("sinks", sinks, FLOATS)
-    if isinstance(scale, bool) or not isinstance(scale, (int, float, np.number)):
+    if isinstance(scale, bool) or not isinstance(scale, NUMBERS):
         raise TypeError(f"scale is {scale!r}; it must be a number")
     for name, value in integers.items():
         if value is not None:

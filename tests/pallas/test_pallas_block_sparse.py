@@ -177,6 +177,18 @@ def test_unsupported_calls_say_why(change, reason):
         pallas_kernels.decode_block_sparse(q, k, v, jnp.zeros((1, T, 1, L), jnp.int32), None, scale=1.0, **options)
 
 
+@pytest.mark.parametrize(
+    "sizes", [dict(size=16, L=5), dict(size=1, L=70, H=64), dict(size=1, L=70, H=64, values=False)]
+)
+def test_options_may_be_numpy_numbers(sizes):
+    case = ListCase((70,), S=80, N=8, **sizes)
+    op, args, _, _ = call(case)
+    more = dict(softcap=np.float16(30)) if sizes.get("values", True) else {}
+    out, lse = op(*args, block_size=np.int64(case.size), **more)
+    same, same_lse = op(*args, **({"softcap": 30.0} if more else {}))
+    assert np.array_equal(np.asarray(out), np.asarray(same)) and np.array_equal(np.asarray(lse), np.asarray(same_lse))
+
+
 def test_wrong_arguments_name_the_argument():
     (q, k, v, lists, lengths), _ = ListCase((5,), S=8, size=8, L=1).arrays()
     options = dict(block_size=8, scale=1.0)

@@ -209,6 +209,24 @@ def test_read_nan_is_not_hidden(block_size, value_dim):
     assert out[0].isnan().all() and lse[0].isnan().all() and (out[1] == 1).all()
 
 
+@pytest.mark.parametrize("value_dim", [32, 0])
+def test_a_block_may_be_longer_than_the_cache_and_a_numpy_integer(value_dim):
+    q, k, v, _, lengths = case = make([100, 33], slots=100, block_size=128, entries=2, value_dim=value_dim)
+    expected = check(case, 128)
+    for block_size in (np.int64(128), 2**30, 2**31 - 1, 2**40):
+        out, lse = tk.decode_block_sparse(*case, block_size=block_size, scale=q.shape[-1] ** -0.5)
+        assert torch.equal(out, expected[0]) and torch.equal(lse, expected[1])
+
+
+def test_rows_too_long_for_offsets_of_32_bits_are_refused():
+    for stride, fits in ((2**31 - 64, True), (2**31, False)):
+        q = torch.empty_strided((1, 2, 1, 64), (1, stride, 1, 1), device="meta")
+        if fits:
+            tk.runtime.check_rows("op", q=q)
+    with pytest.raises(NotImplementedError, match=f"a row of q reaches over {2**31 + 63} elements"):
+        tk.runtime.check_rows("op", q=q)
+
+
 @pytest.mark.parametrize("block_size", [8, 64])
 def test_strides(block_size):
     """Head-major caches, fused K and V, a q sliced out of a wider projection, lists cut out of longer ones."""
