@@ -36,14 +36,17 @@ def _markdown(columns, rows, words: int) -> list[str]:
     return [f"| {' | '.join(map(str, cells))} |" for cells in (columns, rule, *rows)]
 
 
+def _cards(rows: list[dict]) -> str:
+    return "; ".join(sorted({f"{row['device']}, driver {row['driver']}" for row in rows}))
+
+
 def _source(chosen: list[dict], rows: list[dict]) -> list[str]:
     """Where timed rows come from: card, driver, commit, and the read ceiling of the same run."""
     commits = sorted({row["commit"] for row in chosen})
     rates = [row["GB_per_s"] for row in rows if row["what"] == "ceiling" and row["commit"] in commits]
-    card, driver = chosen[0]["device"], chosen[0]["driver"]
     (samples,) = {row["samples"] for row in chosen if "samples" in row}
     ceiling = f"read ceiling {min(rates):.0f} to {max(rates):.0f} GB/s"
-    return ["", f"{card}, driver {driver}, commit {', '.join(commits)}, median of {samples}, {ceiling}."]
+    return ["", f"{_cards(chosen)}, commit {', '.join(commits)}, median of {samples}, {ceiling}."]
 
 
 def _by_size(rows: list[dict], what: tuple[str, ...]) -> dict[tuple, dict[str, dict]]:
@@ -125,7 +128,7 @@ def proofs(rows: list[dict]) -> list[str]:
         "memcheck": "case under compute-sanitizer, each array its own allocation",
         "fuzz": "drawn example judged by the oracle (beside it, refused as documented)",
     }
-    table = []
+    table, judged = [], []
     for what, label in asked.items():
         found = [row for row in rows if row["what"] == what and "ok" in row]  # a refusal proves nothing
         cells = []
@@ -134,13 +137,14 @@ def proofs(rows: list[dict]) -> list[str]:
             count = sum(row.get("batches", row.get("judged", 1)) for row in mine)
             refused = f" ({sum(row['refused'] for row in mine)})" if what == "fuzz" else ""
             cells.append(f"{count}{refused}")
+        judged += found
         wrong = sum(not row["ok"] for row in found)
         table.append((label, *cells, wrong, ", ".join(sorted({row["commit"] for row in found}))))
-    end = ["", f"{rows[0]['device']}, driver {rows[0]['driver']}."]
-    ran = {row["case"] for row in rows if row["what"] == "case"}
-    due = [f"`{case.name}`" for case in CASES if case.name not in ran]
-    if due:
-        end += ["", f"Not yet run there: {', '.join(due)}."]
+    end = ["", f"{_cards(judged)}."]
+    for name in ("pallas", "triton"):
+        ran = {row["case"] for row in judged if row["what"] == "case" and row["implementation"] == name}
+        if due := [f"`{case.name}`" for case in CASES if case.name not in ran]:
+            end += ["", f"Not yet run in {name}: {', '.join(due)}."]
     return _markdown(("asked", "pallas", "triton", "wrong", "commit"), table, 1) + end
 
 

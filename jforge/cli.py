@@ -54,18 +54,6 @@ def positive(text: str) -> int:
     return int(text)
 
 
-def writable(option: str, path: str) -> None:
-    """Raise ValueError unless a file can be written at `path`; nothing in it changes."""
-    new = not os.path.exists(path)
-    try:
-        with open(path, "ab"):
-            pass
-    except OSError as problem:
-        raise ValueError(f"{option} is {path!r}; it cannot be written: {problem.strerror}") from None
-    if new:
-        os.remove(path)
-
-
 def parser() -> Parser:
     top = Parser(prog="jforge", description="Executable reference and kernel lab for LLM attention.")
     commands = top.add_subparsers(dest="command", required=True, parser_class=Parser, metavar="COMMAND")
@@ -201,8 +189,9 @@ def _equiv(args) -> int:
             known = f"an op ({', '.join(ops)}) or a mechanism ({', '.join(mechanisms)})"
             raise ValueError(f"NAME is {name!r}; it must be {known}")
     for_programs_that_run_once()
-    backends = report.backends([op for op in ops if op in args.names or not args.names])
-    frameworks = report.frameworks([name for name in mechanisms if name in args.names or not args.names])
+    chosen = args.names or (*ops, *mechanisms)
+    backends = report.backends([op for op in ops if op in chosen])
+    frameworks = report.frameworks([name for name in mechanisms if name in chosen])
     data = {"backends": backends, "frameworks": frameworks, "device": device()}
     emit(args, data, report.show_equiv)
     return 0 if report.agrees(data) else 1
@@ -216,7 +205,7 @@ def _bench(args) -> int:
         raise ValueError(f"--plot is {args.plot!r}; it must end in .png")
     for option, path in (("--out", args.out), ("--plot", args.plot)):
         if path:
-            writable(option, path)
+            bench.writable(option, path)
     rows = list(report.track(bench.run(args.ops or bench.OPS, samples=args.samples), "timing"))
     if not rows:
         raise ValueError(f"{', '.join(args.ops)} can be timed on a GPU alone, and here is none")

@@ -78,7 +78,11 @@ def test_a_slower_or_wrong_kernel_changes_the_gpu_tables(gpu):
         at = next(i for i, row in enumerate(rows) if row["what"] == what)
         wrong = [*rows[:at], rows[at] | {"ok": False}, *rows[at + 1 :]]
         assert "| 1 |" in gpu.render(text, wrong)
-    assert "Not yet run there: `llama`" in gpu.render(text, [row for row in rows if row.get("case") != "llama"])
+    for name in ("pallas", "triton"):
+        fewer = [row for row in rows if (row.get("implementation"), row.get("case")) != (name, "llama")]
+        assert f"Not yet run in {name}: `llama`" in gpu.render(text, fewer)
+    other_card = [row | {"device": "H200"} if row.get("case") == "llama" else row for row in rows]
+    assert "NVIDIA H200" not in text and "H200, driver" in gpu.render(text, other_card)
 
 
 def test_every_gpu_record_is_of_a_right_kernel(gpu):

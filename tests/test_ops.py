@@ -10,7 +10,7 @@ import torch
 
 import jforge
 from jforge.harness.backends import BACKENDS, judge, passes
-from jforge.harness.cases import CASES, build
+from jforge.harness.cases import CASES, Inputs, build
 
 PACKAGES = [b.package for b in BACKENDS.values()]
 OPS = [name for name in jforge.ops.__all__ if name != "mix"]
@@ -28,6 +28,18 @@ RUNS = [(case, b, dtype) for case, b in WRITTEN for dtype in b.dtypes]
 def test_case(case, backend, dtype):
     errors = judge(backend, case, dtype)
     assert passes(errors, dtype), f"out {errors[0]:.1e}, lse {errors[1]:.1e}"
+
+
+@pytest.mark.parametrize("backend", BACKENDS.values(), ids=BACKENDS)
+@pytest.mark.parametrize("name", ["four_queries", "mla_two_queries"])
+def test_a_window_longer_than_the_cache_is_none(backend, name):
+    case = next(case for case in CASES if case.name == name)
+    inputs = build(case, "float16")
+    none = backend.call(case.op, inputs)
+    for window in (case.sizes["S"], 2**31 - 1, 2**31, 2**40):
+        some = backend.call(case.op, Inputs(inputs.arrays, {**inputs.options, "window": window}))
+        for got, want in zip(some, none, strict=True):
+            np.testing.assert_allclose(got, want, rtol=1e-3, atol=1e-3)
 
 
 def test_case_names_are_unique():

@@ -266,7 +266,8 @@ def _check(q, k, v, lengths, page_table, k_scale, v_scale, out_dtype):
         if width > MAX_HEAD_DIM:
             raise NotImplementedError(f"{op}: {name}={width} needs more registers than a program has; at most 256")
     runtime.check_last_dim(op, q=q, k=k, v=v)
-    runtime.check_cache(op, lengths, k.shape[1], k=k, v=v)
+    runtime.check_lengths(lengths, k)
+    runtime.check_slots(op, k=k, v=v)
     runtime.check_rows(op, q=q)
     runtime.check_device(op, "q", q.device)
 

@@ -229,9 +229,10 @@ def decode_block_sparse(
     check.decode_block_sparse(q, k, v, block_indices, lengths, **options, k_scale=k_scale, v_scale=v_scale)
     if k_scale is not None or v_scale is not None:
         raise NotImplementedError(f"{OP}: quantised k and v (k_scale, v_scale) have no Triton kernel yet")
-    slots = k.shape[1] * (1 if page_table is None else page_table.shape[1])
-    runtime.check_cache(OP, lengths, slots, k=k, v=v)
+    runtime.check_lengths(lengths, k, page_table)
+    runtime.check_slots(OP, k=k, v=v)
     runtime.check_rows(OP, q=q, block_indices=block_indices)
+    slots = k.shape[1] * (1 if page_table is None else page_table.shape[1])
     options["block_size"] = min(int(block_size), pow2_ceil(max(slots, 1)))  # what is longer is one block too
     if v is None:
         runtime.check_inputs(OP, {"H": (q.shape[-1], MAX_LATENT)}, out_dtype, q=q, k=k)

@@ -221,8 +221,8 @@ def _check(q_latent, q_rope, latent, k_rope, lengths, page_table, out_dtype):
     if page_table is not None and (latent.shape[1] < MIN_PAGE or latent.shape[1] & (latent.shape[1] - 1)):
         raise NotImplementedError(f"{OP}: the page size is {latent.shape[1]}; allowed: powers of two from {MIN_PAGE}")
     runtime.check_last_dim(OP, q_latent=q_latent, q_rope=q_rope, latent=latent, k_rope=k_rope)
-    slots = latent.shape[1] * (1 if page_table is None else page_table.shape[1])
-    runtime.check_cache(OP, lengths, slots, latent=latent, k_rope=k_rope)
+    runtime.check_lengths(lengths, latent, page_table)
+    runtime.check_slots(OP, latent=latent, k_rope=k_rope)
     runtime.check_rows(OP, q_latent=q_latent, q_rope=q_rope)
     runtime.check_device(OP, "q_latent", q_latent.device)
 

@@ -258,6 +258,6 @@ def decode_sparse_mla(
         raise NotImplementedError(f"{OP}: a quantised latent (latent_scale) has no Triton kernel yet")
     widths = {"C": (q_latent.shape[-1], MAX_LATENT), "R": (q_rope.shape[-1], MAX_ROPE)}
     runtime.check_inputs(OP, widths, out_dtype, q_latent=q_latent, q_rope=q_rope, latent=latent, k_rope=k_rope)
-    runtime.check_cache(OP, None, latent.shape[1], latent=latent, k_rope=k_rope)
+    runtime.check_slots(OP, latent=latent, k_rope=k_rope)
     runtime.check_rows(OP, q_latent=q_latent, q_rope=q_rope, indices=indices)
     return run(q_latent, q_rope, latent[:, :, None], k_rope, indices[:, :, None], **options)

@@ -219,7 +219,8 @@ def run_blocks(q_index, k_index, lengths, *, block_size, k_scale=None, config=No
 
 def _check(op, q_index, k_index, lengths):
     """What the kernels ask beyond the contract."""
-    runtime.check_cache(op, lengths, k_index.shape[1], k_index=k_index)
+    runtime.check_lengths(lengths, k_index)
+    runtime.check_slots(op, k_index=k_index)
     runtime.check_rows(op, q_index=q_index)
     heads, dim = q_index.shape[2:]
     runtime.check_inputs(op, {"I": (heads, MAX_HEADS), "J": (dim, MAX_DIM)}, None, q_index=q_index, k_index=k_index)

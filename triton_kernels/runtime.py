@@ -75,15 +75,17 @@ def check_last_dim(op, **tensors):
             )
 
 
-def check_cache(op, lengths, slots, **caches):
-    """ValueError for a length outside of 0..slots where that costs no wait for a device, NotImplementedError for a
-    cache (slots in its second dimension; None is skipped) whose slots lie too far apart.
-    """
+def check_lengths(lengths, cache, page_table=None):
+    """Raise ValueError for a length outside of 0..S where that costs no wait for a device; None is skipped."""
     if lengths is not None and lengths.device.type == "cpu":
-        check.length_values(lengths, slots)
+        check.length_values(lengths, cache.shape[1] * (1 if page_table is None else page_table.shape[1]))
+
+
+def check_slots(op, **caches):
+    """NotImplementedError for a cache (B S ... or pages page ...; None is skipped) whose slots lie too far apart."""
     for name, cache in caches.items():
-        if cache is not None and cache.stride(1) > MAX_SLOT_STRIDE:
-            stride = cache.stride(1)
+        stride = 0 if cache is None else cache.stride(1)
+        if stride > MAX_SLOT_STRIDE:
             raise NotImplementedError(
                 f"{op}: {name} has {stride} elements from slot to slot; at most {MAX_SLOT_STRIDE}"
             )
@@ -91,7 +93,7 @@ def check_cache(op, lengths, slots, **caches):
 
 def check_rows(op, **tensors):
     """NotImplementedError for a tensor of which one row of the batch reaches over 2**31 elements: the offsets of
-    queries, heads and entries are 32-bit.
+    queries, heads and list entries are 32-bit.
     """
     for name, tensor in tensors.items():
         reach = sum((size - 1) * stride for size, stride in zip(tensor.shape[1:], tensor.stride()[1:], strict=True))

@@ -8,6 +8,7 @@ large buffer, measured in the same run.
 import datetime
 import json
 import math
+import os
 import platform
 import shutil
 import subprocess
@@ -272,3 +273,15 @@ def append(path: str | Path, rows: list[dict], where: dict) -> None:
     with Path(path).open("a", encoding="utf-8") as file:
         for row in rows:
             file.write(json.dumps({**where, **row}) + "\n")
+
+
+def writable(option: str, path: str) -> None:
+    """Raise ValueError unless a file can be written at `path`; nothing in it changes."""
+    new = not os.path.exists(path)
+    try:
+        with open(path, "ab"):
+            pass
+    except OSError as problem:
+        raise ValueError(f"{option} is {path!r}; it cannot be written: {problem.strerror}") from None
+    if new:
+        os.remove(path)

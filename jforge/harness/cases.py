@@ -110,21 +110,30 @@ def _decode_sparse_mla(case: Case, dtype: np.dtype, rng: np.random.Generator) ->
 
 def _index_scores(case: Case, dtype: np.dtype, rng: np.random.Generator) -> Inputs:
     """Signed weights for index_scores, none for block_index_scores; NaN in the keys past each length. The option
-    `stored` is the dtype of keys that have a scale each: there NaN is in the scales, and in the keys where it exists.
+    `stored` is the dtype of quantised keys.
     """
     B, T, heads, S, J = (case.sizes[axis] for axis in "BTISJ")
     q, k = (rng.standard_normal(shape).astype(dtype) for shape in ((B, T, heads, J), (B, S, J)))
     options = dict(case.options)
-    if stored := options.pop("stored", None):
-        k = np.round(25 * k.astype(np.float32)).clip(-127, 127).astype(stored)
-        options["k_scale"] = rng.uniform(0.02, 0.08, (B, S)).astype(np.float32)
     for b, length in enumerate(case.lengths):
-        for array in (k, options.get("k_scale", k)):
-            array[b, length:] = 127 if array.dtype == np.int8 else np.nan
+        k[b, length:] = np.nan
+    if stored := options.pop("stored", None):
+        k, options["k_scale"] = quantised(k, stored, 25, rng.uniform(0.02, 0.08, (B, S)))
     arrays = {"q_index": q, "k_index": k}
     if case.op == "index_scores":
         arrays["weights"] = rng.standard_normal((B, T, heads)).astype(np.float32)
     return Inputs({**arrays, "lengths": np.array(case.lengths, np.int32)}, options)
+
+
+def quantised(x: np.ndarray, stored: str, steps: float, scale: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """`x` as codes of the one-byte dtype `stored`, `steps` of them a unit, and the float32 scales, one a slot. Slots of
+    NaN have a scale of NaN, and codes of NaN where there is one.
+    """
+    unread = np.isnan(x).any(axis=-1)
+    codes = np.round(steps * np.where(unread[..., None], 1, x.astype(np.float32))).clip(-127, 127).astype(stored)
+    if stored != "int8":
+        codes[unread] = np.nan
+    return codes, np.where(unread, np.nan, scale).astype(np.float32)
 
 
 def _decode_linear(case: Case, dtype: np.dtype, rng: np.random.Generator) -> Inputs:

@@ -15,7 +15,7 @@ LSE = {"float64": 1e-10, "float32": 1e-5, "float16": 1e-3, "bfloat16": 1e-3}
 def relative(got, want) -> float:
     """max |got - want| / max |want|, inf where anything is not finite; absolute where want is all zero."""
     got, want = (np.asarray(a, np.float64) for a in (got, want))
-    if got.shape != want.shape or not np.isfinite(got).all() or not np.isfinite(want).all():
+    if got.shape != want.shape or not finite((got, want)):
         return math.inf
     if want.size == 0:
         return 0.0
@@ -25,7 +25,7 @@ def relative(got, want) -> float:
 def worst_vector(got, want) -> float:
     """max ||got - want|| / ||want|| over the vectors on the last axis: the worst token, and head in a cache."""
     got, want = (np.asarray(a, np.float64) for a in (got, want))
-    if got.shape != want.shape or not np.isfinite(got).all() or not np.isfinite(want).all():
+    if got.shape != want.shape or not finite((got, want)):
         return math.inf
     return float(np.max(np.linalg.norm(got - want, axis=-1) / np.linalg.norm(want, axis=-1)))
 
@@ -35,7 +35,7 @@ def worst_head(got, want) -> float:
     and where either is not finite, the error is inf.
     """
     got, want = (np.asarray(a, np.float64) for a in (got, want))
-    if got.shape != want.shape or not np.isfinite(got).all() or not np.isfinite(want).all():
+    if got.shape != want.shape or not finite((got, want)):
         return math.inf
     difference = np.linalg.norm(got - want, axis=(1, 3))
     norm = np.linalg.norm(want, axis=(1, 3))
@@ -52,7 +52,7 @@ def worst_row(got, want) -> float:
     if got.shape != want.shape or (np.isneginf(got) != np.isneginf(want)).any():
         return math.inf
     got, want = (np.where(np.isneginf(a), 0, a) for a in (got, want))
-    if not np.isfinite(got).all() or not np.isfinite(want).all():
+    if not finite((got, want)):
         return math.inf
     difference, norm = np.linalg.norm(got - want, axis=-1), np.linalg.norm(want, axis=-1)
     error = np.where(norm > 0, difference / np.where(norm > 0, norm, 1), np.where(difference > 0, math.inf, 0))
@@ -73,10 +73,11 @@ def lse_error(got, want) -> float:
     got, want = (np.asarray(a, np.float64) for a in (got, want))
     if got.shape != want.shape or (np.isneginf(got) != np.isneginf(want)).any():
         return math.inf
-    finite = ~np.isneginf(want)
-    if not np.isfinite(got[finite]).all() or not np.isfinite(want[finite]).all():
+    seen = ~np.isneginf(want)
+    got, want = got[seen], want[seen]
+    if not finite((got, want)):
         return math.inf
-    return float((np.abs(got[finite] - want[finite]) / np.maximum(1, np.abs(want[finite]))).max(initial=0))
+    return float((np.abs(got - want) / np.maximum(1, np.abs(want))).max(initial=0))
 
 
 def caches(spec, cfg, got, want) -> float:

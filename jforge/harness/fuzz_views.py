@@ -4,7 +4,7 @@ import numpy as np
 
 from jforge.harness import oracle
 from jforge.harness.backends import Backend
-from jforge.harness.cases import DTYPES, Inputs, build
+from jforge.harness.cases import DTYPES, Inputs, build, quantised
 from jforge.harness.fuzz_draws import Draw
 
 CACHES = {
@@ -86,32 +86,15 @@ def _shorten(arrays: dict[str, np.ndarray], lengths: tuple[int, ...], rng: np.ra
 
 
 def _quantised(inputs: Inputs, draw: Draw, rng: np.random.Generator) -> Inputs:
-    """The keys as codes of one byte and a float32 scale for each slot: with exact sums and of either sign where the
-    values are coarse. Slots of NaN have a scale of NaN, and codes of NaN where there is one.
-    """
+    """The keys quantised: with exact sums and scales of either sign where the values are coarse."""
     name = STORED[draw.case.op]
     key = "k_index" if name == "k" else name
-    x, dtype = inputs.arrays[key].astype(np.float32), np.dtype(draw.stored)
-    unread = np.isnan(x).any(axis=-1)
-    codes = np.where(unread[..., None], 1, (4 if draw.values == "coarse" else 25) * x)
-    codes = np.round(codes).clip(-127, 127).astype(dtype)
+    x, coarse = inputs.arrays[key], draw.values == "coarse"
     scale = rng.uniform(0.02, 0.08, x.shape[:2])
-    if draw.values == "coarse":
+    if coarse:
         scale = rng.choice([-3, -1, 1, 3, 5], x.shape[:2]) * 2.0 ** rng.integers(-4, 1, x.shape[:2])
-    if draw.stored != "int8":
-        codes[unread] = np.nan
-    scale = np.where(unread, np.nan, scale).astype(np.float32)
+    codes, scale = quantised(x, draw.stored, 4 if coarse else 25, scale)
     return Inputs({**inputs.arrays, key: codes}, {**inputs.options, f"{name}_scale": scale})
-
-
-def dequantised(inputs: Inputs, draw: Draw) -> Inputs:
-    """What quantised keys mean, in float64: the oracle knows no scales."""
-    if draw.stored is None:
-        return inputs
-    name = STORED[draw.case.op]
-    key, options = "k_index" if name == "k" else name, dict(inputs.options)
-    scale = options.pop(f"{name}_scale").astype(np.float64)
-    return Inputs({**inputs.arrays, key: inputs.arrays[key].astype(np.float64) * scale[..., None]}, options)
 
 
 # --- the ways of asking

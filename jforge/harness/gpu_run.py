@@ -144,6 +144,10 @@ def main() -> int:
             parser.error(f"--op is {op!r}; there are {', '.join(ops)}")
     if args.case is not None and args.case not in {case.name for case in CASES}:
         parser.error(f"--case is {args.case!r}; jforge/harness/cases.py has none of that name")
+    try:
+        bench.writable("path", args.path)
+    except ValueError as problem:
+        parser.error(str(problem))
     if not gpu():
         parser.error("no GPU is visible to JAX")
     where, good = bench.environment(args.commit), True

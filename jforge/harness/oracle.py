@@ -55,9 +55,16 @@ def decode_mla(q_latent, q_rope, latent, k_rope, lengths, **options):
     return decode_attention(q, k, latent[:, :, None], lengths, **options)
 
 
-def decode_sparse_mla(q_latent, q_rope, latent, k_rope, indices, **options):
+def _stored(codes, scale):
+    """What a cache means, in float64: its values, or codes with a scale for each slot."""
+    codes = np.asarray(codes, np.float64)
+    return codes if scale is None else codes * np.asarray(scale, np.float64)[..., None]
+
+
+def decode_sparse_mla(q_latent, q_rope, latent, k_rope, indices, *, latent_scale=None, **options):
     """(out, lse) in float64: a token gather with one key head, [latent | k_rope], whose values are the latent."""
-    q_latent, q_rope, latent, k_rope = (np.asarray(a, np.float64) for a in (q_latent, q_rope, latent, k_rope))
+    q_latent, q_rope, k_rope = (np.asarray(a, np.float64) for a in (q_latent, q_rope, k_rope))
+    latent = _stored(latent, latent_scale)
     q = np.concatenate([q_latent, q_rope], axis=-1)
     k = np.concatenate([latent, k_rope], axis=-1)[:, :, None]
     return decode_block_sparse(q, k, latent[:, :, None], indices[:, :, None], None, block_size=1, **options)
@@ -65,8 +72,7 @@ def decode_sparse_mla(q_latent, q_rope, latent, k_rope, indices, **options):
 
 def index_scores(q_index, k_index, weights, lengths, *, k_scale=None):
     """(scores,) in float64; see jforge.ops.index_scores."""
-    q, k, weights = (np.asarray(a, np.float64) for a in (q_index, k_index, weights))
-    k = k if k_scale is None else k * np.asarray(k_scale, np.float64)[..., None]
+    q, k, weights = np.asarray(q_index, np.float64), _stored(k_index, k_scale), np.asarray(weights, np.float64)
     scores = np.full((*q.shape[:2], k.shape[1]), -np.inf)
     for b, t in np.ndindex(q.shape[:2]):
         end = max(0, int(lengths[b]) - q.shape[1] + t + 1)
@@ -76,8 +82,7 @@ def index_scores(q_index, k_index, weights, lengths, *, k_scale=None):
 
 def block_index_scores(q_index, k_index, lengths, *, block_size, k_scale=None):
     """(scores,) in float64; see jforge.ops.block_index_scores."""
-    q, k = (np.asarray(a, np.float64) for a in (q_index, k_index))
-    k = k if k_scale is None else k * np.asarray(k_scale, np.float64)[..., None]
+    q, k = np.asarray(q_index, np.float64), _stored(k_index, k_scale)
     (B, T, heads, _), S = q.shape, k.shape[1]
     scores = np.full((B, T, heads, -(-S // block_size)), -np.inf)
     for b, t, block in np.ndindex(B, T, scores.shape[-1]):

@@ -176,6 +176,14 @@ def _latent_arrays(q_latent, q_rope, latent, k_rope, latent_scale, pool: str, si
         dtype("latent_scale", latent_scale, ("float32",))
 
 
+def topk_indices(scores, k) -> None:
+    """Raise ValueError or TypeError unless scores has a floating dtype and an axis, and k is a positive integer."""
+    dtype("scores", scores, FLOATS)
+    if scores.ndim == 0:
+        raise ValueError("scores has shape (); it needs at least one axis")
+    positive("k", k, integer=True)
+
+
 def merge_states(outs, lses) -> None:
     """Raise ValueError or TypeError unless outs is P B T N V and lses its P B T N."""
     sizes: dict[str, int] = {}

@@ -11,9 +11,9 @@ def topk_indices(scores: Float[Array, "*b S"], k: int) -> Int[Array, "*b L"]:
     """Indices of the k largest scores, score descending and index ascending; picks of -inf become -1.
 
     k above S gives S picks followed by -1. int32. NaN ranks above everything: a broken score is picked and shows.
-    Raises ValueError from jforge.ops.check.
+    0 and -0 are equal. Raises ValueError and TypeError from jforge.ops.check.
     """
-    check.positive("k", k, integer=True)
+    check.topk_indices(scores, k)
     # top_k keeps the lower index on a tie, but puts -0.0 after 0.0 and tells the NaNs of either sign apart.
     scores = jnp.where(scores == 0, 0, jnp.where(jnp.isnan(scores), jnp.nan, scores))
     values, picks = jax.lax.top_k(scores, min(int(k), scores.shape[-1]))

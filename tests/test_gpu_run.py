@@ -1,0 +1,67 @@
+"""What of the GPU script can be proved without one: mistakes end before it starts, and what proves nothing fails."""
+
+import json
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from jforge.harness import gpu_run
+from jforge.harness.backends import BACKENDS
+from jforge.harness.cases import CASES
+
+
+@pytest.mark.parametrize(
+    "arguments, named",
+    [
+        (("rows.jsonl", "--op", "nope"), "--op is 'nope'"),
+        (("rows.jsonl", "--case", "nope"), "--case is 'nope'"),
+        (("nowhere/rows.jsonl",), "path is 'nowhere/rows.jsonl'"),
+        (("rows.jsonl",), "no GPU is visible"),
+    ],
+)
+def test_a_mistake_ends_before_anything_runs(capsys, monkeypatch, tmp_path, arguments, named):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["gpu_run", *arguments])
+    with pytest.raises(SystemExit) as stop:
+        gpu_run.main()
+    assert stop.value.code == 2 and named in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+def test_memchecked_cases_exist():
+    assert set(gpu_run.MEMCHECKED) <= {case.name for case in CASES}
+
+
+def answering(call):
+    return SimpleNamespace(name="pallas", gpu_dtypes=("float32",), call=call)
+
+
+def test_only_right_cases_are_right(tmp_path):
+    """A backend that answers, one that answers wrongly, one that refuses everything."""
+    case = next(case for case in CASES if case.name == "merge_two")
+    path, right = tmp_path / "rows.jsonl", BACKENDS["jforge"].call
+
+    def wrong(op, inputs):
+        return tuple(2 * result for result in right(op, inputs))
+
+    def refuse(op, inputs):
+        raise NotImplementedError("no kernel")
+
+    for call, good in ((right, True), (wrong, False), (refuse, False)):
+        assert gpu_run.run_cases(str(path), {}, [(case, answering(call))]) == good
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    assert [row.get("ok") for row in rows] == [True, False, None]
+
+
+@pytest.mark.parametrize("depends_on", ["the batch", "the slots", "nothing"])
+def test_invariance_finds_bits_that_depend(depends_on):
+    """Results made of a row's length alone, and of what they must not depend on."""
+
+    def call(op, inputs):
+        q, k, v, lengths = inputs.arrays.values()
+        more = {"the batch": len(q), "the slots": k.shape[1], "nothing": 0}[depends_on]
+        return lengths[:, None] + np.float64(more), lengths.astype(np.float64)
+
+    row = gpu_run.invariance(answering(call), batches=6)
+    assert row["ok"] == (row["different"] == 0) == (depends_on == "nothing")
