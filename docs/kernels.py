@@ -1,7 +1,7 @@
 """The tables of docs/kernels.md and README.md that come from a GPU. `python docs/kernels.py` writes them anew from
 docs/gpu_runs.jsonl, prose untouched.
 
-A table stands between `<!-- gpu NAME -->` and `<!-- end -->`; NAME is proofs, dense, latent or parts.
+A table stands between `<!-- gpu NAME -->` and `<!-- end -->`; NAME is proofs, timing, dense, latent or parts.
 """
 
 import json
@@ -22,7 +22,7 @@ def records() -> list[dict]:
 
 def render(text: str, rows: list[dict]) -> str:
     """The document with its tables as the records have them."""
-    tables = {"proofs": proofs, "dense": dense, "latent": latent, "parts": parts}
+    tables = {"proofs": proofs, "dense": dense, "latent": latent, "parts": parts, "timing": timing}
 
     def table(match: re.Match) -> str:
         return match[1] + "\n".join(["", *tables[match["name"]](rows), ""]) + "\n" + match[3]
@@ -57,6 +57,13 @@ def _by_size(rows: list[dict], what: tuple[str, ...]) -> dict[tuple, dict[str, d
         if row["what"] in what:
             found.setdefault(tuple(row.get(name) for name in names), {})[row["implementation"]] = row
     return found
+
+
+def timing(rows: list[dict]) -> list[str]:
+    """The one kernel that both frameworks call."""
+    (row,) = (row for row in rows if row["what"] == "timing")
+    return [f"{row['jax']:.1f} us through JAX, {row['torch']:.1f} us through torch ({row['device']}, commit "
+            f"{row['commit']})."]  # fmt: skip
 
 
 def _us(row: dict) -> str:

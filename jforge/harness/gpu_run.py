@@ -3,6 +3,7 @@
 cases: every case in every dtype on every backend, twice (the second result must be bitwise the first).
 invariance: with a fixed chunk a row's bits are those of the row alone, in 50 random batches.
 memcheck: compute-sanitizer over one small case a kernel.
+timing: the same kernel takes the same time through JAX and through torch.
 bench: the shapes of jforge bench, both packages and their peers.
 Appends JSON lines with the environment; exits 1 if something is wrong. Uninitialised torch memory is NaN.
 """
@@ -19,7 +20,7 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # torch and JAX
 
 import numpy as np
 
-from jforge.harness import bench, compare, oracle
+from jforge.harness import bench, compare, one_kernel, oracle
 from jforge.harness.backends import BACKENDS, gpu, passes
 from jforge.harness.cases import CASES, DTYPES, Inputs, build
 
@@ -92,10 +93,6 @@ def invariance(backend, batches: int = 50, seed: int = 0) -> dict:
     return {**row, "ok": different == 0}
 
 
-def invariances(backends) -> list[dict]:
-    return [invariance(backend) for backend in backends]
-
-
 # Together they launch every kernel of both packages but those around torch's top-k, which have no named case, with the
 # tails of rows and tiles that a copy may not cross.
 MEMCHECKED = (
@@ -127,11 +124,19 @@ def memchecks(backends) -> list[dict]:
         return list(pool.map(lambda pair: memcheck(*pair), [(b, case) for b in backends for case in MEMCHECKED]))
 
 
+def timing(most: float = 0.03) -> dict:
+    """One kernel through both frameworks: medians in microseconds, which may differ by `most` of the second."""
+    through_jax, through_torch = one_kernel.times()
+    apart = abs(through_jax.median / through_torch.median - 1)
+    row = {"what": "timing", "jax": through_jax.median, "torch": through_torch.median}
+    return {**row, "ok": apart < most and through_jax.kernels == through_torch.kernels == 1}
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("path", help="JSON lines are appended here")
     parser.add_argument("--commit", help="the commit under test, where there is no .git to ask")
-    parser.add_argument("--only", choices=("cases", "invariance", "memcheck", "bench"))
+    parser.add_argument("--only", choices=("cases", "invariance", "memcheck", "timing", "bench"))
     parser.add_argument(
         "--op", action="append", metavar="OP", help="of cases and bench, this op alone (may be repeated)"
     )
@@ -157,9 +162,14 @@ def main() -> int:
         chosen = [(c, b) for c in named for b in backends]
         good &= run_cases(args.path, where, chosen)
     kernels = [b for b in backends if b.name in ("triton", "pallas")]
-    for part, rows_of in (("invariance", invariances), ("memcheck", memchecks)):
+    parts = {
+        "invariance": lambda: [invariance(backend) for backend in kernels],
+        "memcheck": lambda: memchecks(kernels),
+        "timing": lambda: [timing()],
+    }
+    for part, rows_of in parts.items():
         if args.only in (None, part):
-            rows = rows_of(kernels)
+            rows = rows_of()
             bench.append(args.path, rows, where)
             print(*rows, sep="\n", flush=True)
             good &= all(row["ok"] for row in rows)
