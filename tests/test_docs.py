@@ -65,7 +65,7 @@ def test_bytes_stand_in_tables_alone(script):
 def test_gpu_tables_are_those_of_the_records(gpu, document):
     text = (ROOT / document).read_text(encoding="utf-8")
     names = [name for _, name, _ in gpu._BLOCK.findall(text)]
-    assert names == (["dense"] if document == "README.md" else ["proofs", "dense", "latent", "parts"])
+    assert names == (["dense"] if document == "README.md" else ["proofs", "timing", "dense", "latent", "parts"])
     assert gpu.render(text, gpu.records()) == text
 
 
@@ -74,6 +74,8 @@ def test_a_slower_or_wrong_kernel_changes_the_gpu_tables(gpu):
     for what in ("decode_attention", "decode_mla", "decode_linear"):
         slower = [row | {"median": 2 * row["median"]} if row["what"] == what else row for row in rows]
         assert gpu.render(text, slower) != text
+    apart = [row | {"jax": 2 * row["torch"]} if row["what"] == "timing" else row for row in rows]
+    assert gpu.render(text, apart) != text
     for what in ("case", "invariance", "memcheck", "fuzz"):
         at = next(i for i, row in enumerate(rows) if row["what"] == what)
         wrong = [*rows[:at], rows[at] | {"ok": False}, *rows[at + 1 :]]

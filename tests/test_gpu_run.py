@@ -10,6 +10,7 @@ import pytest
 from jforge.harness import gpu_run
 from jforge.harness.backends import BACKENDS
 from jforge.harness.cases import CASES
+from jforge.harness.timing import Timing
 
 
 @pytest.mark.parametrize(
@@ -65,3 +66,14 @@ def test_invariance_finds_bits_that_depend(depends_on):
 
     row = gpu_run.invariance(answering(call), batches=6)
     assert row["ok"] == (row["different"] == 0) == (depends_on == "nothing")
+
+
+@pytest.mark.parametrize(
+    "median, kernels, good", [(101.0, 1, True), (104.0, 1, False), (96.0, 1, False), (101.0, 2, False)]
+)
+def test_timing_tells_frameworks_apart(monkeypatch, median, kernels, good):
+    def of(us, count):
+        return Timing(us, us, us, 50, count)
+
+    monkeypatch.setattr(gpu_run.one_kernel, "times", lambda: (of(median, kernels), of(100.0, 1)))
+    assert gpu_run.timing() == {"what": "timing", "jax": median, "torch": 100.0, "ok": good}
