@@ -1,6 +1,6 @@
 """jforge against torch_ref on the same weights and tokens: outputs and cache contents, mode by mode."""
 
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,7 @@ def against_torch(att: Attention, twin: ModuleType, cfg, dtype: str = "float32",
     """
     params = att.init_params(jax.random.key(seed), cfg, jnp.dtype(dtype))
     x = np.asarray(jax.random.normal(jax.random.key(seed + 1), (3, T, cfg.hidden_size), jnp.dtype(dtype)))
-    ours = _Runner(att, params, cfg, dtype, jnp.asarray)
+    ours = _Runner(_jitted(att), params, cfg, dtype, jnp.asarray)
     theirs = _Runner(twin, {k: to_torch(np.array(v)) for k, v in params.items()}, cfg, dtype, to_torch)
     errors = dict.fromkeys(MODES, 0.0)
 
@@ -42,6 +42,18 @@ def against_torch(att: Attention, twin: ModuleType, cfg, dtype: str = "float32",
         other = type(cache)(**leaves, length=jnp.asarray(theirs.cache["length"].numpy()))
         errors["cache"] = max(errors["cache"], compare.caches(spec, cfg, cache, other))
     return errors
+
+
+def _jitted(att: Attention) -> SimpleNamespace:
+    """The functions of a mechanism, compiled: op by op, compilation would take most of the time. They are wrapped, as
+    jit would otherwise return to what it traced before a test planted its bug.
+    """
+
+    def compiled(call):
+        return jax.jit(lambda params, cfg, *arrays, **named: call(params, cfg, *arrays, **named), static_argnums=1)
+
+    calls = {name: compiled(getattr(att, name)) for name in ("forward", "prefill", "decode")}
+    return SimpleNamespace(init_cache=att.init_cache, **calls)
 
 
 class _Runner:
