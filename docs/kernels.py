@@ -62,8 +62,8 @@ def _by_size(rows: list[dict], what: tuple[str, ...]) -> dict[tuple, dict[str, d
 def timing(rows: list[dict]) -> list[str]:
     """The one kernel that both frameworks call."""
     (row,) = (row for row in rows if row["what"] == "timing")
-    return [f"{row['jax']:.1f} us through JAX, {row['torch']:.1f} us through torch ({row['device']}, commit "
-            f"{row['commit']})."]  # fmt: skip
+    times = f"{row['jax']:.1f} us through JAX, {row['torch']:.1f} us through torch"
+    return [f"{times} ({_cards([row])}, commit {row['commit']})."]
 
 
 def _us(row: dict) -> str:

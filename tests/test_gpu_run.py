@@ -16,7 +16,7 @@ from jforge.harness.timing import Timing
 @pytest.mark.parametrize(
     "arguments, named",
     [
-        (("rows.jsonl", "--op", "nope"), "--op is 'nope'"),
+        (("rows.jsonl", "--op", "nope"), "--op: invalid choice: 'nope'"),
         (("rows.jsonl", "--case", "nope"), "--case is 'nope'"),
         (("nowhere/rows.jsonl",), "path is 'nowhere/rows.jsonl'"),
         (("rows.jsonl",), "no GPU is visible"),

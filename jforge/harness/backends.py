@@ -52,6 +52,8 @@ BACKENDS = {
     )
 }
 
+KERNELS = ("triton", "pallas")
+
 
 def judge(backend: Backend, case: Case, dtype: str, seed: int = 0) -> tuple[float, float]:
     """The two errors (compare.results) of a backend against the float64 oracle on the same rounded inputs.

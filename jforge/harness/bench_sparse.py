@@ -33,11 +33,11 @@ class Work:
     run: Callable | None = None
 
     def __call__(self, ops, *arrays, **more):
-        """The first result of the op (or step) of a namespace; of decode_linear the state too."""
+        """What is judged of the op (or step) of a namespace: the out of an attention, all results of other ops."""
         if self.run is not None:
             return self.run(ops, *arrays, **more)
         result = getattr(ops, self.op)(*arrays, **self.options, **more)
-        return result[0] if isinstance(result, tuple) and self.op != "decode_linear" else result
+        return result[0] if _attends(self.op) else result
 
 
 def _normal(key, *shape: int, dtype=jnp.bfloat16) -> jax.Array:

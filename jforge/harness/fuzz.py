@@ -26,7 +26,7 @@ from hypothesis import strategies as st
 from jforge.harness import bench, compare, oracle
 from jforge.harness import fuzz_draws as dense
 from jforge.harness import fuzz_draws_sparse as sparse
-from jforge.harness.backends import BACKENDS, Backend, for_programs_that_run_once, gpu
+from jforge.harness.backends import BACKENDS, KERNELS, Backend, for_programs_that_run_once, gpu
 from jforge.harness.cases import DTYPES
 from jforge.harness.fuzz_draws import Draw
 from jforge.harness.fuzz_refusals import refusal
@@ -47,7 +47,6 @@ OPS: dict[str, Callable[..., st.SearchStrategy[Draw]]] = {
 VIEWS = dense.VIEWS | sparse.VIEWS
 BUCKETS, MOSAIC = dense.BUCKETS | sparse.BUCKETS, dense.MOSAIC | sparse.MOSAIC
 SCORES = ("index_scores", "block_index_scores")
-KERNELS = ("triton", "pallas")
 SAME_BITS = (*SCORES, "decode_linear", "merge_states")  # of kernels, in any batch; of the attending ops with a chunk
 
 

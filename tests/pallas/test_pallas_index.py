@@ -179,12 +179,12 @@ def test_topk_order(k, dtype):
 
 
 @pytest.mark.parametrize("k", [0, -1, True, 2.0, None])
-def test_topk_refuses(k):
+def test_topk_refuses(untyped, k):
     with pytest.raises(ValueError, match="k is"):
         pallas_kernels.topk_indices(jnp.zeros((2, 3)), k)
 
 
-def test_topk_refuses_scores():
+def test_topk_refuses_scores(untyped):
     with pytest.raises(TypeError, match="scores has dtype int32"):
         pallas_kernels.topk_indices(jnp.zeros((2, 3), jnp.int32), 1)
     with pytest.raises(ValueError, match="at least one axis"):
