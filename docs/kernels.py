@@ -8,7 +8,8 @@ import json
 import re
 from pathlib import Path
 
-from jforge.harness.cases import CASES
+from jforge.harness.bench import TIMED
+from jforge.harness.ops import CASES
 
 FOLDER = Path(__file__).parent
 DOCUMENTS = FOLDER / "kernels.md", FOLDER.parent / "README.md"
@@ -49,12 +50,12 @@ def _source(chosen: list[dict], rows: list[dict]) -> list[str]:
     return ["", f"{_cards(chosen)}, commit {', '.join(commits)}, median of {samples}, {ceiling}."]
 
 
-def _by_size(rows: list[dict], what: tuple[str, ...]) -> dict[tuple, dict[str, dict]]:
-    """{sizes: {implementation: row}} of the timed rows of these ops."""
+def _by_size(rows: list[dict], table: str) -> dict[tuple, dict[str, dict]]:
+    """{sizes: {implementation: row}} of the timed rows of a table; calls of a dense op without peers are parts."""
     names = ("what", "B", "N", "K", "S", "I", "H", "L", "window", "block_size")
     found: dict = {}
     for row in rows:
-        if row["what"] in what:
+        if row["what"] in TIMED and TIMED[row["what"]].table == table:
             found.setdefault(tuple(row.get(name) for name in names), {})[row["implementation"]] = row
     return found
 
@@ -73,7 +74,7 @@ def _us(row: dict) -> str:
 def dense(rows: list[dict]) -> list[str]:
     columns = ("B, N, K, S", "pallas", "triton", *PEERS.values(), "pallas / best", "triton / best")
     table, chosen = [], []
-    for sizes, found in _by_size(rows, ("decode_attention",)).items():
+    for sizes, found in _by_size(rows, "dense").items():
         if PEERS.keys() <= found.keys():
             best = min(found[name]["median"] for name in PEERS)
             ratios = [f"{found[name]['median'] / best:.2f}" for name in ("pallas", "triton")]
@@ -86,7 +87,7 @@ def dense(rows: list[dict]) -> list[str]:
 def latent(rows: list[dict]) -> list[str]:
     columns = ("B, N, S", "pallas, us", "triton, us", "pallas, GB/s", "triton, GB/s", "SDPA, expanded, us")
     table, chosen = [], []
-    for (_, B, N, _, S, *_), found in _by_size(rows, ("decode_mla",)).items():
+    for (_, B, N, _, S, *_), found in _by_size(rows, "latent").items():
         ours = found["pallas"], found["triton"]
         rates = [f"{row['GB_per_s']:.0f}" for row in ours]
         table.append((f"{B}, {N}, {S}", *map(_us, ours), *rates, _us(found["sdpa (expanded)"])))
@@ -96,35 +97,15 @@ def latent(rows: list[dict]) -> list[str]:
 
 def parts(rows: list[dict]) -> list[str]:
     columns = ("op", "B, N, K, S", "a row reads", "pallas, us", "triton, us", "pallas, GB/s", "triton, GB/s")
-    ops = ("decode_attention", "decode_block_sparse", "decode_sparse_mla", "index_scores", "block_index_scores",
-           "msa step", "decode_linear")  # fmt: skip
     table, chosen = [], []
-    for (op, B, N, K, S, heads, H, L, window, block), found in _by_size(rows, ops).items():
+    for (op, B, N, K, S, heads, *_), found in (_by_size(rows, "dense") | _by_size(rows, "parts")).items():
         if not PEERS.keys() <= found.keys():
             ours = found["pallas"], found["triton"]
             sizes = ", ".join(str(x or "-") for x in (B, N or heads, K, S))
-            read = _read(op, H, L, window, block)
+            read = TIMED[op].reads(ours[0])
             table.append((f"`{op}`", sizes, read, *map(_us, ours), *(f"{row['GB_per_s']:.0f}" for row in ours)))
             chosen += ours
     return _markdown(columns, table, 3) + _source(chosen, rows)
-
-
-def _read(op: str, H: int, L: int, window: int, block: int) -> str:
-    """What a call reads of a row's cache, in words."""
-    match op:
-        case "decode_attention":
-            return f"a window of {window}" if window else "all"
-        case "decode_block_sparse" if block == 1:
-            return f"{L} entries of {H}, keys are values"
-        case "decode_block_sparse":
-            return f"{L} blocks of {block} a key head"
-        case "decode_sparse_mla":
-            return f"{L} tokens"
-        case "msa step":
-            return f"all index keys, then {L} blocks of {block} a key head"
-        case "decode_linear":
-            return f"a float32 state of {H} x {H} a head, and writes it"
-    return "all index keys" + (f", by blocks of {block}" if block else "")
 
 
 def proofs(rows: list[dict]) -> list[str]:

@@ -17,9 +17,9 @@ import jax.numpy as jnp
 
 import jforge
 from jforge import hf_config
-from jforge.harness import bench
+from jforge.harness import bench, equiv, records
 from jforge.harness.backends import for_programs_that_run_once
-from jforge.harness.cases import CASES
+from jforge.harness.ops import BY_NAME
 
 try:
     from jforge import demo, report, report_bench
@@ -183,35 +183,35 @@ def _attention(name: str) -> jforge.Attention:
 
 
 def _equiv(args) -> int:
-    ops, mechanisms = sorted({case.op for case in CASES}), jforge.names()
+    ops, mechanisms = tuple(BY_NAME), jforge.names()
     for name in args.names:
         if name not in (*ops, *mechanisms):
             known = f"an op ({', '.join(ops)}) or a mechanism ({', '.join(mechanisms)})"
             raise ValueError(f"NAME is {name!r}; it must be {known}")
     for_programs_that_run_once()
     chosen = args.names or (*ops, *mechanisms)
-    backends = report.backends([op for op in ops if op in chosen])
-    frameworks = report.frameworks([name for name in mechanisms if name in chosen])
+    backends = equiv.backends([op for op in ops if op in chosen], track=report.track)
+    frameworks = equiv.frameworks([name for name in mechanisms if name in chosen], track=report.track)
     data = {"backends": backends, "frameworks": frameworks, "device": device()}
     emit(args, data, report.show_equiv)
-    return 0 if report.agrees(data) else 1
+    return 0 if equiv.agrees(data) else 1
 
 
 def _bench(args) -> int:
     for op in args.ops:
-        if op not in bench.OPS:
-            raise ValueError(f"{op!r} has no benchmark; there are {', '.join(bench.OPS)}")
+        if op not in bench.TIMED:
+            raise ValueError(f"{op!r} has no benchmark; there are {', '.join(bench.TIMED)}")
     if args.plot and not args.plot.endswith(".png"):
         raise ValueError(f"--plot is {args.plot!r}; it must end in .png")
     for option, path in (("--out", args.out), ("--plot", args.plot)):
         if path:
-            bench.writable(option, path)
-    rows = list(report.track(bench.run(args.ops or bench.OPS, samples=args.samples), "timing"))
+            records.writable(option, path)
+    rows = list(report.track(bench.run(args.ops or bench.TIMED, samples=args.samples), "timing"))
     if not rows:
         raise ValueError(f"{', '.join(args.ops)} can be timed on a GPU alone, and here is none")
-    data = {**bench.environment(), "rows": rows}
+    data = {**records.environment(), "rows": rows}
     if args.out:
-        bench.append(args.out, rows, bench.environment())
+        records.append(args.out, rows, records.environment())
     if args.plot:
         report_bench.plot_bench(data, args.plot)
     emit(args, data, report_bench.show_bench)
@@ -221,7 +221,7 @@ def _bench(args) -> int:
 def _demo(args) -> int:
     data = demo.run()
     emit(args, data, demo.show)
-    return 0 if data["laws"]["ok"] and report.agrees(data) else 1
+    return 0 if data["laws"]["ok"] and equiv.agrees(data) else 1
 
 
 def device() -> str:

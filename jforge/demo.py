@@ -8,6 +8,7 @@ import numpy as np
 
 import jforge
 from jforge import hf_config, report
+from jforge.harness import equiv
 from jforge.harness.timing import time_cpu
 
 CONFIG = Path(__file__).parent / "configs" / "llama-3.1-8b.json"
@@ -28,7 +29,7 @@ def run() -> dict:
             case "laws":
                 results["laws"] = report.laws(jforge.check(att, att.examples[0]))
             case "backends":
-                results["backends"] = report.backends(tag="demo")
+                results["backends"] = equiv.backends(tag="demo")
             case "times":
                 results["times"] = decode_times(att, name, cfg)
     return {"cost": report.cost(name, "Llama-3.1-8B", costs, context, 1, "bfloat16"), **results}

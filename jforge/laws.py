@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jforge.core import compare
 from jforge.core.attention import Attention
-from jforge.harness import compare
 from jforge.traffic import decode_traffic
 
 TITLES = {

@@ -1,7 +1,6 @@
-"""What the commands show: each function returns plain data (so --json is complete), each show_ prints its tables."""
+"""What the commands show: each show_ prints the tables of plain data, which is what --json gives."""
 
-import math
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 
 import jax.numpy as jnp
 from rich.console import Console
@@ -9,9 +8,8 @@ from rich.progress import track as _track
 from rich.table import Table
 
 import jforge
-from jforge.harness import compare
-from jforge.harness.backends import BACKENDS, gpu, judge, passes
-from jforge.harness.cases import cases
+from jforge.core import compare
+from jforge.harness.equiv import number
 
 _SHORT = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
 OUT, _ERR = Console(soft_wrap=False), Console(stderr=True)
@@ -222,7 +220,7 @@ def laws(result) -> dict:
         {"law": r.law, "error": r.error, "tolerance": r.tolerance, "ok": r.ok, "note": r.note if not r.ok else ""}
         for r in result
     ]
-    return {"ok": result.ok, "laws": [{**row, "error": _number(row["error"])} for row in rows]}
+    return {"ok": result.ok, "laws": [{**row, "error": number(row["error"])} for row in rows]}
 
 
 def show_laws(data: list[dict]) -> None:
@@ -240,64 +238,12 @@ def show_laws(data: list[dict]) -> None:
                 OUT.print(f"  config: {row['config']}", highlight=False)
 
 
-def _number(error: float) -> float | None:
-    """JSON has no infinity: None stands for an error that is not a number."""
-    return error if math.isfinite(error) else None
-
-
 def cell(error: float | None, ok: bool) -> str:
     text = "inf" if error is None else "0" if error == 0 else f"{error:.0e}"
     return text if ok else f"[red]{text}[/red]"
 
 
 # equiv
-
-
-def backends(ops: Collection[str] | None = None, tag: str | None = None) -> list[dict]:
-    """The cases (of some ops, of a tag) in every dtype that a backend is judged in here: error against float64, or why
-    it was refused.
-    """
-    rows = []
-    work = [(c, b) for c in cases(tag=tag) if ops is None or c.op in ops for b in BACKENDS.values()]
-    for case, backend in track(work, "comparing backends"):
-        for dtype in backend.gpu_dtypes if gpu() else backend.dtypes:
-            row = {"case": case.name, "op": case.op, "backend": backend.name, "dtype": dtype}
-            try:
-                errors = judge(backend, case, dtype)
-                row |= {"out": _number(errors[0]), "lse": _number(errors[1]), "ok": passes(errors, dtype)}
-            except NotImplementedError as refusal:
-                row |= {"refused": str(refusal)}
-            rows.append(row)
-    return rows
-
-
-def frameworks(names: Collection[str]) -> list[dict]:
-    """These mechanisms in float32: against torch_ref on every example, against transformers on tiny random models."""
-    import torch_ref
-    from jforge.harness import frameworks, tiny_models
-
-    rows = []
-    work = [(n, cfg) for n in names for cfg in jforge.get(n).examples]
-    for name, cfg in track(work, "comparing with torch_ref"):
-        errors = frameworks.against_torch(jforge.get(name), torch_ref.get(name), cfg)
-        rows.append(
-            {"mechanism": name, "judge": "torch_ref", "subject": f"N={cfg.num_attention_heads}", **_judged(errors)}
-        )
-    models = [name for name, model in tiny_models.MODELS.items() if model.mechanism in names]
-    for name in track(models, "comparing with transformers"):
-        mechanism, errors = tiny_models.against_transformers(name)
-        rows.append({"mechanism": mechanism, "judge": "transformers", "subject": name, **_judged(errors)})
-    return rows
-
-
-def _judged(errors: dict[str, float]) -> dict:
-    worst = max(errors.values())
-    return {"errors": {mode: _number(e) for mode, e in errors.items()}, "ok": worst <= compare.OUT["float32"]}
-
-
-def agrees(data: dict) -> bool:
-    """Nothing that was compared is outside its tolerance; a refusal is not a disagreement."""
-    return all(row.get("ok", True) for part in ("backends", "frameworks") for row in data.get(part, []))
 
 
 def show_backends(rows: list[dict]) -> None:

@@ -12,9 +12,9 @@ import numpy as np
 import jforge
 import torch_ref
 from jforge.attention import dense
-from jforge.harness import compare
+from jforge.core import compare
 from jforge.harness.backends import BACKENDS, judge, passes, to_torch
-from jforge.harness.cases import CASES
+from jforge.harness.ops import BY_NAME, CASES
 
 # Verdicts: each takes an Attention and says whether it noticed something wrong.
 
@@ -30,7 +30,7 @@ def torch_forward(name: str, cfg):
 
 def case(name: str):
     chosen = next(c for c in CASES if c.name == name)
-    return lambda att: not passes(judge(BACKENDS["jforge"], chosen, "float32"), "float32")
+    return lambda att: not passes(judge(BACKENDS["jforge"], BY_NAME[chosen.op], chosen, "float32"), "float32")
 
 
 def walks(cfg, T: int = 11):

@@ -14,8 +14,7 @@ from judges import as_gqa, compiled, limit, tokens, torch_error, walk, weights
 
 import jforge
 from jforge.attention import REGISTRY, block_sparse, moba
-from jforge.core import blocks
-from jforge.harness import compare
+from jforge.core import blocks, compare
 from jforge.harness.backends import BACKENDS
 from jforge.traffic import SCATTERS
 

@@ -3,7 +3,7 @@
 import json
 import subprocess
 import sys
-from functools import partial
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -15,7 +15,11 @@ from rich.console import Console
 import jforge
 import torch_ref
 from jforge import cli, report, report_bench
-from jforge.harness import bench, bench_sparse, compare
+from jforge.core import compare
+from jforge.harness import bench, equiv
+from jforge.harness.op import Work
+from jforge.harness.ops import BY_NAME
+from jforge.harness.timing import Call, jax_call
 
 CONFIGS = Path(jforge.__file__).parent / "configs"
 CONFIG = CONFIGS / "llama-3.1-8b.json"
@@ -209,10 +213,14 @@ def test_a_mistake_is_one_line_and_exit_code_2(capsys, monkeypatch, tmp_path, ar
     assert err.count("\n") == 1 and err.startswith("jforge") and named in err
 
 
+DENSE = BY_NAME["decode_attention"]
+SMALL = Work({"B": 1, "N": 4, "K": 2, "S": 64, "H": 8}, {"scale": 0.3})
+
+
 def test_bench_on_a_cpu_records_and_draws(capsys, monkeypatch, tmp_path):
-    monkeypatch.setattr(bench, "bench_cpu", partial(bench.bench_cpu, (bench.Shape(1, 4, 2, 64),)))
+    monkeypatch.setitem(bench.TIMED, DENSE.name, replace(DENSE, cpu=(SMALL,)))
     out, png = tmp_path / "rows.jsonl", tmp_path / "rates.png"
-    code, shown, _ = run(capsys, "bench", "decode_attention", "--samples", "2", "--out", str(out), "--plot", str(png))
+    code, shown, _ = run(capsys, "bench", DENSE.name, "--samples", "2", "--out", str(out), "--plot", str(png))
     rows = [json.loads(line) for line in out.read_text().splitlines()]
     assert code == 0 and {row["implementation"] for row in rows} == {"jforge (XLA)", "torch_ref"}
     assert all(row["median"] > 0 and row["error"] <= 1e-5 and row["device"] == "cpu" for row in rows)
@@ -222,24 +230,33 @@ def test_bench_on_a_cpu_records_and_draws(capsys, monkeypatch, tmp_path):
 @pytest.mark.parametrize("got,want", [(0.0, 1.0), (1.0, np.nan), (np.nan, np.nan)])
 def test_a_wrong_kernel_gets_no_time(got, want):
     """The gate: a row whose output is wrong is refused, not timed, and NaN agrees with nothing."""
-    call = bench.Call("wrong", lambda i: jnp.full((1, 1, 2, 4), got), lambda: None)
-    want = jnp.full((1, 1, 2, 4), want)
-    row = bench.shape_row("decode_attention", call, bench.Shape(1, 2, 1, 8, 4), 1, want, 5, 3000.0)
+    call = Call("wrong", lambda i: jnp.full((1, 1, 4, 8), got), lambda: None)
+    row = bench._gated_row(DENSE, SMALL, call, 1, jnp.full((1, 1, 4, 8), want), 5, 3000.0)
     assert row["refused"] == "wrong result" and "median" not in row
 
 
 def test_a_state_that_is_not_written_gets_no_time():
     """Of decode_linear the new state is judged too."""
-    (work,) = (work for work in bench_sparse.WORK if work.op == "decode_linear")
-    small = bench_sparse._linear(2, 3, 8)
-    arrays = small.draw(small.sizes, jax.random.key(0))
-    want = bench_sparse._reference(small, arrays)
-    unwritten = bench.Call("unwritten", lambda i: (want[0], arrays[3]), lambda: None)
-    row = bench.gated_row(work.op, unwritten, small.sizes, small.moved, 1, want, 5, 3000.0, compare.worst_row)
+    op, small = BY_NAME["decode_linear"], Work({"B": 2, "N": 3, "H": 8}, {})
+    arrays = bench._inputs(op, small, 0)
+    want = bench._reference(op, small, arrays)
+    row = bench._gated_row(op, small, Call("unwritten", lambda i: (want[0], arrays[3]), lambda: None), 1, want, 5, 1.0)
     assert row["refused"] == "wrong result"
-    run = bench.jax_call("jforge", jforge.ops.decode_linear, [list(arrays)], carry=3).run
-    out, state = run(0)
+    out, state = jax_call("jforge", jforge.ops.decode_linear, [arrays], carry=3).run(0)
     assert max(compare.worst_row(*pair) for pair in zip((out, state), want, strict=True)) < 1e-2
+
+
+@pytest.mark.parametrize("timed", bench.TIMED.values(), ids=bench.TIMED)
+def test_every_benchmark_can_be_called(timed):
+    """At the smallest sizes: the arguments that a record draws fit its op, and it moves bytes."""
+    work = timed.bench[0]
+    small = {axis: min(size, 128 if axis == "S" else 2) for axis, size in work.sizes.items()}
+    small |= {axis: 32 for axis in "HCRJ" if axis in small}
+    small |= {"L": 1, "K": 1} if "L" in small else {}
+    options = {name: min(value, 1) if name == "topk" else value for name, value in work.options.items()}
+    tiny = replace(work, sizes=small, options=options)
+    results = jax.tree.leaves(bench._reference(timed, tiny, bench._inputs(timed, tiny, 0)))
+    assert all(np.isfinite(result).all() for result in results) and timed.moved(small, options) > 0
 
 
 def test_sizes_of_a_benchmark_row():
@@ -249,7 +266,7 @@ def test_sizes_of_a_benchmark_row():
 
 
 def test_json_has_no_infinity():
-    assert report._number(float("inf")) is None and report._number(0.5) == 0.5
+    assert equiv.number(float("inf")) is None and equiv.number(0.5) == 0.5
 
 
 def test_sizes():

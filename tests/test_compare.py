@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from jforge.harness import compare
+from jforge.core import compare
 
 SCORES = np.array(
     [[9.0, 5.0, 4.0, 1.0, -np.inf], [9.0, 5.0, 5.0 + 1e-7, 1.0, 0.0], [3.0, -np.inf, -np.inf, -np.inf, -np.inf]]

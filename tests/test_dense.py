@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 
 import jforge
-from jforge.core import rope
-from jforge.harness import compare
+from jforge.core import compare, rope
 
 ATT = jforge.get("gqa")
 CFG = ATT.examples[0]

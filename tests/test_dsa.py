@@ -13,9 +13,8 @@ from judges import compiled, law, limit, tokens, torch_error, torch_forward, wal
 import jforge
 import torch_ref
 from jforge.attention import dsa, mla
-from jforge.core import quant
+from jforge.core import compare, quant
 from jforge.core.norm import rms_norm
-from jforge.harness import compare
 from jforge.harness.backends import to_torch
 
 DSA, MLA, TWIN = jforge.get("dsa"), jforge.get("mla"), torch_ref.get("dsa")

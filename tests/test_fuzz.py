@@ -4,16 +4,16 @@ import pytest
 from fuzz_bugs import BLOCKS, BUGS, DENSE, LINEAR, LISTED, batch_dependent
 
 from jforge.harness.backends import BACKENDS
-from jforge.harness.cases import Case
-from jforge.harness.fuzz import OPS, VIEWS, Tally, check, fuzz, main
-from jforge.harness.fuzz_draws import Draw
+from jforge.harness.fuzz import Tally, check, fuzz, main
+from jforge.harness.op import Case, Draw
+from jforge.harness.ops import BY_NAME
 
 # The type checker draws random numbers, which hypothesis forbids; and a planted bug need not satisfy it.
 pytestmark = pytest.mark.usefixtures("untyped")
 EXAMPLES = {"jforge": 200, "torch_ref": 200, "triton": 60, "pallas": 30}  # an op; `make fuzz` runs 500 a backend
 
 
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("op", BY_NAME)
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_fuzz(name, op):
     examples = EXAMPLES[name]
@@ -23,7 +23,7 @@ def test_fuzz(name, op):
     assert set(tally.refused) <= REFUSED.get((name, op), set())
     if name in ("jforge", "torch_ref"):  # enough examples to have met everything
         assert {dtype for dtype, _ in tally.judged} == set(BACKENDS[name].dtypes)
-        assert {view for _, view in tally.judged} == set(VIEWS[op])
+        assert {view for _, view in tally.judged} == set(BY_NAME[op].fuzz.views)
 
 
 def _dense(dtype="float16", view="plain", at=0, S=64):

@@ -1,5 +1,6 @@
 """What of the GPU script can be proved without one: mistakes end before it starts, and what proves nothing fails."""
 
+import contextlib
 import json
 import sys
 from types import SimpleNamespace
@@ -9,7 +10,7 @@ import pytest
 
 from jforge.harness import gpu_run
 from jforge.harness.backends import BACKENDS
-from jforge.harness.cases import CASES
+from jforge.harness.ops import BY_NAME, CASES, OPS, cases
 from jforge.harness.timing import Timing
 
 
@@ -30,12 +31,13 @@ def test_a_mistake_ends_before_anything_runs(capsys, monkeypatch, tmp_path, argu
     assert stop.value.code == 2 and named in capsys.readouterr().err and not list(tmp_path.iterdir())
 
 
-def test_memchecked_cases_exist():
-    assert set(gpu_run.MEMCHECKED) <= {case.name for case in CASES}
+def test_every_op_is_memchecked():
+    """But the one whose kernels are around torch's and XLA's own top-k."""
+    assert {case.op for case in cases(tag="memcheck")} == set(BY_NAME) - {"topk_indices"}
 
 
 def answering(call):
-    return SimpleNamespace(name="pallas", gpu_dtypes=("float32",), call=call)
+    return SimpleNamespace(name="pallas", gpu_dtypes=("float32",), call=call, planned=contextlib.nullcontext)
 
 
 def test_only_right_cases_are_right(tmp_path):
@@ -55,16 +57,17 @@ def test_only_right_cases_are_right(tmp_path):
     assert [row.get("ok") for row in rows] == [True, False, None]
 
 
+@pytest.mark.parametrize("op", [op for op in OPS if op.invariant], ids=lambda op: op.name)
 @pytest.mark.parametrize("depends_on", ["the batch", "the slots", "nothing"])
-def test_invariance_finds_bits_that_depend(depends_on):
+def test_invariance_finds_bits_that_depend(depends_on, op):
     """Results made of a row's length alone, and of what they must not depend on."""
 
-    def call(op, inputs):
-        q, k, v, lengths = inputs.arrays.values()
+    def call(name, inputs):
+        q, k, _, lengths = inputs.arrays.values()
         more = {"the batch": len(q), "the slots": k.shape[1], "nothing": 0}[depends_on]
         return lengths[:, None] + np.float64(more), lengths.astype(np.float64)
 
-    row = gpu_run.invariance(answering(call), batches=6)
+    row = gpu_run.invariance(op, answering(call), batches=6)
     assert row["ok"] == (row["different"] == 0) == (depends_on == "nothing")
 
 

@@ -12,8 +12,7 @@ import torch
 
 import jforge
 import torch_ref
-from jforge.core import blocks, quant
-from jforge.harness import compare
+from jforge.core import blocks, compare, quant
 from jforge.harness.backends import BACKENDS, to_torch
 from jforge.traffic import SCATTERS
 

@@ -9,7 +9,7 @@ import jforge
 import torch_ref
 from jforge import cli, report
 from jforge.attention import REGISTRY
-from jforge.harness import compare
+from jforge.core import compare
 from jforge.harness.frameworks import against_torch
 
 EXAMPLES = [(name, i) for name in REGISTRY for i in range(len(REGISTRY[name].examples))]

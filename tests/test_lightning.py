@@ -12,7 +12,7 @@ from judges import case, compiled, tokens, torch_error, torch_forward, walk, wal
 
 import jforge
 from jforge.attention import lightning
-from jforge.harness import compare
+from jforge.core import compare
 
 LIGHTNING = jforge.get("lightning")
 SMALL = LIGHTNING.Config(

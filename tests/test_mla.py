@@ -11,7 +11,7 @@ import pytest
 import jforge
 import torch_ref
 from jforge.attention import mla
-from jforge.harness import compare
+from jforge.core import compare
 from jforge.harness.backends import to_torch
 from jforge.harness.frameworks import against_torch
 

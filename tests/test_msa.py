@@ -12,8 +12,7 @@ from judges import as_gqa, compiled, law, limit, tokens, torch_error, torch_forw
 import jforge
 import torch_ref
 from jforge.attention import msa
-from jforge.core import masks
-from jforge.harness import compare
+from jforge.core import compare, masks
 from jforge.harness.backends import to_torch
 
 MSA = jforge.get("msa")

@@ -11,8 +11,8 @@ from judges import as_gqa, compiled, limit, tokens, torch_error, walk, weights
 
 import jforge
 from jforge.attention import dense, nsa
+from jforge.core import compare
 from jforge.core.attend import attend
-from jforge.harness import compare
 
 NSA = jforge.get("nsa")
 ROPE = {"rope_type": "default", "rope_theta": 1e4}

@@ -11,8 +11,8 @@ import pytest
 import jforge
 from jforge import hf_config, stack
 from jforge.attention import dense, lightning, sliding_window
+from jforge.core import compare
 from jforge.cost import Cost
-from jforge.harness import compare
 
 D = 12
 ROPE = {"rope_type": "default", "rope_theta": 1e4}

@@ -11,8 +11,7 @@ from judges import compiled, limit, tokens, torch_error, walk, weights
 
 import jforge
 from jforge.attention import csa, hca, v4_compress
-from jforge.core import rope
-from jforge.harness import compare
+from jforge.core import compare, rope
 from jforge.traffic import decode_traffic
 
 WINDOW, CSA, HCA = (jforge.get(name) for name in ("v4_window", "csa", "hca"))

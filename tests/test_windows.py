@@ -10,10 +10,9 @@ from judges import as_gqa, compiled, limit, tokens, torch_error, walk, weights
 
 import jforge
 from jforge.attention import dense, streaming
-from jforge.core import ring
+from jforge.core import compare, ring
 from jforge.core.attend import attend
 from jforge.core.step import begin
-from jforge.harness import compare
 
 WINDOW, SINKS, STREAMING = (jforge.get(name) for name in ("sliding_window", "sinks", "streaming"))
 ROPE = {"rope_type": "default", "rope_theta": 1e4}

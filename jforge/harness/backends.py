@@ -4,10 +4,11 @@ On a machine without a GPU the kernels run in their interpreters, and each backe
 there: Triton's interpreter miscomputes bfloat16 dots, and Mosaic's wgmma has no float32.
 """
 
+import contextlib
 import functools
 import importlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from types import ModuleType
 
@@ -15,8 +16,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jforge.harness import compare, oracle
-from jforge.harness.cases import Case, Inputs, build
+from jforge.core import compare
+from jforge.harness.op import Case, Inputs, Op
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,20 @@ class Backend:
         run = _torch_call if self.framework == "torch" else _jax_call
         return run(getattr(self.ops, op), inputs)
 
+    def merge(self, parts: list[tuple[np.ndarray, ...]]) -> tuple[np.ndarray, ...]:
+        """Partial (out, lse) of the same queries, joined in float32."""
+        outs, lses = (np.stack(both).astype(np.float32) for both in zip(*parts, strict=True))
+        return self.call("merge_states", Inputs({"outs": outs, "lses": lses}, {}))
+
+    @contextlib.contextmanager
+    def planned(self, plan: Mapping[str, int]) -> Iterator[None]:
+        """Calls inside follow a case's plan; a package without plans of its own has nothing to follow."""
+        if not plan or self.name not in KERNELS:
+            yield
+            return
+        with importlib.import_module(f"{self.package}.plan").forced(**plan):
+            yield
+
 
 _ALL = ("float32", "bfloat16", "float16")
 BACKENDS = {
@@ -55,14 +70,15 @@ BACKENDS = {
 KERNELS = ("triton", "pallas")
 
 
-def judge(backend: Backend, case: Case, dtype: str, seed: int = 0) -> tuple[float, float]:
-    """The two errors (compare.results) of a backend against the float64 oracle on the same rounded inputs.
+def judge(backend: Backend, op: Op, case: Case, dtype: str, seed: int = 0) -> tuple[float, float]:
+    """The two errors (Op.errors) of a backend against the float64 oracle on the same rounded inputs.
 
     NotImplementedError passes through: a backend that refuses a case says so and nothing stands in for it.
     """
-    inputs = build(case, dtype, seed)
-    want = getattr(oracle, case.op)(*inputs.arrays.values(), **inputs.options)
-    return compare.results(case.op, backend.call(case.op, inputs), want)
+    inputs = op.inputs(case, dtype, seed)
+    with backend.planned(case.plan):
+        got = backend.call(op.name, inputs)
+    return op.errors(got, op.truth(inputs))
 
 
 def passes(errors: tuple[float, float], dtype: str) -> bool:

@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jforge.core import compare
 from jforge.core.attention import Attention
-from jforge.harness import compare
 from jforge.harness.backends import to_torch
 
 T, CAPACITY = 9, 12

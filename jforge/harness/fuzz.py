@@ -2,9 +2,9 @@
 
     python -m jforge.harness.fuzz --examples 500 [--backend NAME] [--op OP] [--seed N] [--out FILE]
 
-Each example is a question from fuzz_draws.py or fuzz_draws_sparse.py and a view of it (fuzz_views.py), whose answer
-must not differ: the batch permuted, one row among emptied ones, the cache in shuffled pages, lists or scores in another
-order, the keys in two calls that are joined, two tokens of a state one after the other.
+Each example is a question of the op's record and a view of it (views.py), whose answer must not differ: the batch
+permuted, one row among emptied ones, the cache in shuffled pages, lists or scores in another order, the keys in two
+calls that are joined, two tokens of a state one after the other.
 
 A failure prints the smallest case found and the command that brings it back, and exits with 1. hypothesis is in the
 `dev` extra only, so nothing else of jforge imports this file.
@@ -17,37 +17,17 @@ import random
 import re
 import sys
 import time
-from collections.abc import Callable
 
 import hypothesis
 import numpy as np
 from hypothesis import strategies as st
 
-from jforge.harness import bench, compare, oracle
-from jforge.harness import fuzz_draws as dense
-from jforge.harness import fuzz_draws_sparse as sparse
+from jforge.core import compare
+from jforge.harness import records
 from jforge.harness.backends import BACKENDS, KERNELS, Backend, for_programs_that_run_once, gpu
-from jforge.harness.cases import DTYPES
-from jforge.harness.fuzz_draws import Draw
-from jforge.harness.fuzz_refusals import refusal
-from jforge.harness.fuzz_views import ask, inputs_of
+from jforge.harness.op import DTYPES, Draw, Inputs, Op
+from jforge.harness.ops import BY_NAME
 from pallas_kernels import compat  # before JAX's first computation, or its interpreter has too few threads
-
-OPS: dict[str, Callable[..., st.SearchStrategy[Draw]]] = {
-    "decode_attention": dense.decode_attention,
-    "decode_block_sparse": dense.decode_block_sparse,
-    "decode_mla": dense.decode_mla,
-    "decode_sparse_mla": sparse.decode_sparse_mla,
-    "index_scores": sparse.index_scores,
-    "block_index_scores": sparse.block_index_scores,
-    "topk_indices": sparse.topk_indices,
-    "decode_linear": sparse.decode_linear,
-    "merge_states": dense.merge_states,
-}
-VIEWS = dense.VIEWS | sparse.VIEWS
-BUCKETS, MOSAIC = dense.BUCKETS | sparse.BUCKETS, dense.MOSAIC | sparse.MOSAIC
-SCORES = ("index_scores", "block_index_scores")
-SAME_BITS = (*SCORES, "decode_linear", "merge_states")  # of kernels, in any batch; of the attending ops with a chunk
 
 
 @dataclasses.dataclass
@@ -69,7 +49,7 @@ class Tally:
 def check(backend: Backend, draw: Draw, tally: Tally | None = None) -> None:
     """Raise AssertionError, with the example in its message, unless the backend answers it right or refuses as told."""
     tally = Tally() if tally is None else tally
-    reason = refusal(backend, draw)
+    reason = BY_NAME[draw.case.op].refusal(backend.name, draw)
     try:
         wrong, ratio = _judge(backend, draw)
     except NotImplementedError as refused:
@@ -88,32 +68,37 @@ def check(backend: Backend, draw: Draw, tally: Tally | None = None) -> None:
     tally.worst = max(tally.worst, ratio)
 
 
+def inputs_of(draw: Draw) -> Inputs:
+    """The arrays of an example, in the order of the op's signature, and its options."""
+    op = BY_NAME[draw.case.op]
+    inputs = op.inputs(draw.case, draw.dtype, draw.seed)
+    return op.fuzz.change(draw, inputs, np.random.default_rng(draw.seed))
+
+
 def _judge(backend: Backend, draw: Draw) -> tuple[str | None, float]:
     """(what is wrong, the worst error over its tolerance)."""
-    case, inputs = draw.case, inputs_of(draw)
-    asked, got = ask(backend, draw, inputs)
-    if case.op == "topk_indices":
-        return _picks(draw, inputs.arrays["scores"], got[0]), 0.0
+    op, inputs = BY_NAME[draw.case.op], inputs_of(draw)
+    asked, got = op.fuzz.views[draw.view](backend, draw, inputs)
+    if op.fuzz.judge is not None:
+        return op.fuzz.judge(draw, inputs, got), 0.0
     with np.errstate(all="raise", under="ignore"):  # the oracle must not overflow unseen
-        want = getattr(oracle, case.op)(*asked.arrays.values(), **asked.options)
-    limits, held = _limits(draw), got[0]
-    out_dtype = case.options.get("out_dtype", draw.dtype)
-    if "float16" in (draw.dtype, out_dtype) and case.op not in SCORES:
+        want = op.truth(asked)
+    out_dtype = "float32" if op.fuzz.exact else draw.case.options.get("out_dtype", draw.dtype)
+    limits, held = _limits(op, draw, out_dtype), got[0]
+    if not op.fuzz.exact and "float16" in (draw.dtype, out_dtype):
         # where a sink outweighs all keys, an output may lie below its smallest step
         held = np.where(np.abs(got[0] - want[0]) <= 2.0**-24, want[0], got[0])
-    errors = compare.results(case.op, (held, *got[1:]), want)
+    errors = op.errors((held, *got[1:]), want)
     ratios = [error / limit for error, limit in zip(errors, limits, strict=True)]
     if max(ratios) > 1:
-        second = "state" if case.op == "decode_linear" else "lse"
-        found = f"out {errors[0]:.1e} of {limits[0]:.1e}, {second} {errors[1]:.1e} of {limits[1]:.1e}"
+        found = f"out {errors[0]:.1e} of {limits[0]:.1e}, {op.second} {errors[1]:.1e} of {limits[1]:.1e}"
         return f"is wrong: {found}", max(ratios)
-    held_in = "float32" if case.op in SCORES else out_dtype
-    merged = draw.view == "split" and case.op != "decode_linear"  # parts are joined in float32
-    if not merged and not np.array_equal(got[0], got[0].astype(DTYPES[held_in]).astype(np.float64)):
-        return f"is wrong: out holds values that {held_in} does not have", max(ratios)
-    fixed = "chunk" in case.options or case.op in SAME_BITS
+    merged = draw.view == "split" and op.second == "lse" and len(got) == 2  # parts are joined in float32
+    if not merged and not np.array_equal(got[0], got[0].astype(DTYPES[out_dtype]).astype(np.float64)):
+        return f"is wrong: out holds values that {out_dtype} does not have", max(ratios)
+    fixed = "chunk" in draw.case.options or op.fuzz.same_bits
     if backend.name in KERNELS and fixed and draw.view in ("permuted", "alone"):
-        plain = backend.call(case.op, inputs)
+        plain = backend.call(op.name, inputs)
         rows = slice(None) if draw.view == "permuted" else slice(draw.at, draw.at + 1)
         if not all(np.array_equal(a[rows], b[rows]) for a, b in zip(got, plain, strict=True)):
             return f"is wrong: other bits when the batch is {draw.view}", max(ratios)
@@ -123,36 +108,11 @@ def _judge(backend: Backend, draw: Draw) -> tuple[str | None, float]:
     return None, max(ratios)
 
 
-def _limits(draw: Draw) -> tuple[float, float]:
-    """compare.py's for an example's dtypes. Scores are float32 whatever they are made of: see fuzz_draws_sparse.py."""
-    if draw.case.op in SCORES:
-        return compare.OUT["float32"], compare.LSE["float32"]
-    out_dtype = draw.case.options.get("out_dtype", draw.dtype)
+def _limits(op: Op, draw: Draw, out_dtype: str) -> tuple[float, float]:
+    """compare.py's for an example's dtypes."""
+    if op.fuzz.exact:
+        return compare.OUT[out_dtype], compare.LSE[out_dtype]
     return max(compare.OUT[draw.dtype], compare.OUT[out_dtype]), compare.LSE[draw.dtype]
-
-
-def _picks(draw: Draw, scores: np.ndarray, got: np.ndarray) -> str | None:
-    """What is wrong with the picks of topk_indices. Their order is fixed: NaN first, then descending scores, of equals
-    the lower index first; only where the scores were shuffled may equal ones have swapped.
-    """
-    scores, k = scores.astype(np.float64), draw.case.options["k"]
-    broken = np.isnan(scores)
-    order = np.lexsort((np.where(broken, 0, -scores), ~broken), axis=-1)[..., :k]
-    want = np.where(np.take_along_axis(scores, order, -1) == -np.inf, -1, order)
-    want = np.pad(want, [(0, 0)] * (want.ndim - 1) + [(0, k - want.shape[-1])], constant_values=-1)
-    if got.shape != want.shape or (got != got.astype(np.int64)).any():
-        return f"is wrong: picks of shape {got.shape}, which are to be {want.shape} integers"
-    got = got.astype(np.int64)
-    if draw.view != "shuffled":
-        different = (got != want).any(axis=-1).sum()
-        return f"is wrong: {different} rows of picks" if different else None
-    ascending = np.sort(got, axis=-1)
-    twice = (ascending[..., 1:] == ascending[..., :-1]) & (ascending[..., 1:] >= 0)
-    if (got < -1).any() or (got >= scores.shape[-1]).any() or twice.any() or ((got < 0) != (want < 0)).any():
-        return "is wrong: picks that are no tokens, or the same token twice"
-    padded = np.pad(scores, [(0, 0)] * (scores.ndim - 1) + [(0, 1)], constant_values=-np.inf)
-    picked, best = (np.take_along_axis(padded, picks, -1) for picks in (got, want))  # -1 takes the -inf at the end
-    return None if np.array_equal(picked, best, equal_nan=True) else "is wrong: picks of other scores"
 
 
 def _forget_races(backend: Backend) -> None:
@@ -164,16 +124,16 @@ def _forget_races(backend: Backend) -> None:
 # --- runs
 
 
-def draws(backend: Backend, op: str) -> st.SearchStrategy[Draw]:
+def draws(backend: Backend, op: Op) -> st.SearchStrategy[Draw]:
     """Examples of `op` in the dtypes that the backend is judged in here, and for Pallas now and then in float32, which
     most of its ops must refuse, and on a GPU more of what it takes. float32 results are for all; Triton's interpreter
     truncates to bfloat16 where a GPU rounds.
     """
     judged = backend.gpu_dtypes if gpu() else backend.dtypes
-    out = tuple(dict.fromkeys(("float32", *judged)))
-    if backend.name != "pallas":
-        return OPS[op](BUCKETS[op], judged, out)
-    return OPS[op](MOSAIC[op] + (BUCKETS[op] if gpu() else ()), judged * 4 + ("float32",), out)
+    out, sizes = tuple(dict.fromkeys(("float32", *judged))), op.fuzz.sizes
+    if backend.name == "pallas":
+        sizes, judged = op.fuzz.mosaic + (sizes if gpu() else ()), judged * 4 + ("float32",)
+    return st.composite(op.fuzz.question)(st, sizes, judged, out)
 
 
 def fuzz(
@@ -191,7 +151,7 @@ def fuzz(
         max_examples=examples, derandomize=seed is None, phases=phases, deadline=None, database=None,
         suppress_health_check=list(hypothesis.HealthCheck), report_multiple_bugs=False,
     )  # fmt: skip
-    @hypothesis.given(draws(backend, op))
+    @hypothesis.given(draws(backend, BY_NAME[op]))
     def one(draw: Draw) -> None:
         check(backend, draw, tally)
         if progress is not None:
@@ -230,7 +190,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--examples", type=int, default=500, help="cases a backend, shared among the ops")
     parser.add_argument("--backend", choices=tuple(BACKENDS))
-    parser.add_argument("--op", choices=tuple(OPS))
+    parser.add_argument("--op", choices=tuple(BY_NAME))
     parser.add_argument("--seed", type=int, help="default: a fresh one")
     parser.add_argument("--out", metavar="FILE", help="append a record of each backend and op to FILE as JSON lines")
     parser.add_argument("--commit", help="for these, where there is no .git to ask")
@@ -239,29 +199,29 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"--examples is {args.examples}; it must be a positive integer")
     if args.out:
         try:
-            bench.writable("--out", args.out)
+            records.writable("--out", args.out)
         except ValueError as problem:
             parser.error(str(problem))
     for_programs_that_run_once()
     seed = random.SystemRandom().randrange(2**31) if args.seed is None else args.seed
-    ops = [args.op] if args.op else list(OPS)
+    ops = [args.op] if args.op else list(BY_NAME)
     print(f"seed {seed}", flush=True)
-    records, where = [], bench.environment(args.commit) if args.out else {}
+    rows, where = [], records.environment(args.commit) if args.out else {}
     for backend in BACKENDS.values():
         if args.backend not in (None, backend.name):
             continue
         for op in ops:
             record, report = _run(backend, op, -(-args.examples // len(ops)), seed)
-            records.append(record)
+            rows.append(record)
             if args.out:
-                bench.append(args.out, [record], where)
+                records.append(args.out, [record], where)
             if report:
                 print(report, flush=True)
-    rows = [COLUMNS, *([str(record.get(name, "-")) for name in COLUMNS] for record in records)]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
+    table = [COLUMNS, *([str(row.get(name, "-")) for name in COLUMNS] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    for row in table:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
-    failed = sum(not record["ok"] for record in records)
+    failed = sum(not row["ok"] for row in rows)
     print(f"seed {seed}: {f'{failed} failed, see above' if failed else 'all right'}")
     return 1 if failed else 0
 

@@ -20,22 +20,25 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # torch and JAX
 
 import numpy as np
 
-from jforge.harness import bench, compare, one_kernel, oracle
+from jforge.harness import bench, one_kernel, records
 from jforge.harness.backends import BACKENDS, KERNELS, gpu, passes
-from jforge.harness.cases import CASES, DTYPES, Inputs, build
+from jforge.harness.op import Case, Inputs, Op
+from jforge.harness.ops import BY_NAME, CASES, OPS, cases
 
 
-def run_case(case, backend, dtype: str) -> dict:
+def run_case(case: Case, backend, dtype: str) -> dict:
     row = {"what": "case", "case": case.name, "op": case.op, "implementation": backend.name, "dtype": dtype}
-    inputs = build(case, dtype)
-    want = getattr(oracle, case.op)(*inputs.arrays.values(), **inputs.options)
+    op = BY_NAME[case.op]
+    inputs = op.inputs(case, dtype)
+    want = op.truth(inputs)
     try:
-        got, again = backend.call(case.op, inputs), backend.call(case.op, inputs)
+        with backend.planned(case.plan):
+            got, again = backend.call(case.op, inputs), backend.call(case.op, inputs)
     except NotImplementedError as refusal:
         return {**row, "refused": str(refusal)}
     except Exception as failure:  # one broken kernel must not hide the others
         return {**row, "ok": False, "failure": f"{type(failure).__name__}: {failure}"[:300]}
-    errors = compare.results(case.op, got, want)
+    errors = op.errors(got, want)
     same = all(np.array_equal(a, b, equal_nan=True) for a, b in zip(got, again, strict=True))
     row |= {"out": errors[0], "lse": errors[1], "bitwise": same}
     return {**row, "ok": bool(passes(errors, dtype) and (same or backend.name in ("jforge", "torch_ref")))}
@@ -49,7 +52,7 @@ def run_cases(path: str, where: dict, chosen) -> bool:
     torch.utils.deterministic.fill_uninitialized_memory = True
     rows = [run_case(c, b, d) for c, b in chosen for d in b.gpu_dtypes]
     torch.use_deterministic_algorithms(False)
-    bench.append(path, rows, where)
+    records.append(path, rows, where)
     bad = [row for row in rows if not row.get("ok", True)]
     for row in bad:
         print("WRONG", row)
@@ -59,47 +62,33 @@ def run_cases(path: str, where: dict, chosen) -> bool:
     return right > 0 and not bad
 
 
-def invariance(backend, batches: int = 50, seed: int = 0) -> dict:
+def invariance(op: Op, backend, batches: int = 50) -> dict:
     """One row among random others: the same bits as alone, whatever the batch size, its place, their lengths, and how
-    long the cache is; with sinks, and splits of 128 and of 1024 keys (the row alone then has one split) in turn.
+    long the cache is; with sinks, and splits of 128 keys and of the whole cache (the row alone then has one split) in
+    turn.
     """
-    rng = np.random.default_rng(seed)
-    K, N, H, S, length = 2, 8, 128, 1024, 777
+    rng, case = np.random.default_rng(0), op.invariant
+    S, row = case.sizes["S"], op.inputs(case, "bfloat16")
 
-    def draw(*shape: int) -> np.ndarray:
-        return rng.standard_normal(shape).astype(DTYPES["bfloat16"])
+    def call(chunk: int, arrays):
+        return backend.call(op.name, Inputs(arrays, {**row.options, "chunk": chunk}))
 
-    row = draw(1, 1, N, H), draw(1, S, K, H), draw(1, S, K, H)
-    sinks = rng.standard_normal(N).astype(np.float32)
-
-    def call(chunk: int, *arrays):
-        options = {"scale": H**-0.5, "sinks": sinks, "chunk": chunk}
-        inputs = Inputs(dict(zip(("q", "k", "v", "lengths"), arrays, strict=True)), options)
-        return backend.call("decode_attention", inputs)
-
-    want = {chunk: call(chunk, *row, np.array([length], np.int32)) for chunk in (128, S)}
+    want = {chunk: call(chunk, row.arrays) for chunk in (128, S)}
     different = 0
     for i in range(batches):
         B = int(rng.choice((2, 3, 5, 8, 17)))  # few sizes: every new one is a compilation for Pallas
         slots, chunk, at = S << (i // 2) % 2, (128, S)[i % 2], int(rng.integers(B))
-        arrays = [draw(B, 1, N, H), draw(B, slots, K, H), draw(B, slots, K, H)]
-        for array, mine in zip(arrays, row, strict=True):
-            array[at, : mine.shape[1]] = mine[0]
-        lengths = rng.integers(0, slots + 1, B).astype(np.int32)
-        lengths[at] = length
-        got = call(chunk, *arrays, lengths)
+        lengths = rng.integers(0, slots + 1, B)
+        lengths[at] = case.lengths[0]
+        sizes = {**case.sizes, "B": B, "S": slots}
+        others = op.inputs(Case(f"batch {i}", op.name, sizes, tuple(lengths.tolist()), case.options), "bfloat16")
+        for name, array in others.arrays.items():
+            mine = row.arrays[name][0]
+            array[(at, slice(len(mine))) if name in op.caches else at] = mine
+        got = call(chunk, others.arrays)
         different += not all(np.array_equal(g[at], w[0]) for g, w in zip(got, want[chunk], strict=True))
-    row = {"what": "invariance", "implementation": backend.name, "batches": batches, "different": different}
-    return {**row, "ok": different == 0}
-
-
-# Together they launch every kernel of both packages but those around torch's top-k, which have no named case, with the
-# tails of rows and tiles that a copy may not cross.
-MEMCHECKED = (
-    "head_80_chunked", "four_queries_window", "mla_80_heads", "mla_chunked", "blocks_of_16", "tokens_two_queries",
-    "entries_64_heads", "sparse_mla_small", "sparse_mla_128_heads", "index_5_heads", "index_int8_keys",
-    "block_index_blocks_of_16", "block_index_e4m3_keys", "linear_decay_a_channel", "merge_many",
-)  # fmt: skip
+    found = {"what": "invariance", "op": op.name, "implementation": backend.name, "batches": batches}
+    return {**found, "different": different, "ok": different == 0}
 
 
 def memcheck(backend, case: str) -> dict:
@@ -120,8 +109,9 @@ def memcheck(backend, case: str) -> dict:
 def memchecks(backends) -> list[dict]:
     if shutil.which("compute-sanitizer") is None:
         raise SystemExit("gpu_run: error: compute-sanitizer, of the CUDA toolkit, is not on the PATH")
+    chosen = [(backend, case.name) for backend in backends for case in cases(tag="memcheck")]
     with ThreadPoolExecutor(os.cpu_count() // 2) as pool:  # a process spends most of its time on the CPU
-        return list(pool.map(lambda pair: memcheck(*pair), [(b, case) for b in backends for case in MEMCHECKED]))
+        return list(pool.map(lambda pair: memcheck(*pair), chosen))
 
 
 def timing() -> dict:
@@ -137,7 +127,7 @@ def main() -> int:
     parser.add_argument("path", help="JSON lines are appended here")
     parser.add_argument("--commit", help="the commit under test, where there is no .git to ask")
     parser.add_argument("--only", choices=("cases", "invariance", "memcheck", "timing", "bench"))
-    ops = tuple(dict.fromkeys((*bench.OPS, *(case.op for case in CASES))))
+    ops = tuple(dict.fromkeys((*bench.TIMED, *BY_NAME)))
     parser.add_argument(
         "--op", action="append", choices=ops, metavar="OP", help="of cases and bench, this alone (may be repeated)"
     )
@@ -145,14 +135,14 @@ def main() -> int:
     parser.add_argument("--backend", choices=tuple(BACKENDS))
     args = parser.parse_args()
     if args.case is not None and args.case not in {case.name for case in CASES}:
-        parser.error(f"--case is {args.case!r}; jforge/harness/cases.py has none of that name")
+        parser.error(f"--case is {args.case!r}; no op has one of that name")
     try:
-        bench.writable("path", args.path)
+        records.writable("path", args.path)
     except ValueError as problem:
         parser.error(str(problem))
     if not gpu():
         parser.error("no GPU is visible to JAX")
-    where, good = bench.environment(args.commit), True
+    where, good = records.environment(args.commit), True
     backends = [b for b in BACKENDS.values() if args.backend in (None, b.name)]
     if args.only in (None, "cases"):
         named = [c for c in CASES if args.case in (None, c.name) and c.op in (args.op or (c.op,))]
@@ -160,19 +150,19 @@ def main() -> int:
         good &= run_cases(args.path, where, chosen)
     kernels = [b for b in backends if b.name in KERNELS]
     parts = {
-        "invariance": lambda: [invariance(backend) for backend in kernels],
+        "invariance": lambda: [invariance(op, b) for op in OPS if op.invariant for b in kernels],
         "memcheck": lambda: memchecks(kernels),
         "timing": lambda: [timing()],
     }
     for part, rows_of in parts.items():
         if args.only in (None, part):
             rows = rows_of()
-            bench.append(args.path, rows, where)
+            records.append(args.path, rows, where)
             print(*rows, sep="\n", flush=True)
             good &= all(row["ok"] for row in rows)
     if args.only in (None, "bench"):
-        for row in bench.run(args.op or bench.OPS):
-            bench.append(args.path, [row], where)
+        for row in bench.run(args.op or bench.TIMED):
+            records.append(args.path, [row], where)
             good &= row.get("implementation") not in KERNELS or "refused" not in row
             print({k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()}, flush=True)
     return 0 if good else 1

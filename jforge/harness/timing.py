@@ -9,6 +9,9 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
+
+import jax
 
 
 @dataclass(frozen=True)
@@ -20,6 +23,38 @@ class Timing:
     p90: float
     samples: int
     kernels: int
+
+
+@dataclass(frozen=True)
+class Call:
+    """An implementation: `run(i)` computes on input set i and returns what is judged, of its own framework.
+
+    want, moved, sets: of a call on inputs of its own, what it must give, the bytes that its rate counts, and how many
+    sets there are. refused: why it is not run.
+    """
+
+    name: str
+    run: Callable[[int], Any]
+    synchronise: Callable[[], object]
+    want: Any = None
+    moved: int | None = None
+    sets: int | None = None
+    refused: str | None = None
+
+
+def jax_call(name: str, function: Callable, inputs: Sequence[list], carry: int | None = None) -> Call:
+    """`function` compiled. carry: the argument that is donated and replaced by the second result, a state."""
+    compiled, last = jax.jit(function, donate_argnums=() if carry is None else carry), []
+
+    def run(i: int):
+        result = compiled(*inputs[i])
+        if carry is None:
+            last[:] = [result]
+        else:  # what is waited for must outlive the next call, to which the state is given
+            inputs[i][carry], last[:] = result[1], result[:1]
+        return result
+
+    return Call(name, run, lambda: jax.block_until_ready(last))
 
 
 def _summary(samples: Sequence[float], kernels: int) -> Timing:

@@ -14,8 +14,9 @@ from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4Atten
 from transformers.models.minimax.modeling_minimax import MiniMaxCache
 
 from jforge import hf
+from jforge.core import compare
 from jforge.core.spec import Buffer
-from jforge.harness import compare, tiny_v4
+from jforge.harness import tiny_v4
 from jforge.harness.tiny_configs import MODELS, VOCAB, Model
 
 BATCH, TOKENS = 2, 10

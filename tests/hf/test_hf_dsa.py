@@ -15,8 +15,9 @@ from test_hf_mla import SHAPES as LATENT
 import jforge
 from jforge import cli, hf_config
 from jforge.attention import dsa, mla
-from jforge.harness import compare, tiny_models
-from jforge.harness.compare import OUT
+from jforge.core import compare
+from jforge.core.compare import OUT
+from jforge.harness import tiny_models
 from jforge.harness.tiny_models import against_transformers
 from jforge.hf import convert
 from jforge.hf_config import layer, layers, load

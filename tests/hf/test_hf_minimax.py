@@ -10,8 +10,8 @@ import transformers
 
 from jforge import cli, hf_config
 from jforge.attention import lightning, msa
+from jforge.core.compare import OUT
 from jforge.harness import tiny_models
-from jforge.harness.compare import OUT
 from jforge.harness.tiny_configs import MINIMAX, MINIMAX_M3
 from jforge.harness.tiny_models import against_transformers
 from jforge.hf import convert

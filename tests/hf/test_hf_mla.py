@@ -12,8 +12,8 @@ import transformers
 
 from jforge import cli, hf_config
 from jforge.attention.mla import Config
+from jforge.core.compare import OUT
 from jforge.harness import tiny_models
-from jforge.harness.compare import OUT
 from jforge.hf import convert
 from jforge.hf_config import layer, layers, load
 

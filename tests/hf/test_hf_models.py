@@ -4,7 +4,7 @@ import pytest
 
 from jforge import hf
 from jforge.attention import REGISTRY
-from jforge.harness.compare import OUT
+from jforge.core.compare import OUT
 from jforge.harness.tiny_configs import MODELS
 from jforge.harness.tiny_models import SPLITS, against_transformers
 

@@ -9,7 +9,8 @@ import torch
 
 import jforge
 from jforge import hf, hf_config, stack
-from jforge.harness import compare, tiny_models
+from jforge.core import compare
+from jforge.harness import tiny_models
 from jforge.harness.tiny_configs import MINIMAX, MINIMAX_M3, Model
 
 EPS = 0.01  # of every norm in the tiny models

@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 import torch
 
-from jforge.harness import compare, tiny_models
-from jforge.harness.compare import OUT
+from jforge.core import compare
+from jforge.core.compare import OUT
+from jforge.harness import tiny_models
 from jforge.harness.tiny_configs import DEEPSEEK_V4, MODELS
 from jforge.harness.tiny_models import BATCH, Step
 from jforge.hf import convert

@@ -11,8 +11,8 @@ import pytest
 import transformers
 
 from jforge import cli, hf_config
+from jforge.core.compare import OUT
 from jforge.harness import tiny_models
-from jforge.harness.compare import OUT
 from jforge.harness.tiny_configs import LINEAR, WINDOW
 from jforge.harness.tiny_models import SPLITS, against_transformers
 from jforge.hf import convert

@@ -12,7 +12,7 @@ import pytest
 from pallas_oracle import IndexCase
 
 import pallas_kernels
-from jforge.harness import compare
+from jforge.core import compare
 from pallas_kernels import compat
 
 module = importlib.import_module("pallas_kernels.index_scores")  # the package's attribute is the op

@@ -11,7 +11,7 @@ import pytest
 from pallas_oracle import LinearCase
 
 import pallas_kernels
-from jforge.harness import compare
+from jforge.core import compare
 from pallas_kernels import compat
 
 module = importlib.import_module("pallas_kernels.decode_linear")  # the package's attribute is the op

@@ -1,0 +1,90 @@
+"""block_index_scores: the largest product of an index query with the seen keys of each block."""
+
+import numpy as np
+
+from jforge.core import compare
+from jforge.harness import draws
+from jforge.harness.op import Case, Draw, Fuzz, Inputs, Op, Work
+from jforge.harness.ops import index_scores
+from jforge.harness.ops.index_scores import KEYS, case
+
+NAME = "block_index_scores"
+
+
+def oracle(q_index, k_index, lengths, *, block_size, k_scale=None):
+    """(scores,) in float64."""
+    q, k = np.asarray(q_index, np.float64), draws.meant(k_index, k_scale)
+    (B, T, heads, _), S = q.shape, k.shape[1]
+    scores = np.full((B, T, heads, -(-S // block_size)), -np.inf)
+    for b, t, block in np.ndindex(B, T, scores.shape[-1]):
+        start, end = block * block_size, min((block + 1) * block_size, int(lengths[b]) - T + t + 1)
+        if end > start:
+            scores[b, t, :, block] = (q[b, t] @ k[b, start:end].T).max(axis=-1)
+    return (scores,)
+
+
+def draw(case: Case, dtype: np.dtype, rng: np.random.Generator) -> Inputs:
+    arrays, options = index_scores.draw_keys(case, dtype, rng)
+    return Inputs({**arrays, "lengths": np.array(case.lengths, np.int32)}, options)
+
+
+CASES = (
+    case("block_index_4_heads", NAME, 2, 4, 512, 128, (512, 300), "basic", block_size=128),
+    case("block_index_blocks_of_16", NAME, 3, 2, 136, 64, (136, 0, 17), "memcheck", block_size=16),
+    case("block_index_two_queries", NAME, 2, 4, 128, 64, (128, 65), T=2, block_size=64),
+    case("block_index_e4m3_keys", NAME, 2, 4, 128, 64, (128, 65), "memcheck", block_size=64, stored="float8_e4m3fn"),
+)
+
+# --- fuzz
+
+# Those of index_scores with blocks of several sizes, up to one that no cache fills
+SIZES = tuple((*sizes, block) for sizes in index_scores.SIZES for block in (1, 8, 16, 24, 32, 64, 100, 128, 300))
+# Blocks of a part of a tile and of several tiles, and 24 tokens, of which no kernel is made.
+MOSAIC = (
+    (2, 1, 8, 72, 64, 16), (2, 2, 5, 72, 32, 8), (1, 1, 12, 264, 64, 128), (3, 1, 1, 8, 64, 64),
+    (1, 1, 4, 136, 32, 32), (1, 2, 3, 136, 32, 64), (1, 3, 3, 67, 64, 16), (1, 1, 4, 72, 32, 24),
+)  # fmt: skip
+
+
+def question(draw, st, sizes, dtypes: tuple[str, ...], out: tuple[str, ...]) -> Draw:
+    *chosen, block_size = draw(st.sampled_from(sizes))
+    chosen = dict(zip("BTISJ", chosen, strict=True))
+    return index_scores.ask(draw, st, NAME, chosen, {"block_size": block_size}, dtypes)
+
+
+def _pallas(draw: Draw) -> str | None:
+    size = draw.case.options["block_size"]
+    return index_scores.pallas(draw) or ("block_size is" if size not in (8, 16, 32) and size % 64 else None)
+
+
+# --- benchmarks
+
+
+def moved(sizes, options) -> int:
+    B, heads, S, J = (sizes[axis] for axis in "BISJ")
+    return B * (2 * (heads + S) * J + 4 * heads * -(-S // options["block_size"]))
+
+
+def flops(sizes, options) -> int:
+    B, heads, S, J = (sizes[axis] for axis in "BISJ")
+    return 2 * B * heads * S * J
+
+
+OP = Op(
+    name=NAME,
+    axes={"q_index": "BTIJ", KEYS: "BSJ", "lengths": "B"},
+    draw=draw,
+    oracle=oracle,
+    cases=CASES,
+    fuzz=Fuzz(question, SIZES, MOSAIC, index_scores.VIEWS, index_scores.change, exact=True, same_bits=True),
+    metrics=(compare.worst_row,),
+    refusals={"triton": index_scores.triton, "pallas": _pallas},
+    caches=(KEYS,),
+    stored="k",
+    attends=False,
+    moved=moved,
+    flops=flops,
+    fill={"lengths": draws.full},
+    bench=(Work({"B": 16, "I": 4, "S": 131072, "J": 128}, {"block_size": 128}),),
+    reads=lambda row: f"all index keys, by blocks of {row['block_size']}",
+)

@@ -1,0 +1,145 @@
+"""decode_attention: dense attention of the new queries over a cache, a prefix of it, or a window."""
+
+import numpy as np
+
+from jforge.harness import draws, peers, questions, views
+from jforge.harness.op import Case, Draw, Fuzz, Inputs, Op, Work
+
+NAME = "decode_attention"
+CACHES = ("k", "v")
+
+
+def oracle(q, k, v, lengths, *, scale, window=None, sinks=None, softcap=None, chunk=None, out_dtype=None):
+    """(out, lse) in float64, one query at a time. chunk and out_dtype change nothing here."""
+    q, k, v = (np.asarray(a, np.float64) for a in (q, k, v))
+    B, T, N, _ = q.shape
+    group = N // k.shape[2]
+    out, lse = np.zeros((B, T, N, v.shape[-1])), np.full((B, T, N), -np.inf)
+    for b, t, n in np.ndindex(B, T, N):
+        end = int(lengths[b]) - T + t + 1
+        start = 0 if window is None else max(0, end - window)
+        sink = -np.inf if sinks is None else float(sinks[n])
+        if end <= 0:
+            lse[b, t, n] = sink
+            continue
+        logits = scale * k[b, start:end, n // group] @ q[b, t, n]
+        if softcap is not None:
+            logits = softcap * np.tanh(logits / softcap)
+        top = max(logits.max(), sink)
+        weights = np.exp(logits - top)
+        total = weights.sum() + np.exp(sink - top)
+        out[b, t, n] = weights @ v[b, start:end, n // group] / total
+        lse[b, t, n] = top + np.log(total)
+    return out, lse
+
+
+def draw(case: Case, dtype: np.dtype, rng: np.random.Generator) -> Inputs:
+    B, T, N, K, S, H, V = (case.sizes[axis] for axis in "BTNKSHV")
+    shapes = {"q": (B, T, N, H), "k": (B, S, K, H), "v": (B, S, K, V)}
+    return draws.over_a_cache(case, dtype, rng, shapes, CACHES, H**-0.5)
+
+
+def _case(name, B, N, K, H, S, lengths, *tags, T=1, V=None, plan=(), **options) -> Case:
+    sizes = {"B": B, "T": T, "N": N, "K": K, "S": S, "H": H, "V": V or H}
+    return Case(name, NAME, sizes, lengths, options, frozenset(tags), dict(plan))
+
+
+CASES = (
+    _case("llama", 2, 8, 2, 128, 192, (192, 77), "basic", "demo"),
+    _case("mha", 2, 3, 3, 64, 128, (128, 5), "basic"),
+    _case("mqa", 2, 8, 1, 64, 128, (127, 128), "basic"),
+    _case("group_3", 1, 6, 2, 128, 128, (100,), "basic"),
+    _case("empty_rows", 4, 8, 2, 64, 128, (0, 1, 0, 2), "basic", "demo"),
+    _case("block_edges", 4, 4, 1, 64, 192, (63, 64, 65, 129), "basic"),
+    _case("long", 1, 4, 1, 128, 1024, (1000,), "basic", "demo"),
+    _case("ragged", 3, 4, 2, 128, 512, (512, 0, 300), "basic"),
+    _case("large_logits", 2, 4, 2, 64, 128, (128, 40), scale=40.0),
+    _case("chunked", 3, 4, 2, 64, 512, (512, 129, 0), chunk=128),
+    _case("float32_out", 2, 8, 2, 64, 128, (128, 17), out_dtype="float32"),
+    _case("sinks", 3, 8, 2, 64, 256, (256, 0, 90), sinks=True),
+    _case("softcap", 2, 8, 2, 128, 128, (128, 33), softcap=5.0),
+    _case("window", 4, 8, 2, 64, 256, (256, 0, 64, 131), window=67),
+    _case("window_sinks", 2, 8, 2, 64, 256, (256, 30), window=128, sinks=True, chunk=64),
+    _case("four_queries", 3, 8, 2, 64, 256, (256, 2, 130), T=4),
+    _case("four_queries_window", 2, 8, 2, 128, 256, (256, 70), "memcheck", T=4, window=50, sinks=True, softcap=20.0),
+    _case("wide_group", 2, 32, 2, 64, 128, (128, 70), T=1),
+    _case("group_71", 1, 71, 1, 64, 128, (90,)),
+    _case("head_80", 2, 8, 2, 80, 128, (128, 31)),
+    _case("head_96", 2, 8, 2, 96, 128, (128, 31)),
+    _case("head_80_chunked", 2, 8, 2, 80, 256, (256, 131), "memcheck", chunk=64),
+    _case("head_96_chunked", 2, 8, 2, 96, 256, (256, 131), chunk=64),
+    _case("head_192_128", 2, 8, 2, 192, 128, (128, 31), V=128),
+    _case("head_256", 2, 8, 2, 256, 128, (128, 31)),
+)
+
+# --- fuzz
+
+# B, T, N, K, S, H, V: groups of 1 to 8, 12 and 16; all head dims; 67 and 129 slots, which Pallas refuses
+SIZES = (
+    (2, 1, 8, 2, 128, 64, 64), (2, 1, 6, 2, 192, 128, 128), (2, 1, 5, 1, 64, 64, 64), (2, 2, 6, 1, 128, 64, 64),
+    (2, 4, 4, 2, 136, 64, 64), (2, 1, 14, 2, 72, 80, 80), (2, 1, 4, 4, 136, 96, 96), (2, 1, 16, 1, 72, 192, 128),
+    (2, 2, 12, 1, 64, 256, 256), (3, 1, 8, 1, 256, 64, 64), (2, 4, 6, 2, 67, 64, 64), (2, 1, 16, 2, 129, 128, 128),
+)  # fmt: skip
+# One box and two, groups that do not fill a box, more than 32 rows, every width of a tile.
+MOSAIC = (
+    (2, 1, 4, 1, 72, 64, 64), (1, 2, 6, 2, 72, 64, 64), (1, 1, 3, 1, 72, 128, 128), (1, 1, 2, 1, 72, 96, 96),
+    (1, 3, 12, 1, 64, 64, 64), (1, 1, 3, 1, 64, 192, 128), (1, 1, 2, 2, 64, 80, 80), (2, 1, 4, 2, 67, 64, 64),
+)  # fmt: skip
+
+
+def question(draw, st, sizes, dtypes: tuple[str, ...], out: tuple[str, ...]) -> Draw:
+    chosen = dict(zip("BTNKSHV", draw(st.sampled_from(sizes)), strict=True))
+    options = questions.cache_options(draw, st, chosen, chosen["H"], out)
+    options |= questions.optional(draw, st, softcap=st.sampled_from(questions.SOFTCAPS))
+    return questions.over_a_cache(draw, st, NAME, chosen, options, dtypes)
+
+
+def _triton(draw: Draw) -> str | None:
+    return "page_table has no Triton kernel yet" if draw.view == "paged" else None
+
+
+# --- benchmarks
+
+
+def moved(sizes, options) -> int:
+    B, N, K, S, H = (sizes[axis] for axis in "BNKSH")
+    return 4 * B * (min(S, options.get("window") or S) * K + N) * H
+
+
+def flops(sizes, options) -> int:
+    B, N, S, H = (sizes[axis] for axis in "BNSH")
+    return 4 * B * N * H * min(S, options.get("window") or S)
+
+
+def _work(B: int, N: int, K: int, S: int, peers=None, **options) -> Work:
+    H = 128
+    return Work({"B": B, "N": N, "K": K, "S": S, "H": H}, {"scale": H**-0.5, **options}, peers=peers)
+
+
+BENCH = tuple(
+    _work(*sizes, peers=peers.fused)
+    for sizes in (
+        (1, 32, 8, 131072), (8, 32, 8, 32768), (64, 32, 8, 8192), (128, 32, 8, 2048), (16, 32, 32, 8192),
+        (64, 8, 1, 32768), (1, 32, 8, 4096), (1, 32, 8, 1024), (16, 32, 8, 1024), (256, 32, 8, 512),
+    )
+)  # fmt: skip
+WINDOWS = _work(64, 32, 8, 32768, window=1024), _work(64, 32, 8, 1024)
+
+OP = Op(
+    name=NAME,
+    axes={"q": "BTNH", "k": "BSKH", "v": "BSKH", "lengths": "B"},
+    draw=draw,
+    oracle=oracle,
+    cases=CASES,
+    fuzz=Fuzz(question, SIZES, MOSAIC, views.of_a_cache(CACHES)),
+    refusals={"triton": _triton, "pallas": questions.mosaic_cache},
+    caches=CACHES,
+    moved=moved,
+    flops=flops,
+    fill={"lengths": draws.full},
+    bench=BENCH + WINDOWS,
+    cpu=(_work(1, 32, 8, 1024), _work(4, 32, 8, 1024), _work(1, 32, 32, 4096)),
+    reads=lambda row: f"a window of {row['window']}" if row.get("window") else "all",
+    table="dense",
+    invariant=_case("invariance", 1, 8, 2, 128, 1024, (777,), sinks=True),
+)

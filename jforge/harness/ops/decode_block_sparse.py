@@ -1,0 +1,185 @@
+"""decode_block_sparse: attention over the blocks, or with block_size 1 the slots, that a list names."""
+
+from functools import partial
+
+import numpy as np
+
+from jforge.harness import draws, questions, views
+from jforge.harness.op import Case, Draw, Fuzz, Inputs, Op, Work
+from jforge.harness.ops import decode_attention
+
+NAME, LISTS = "decode_block_sparse", "block_indices"
+CACHES = ("k", "v")
+
+
+def oracle(q, k, v, block_indices, lengths, *, block_size, scale, sinks=None, softcap=None, out_dtype=None):
+    """(out, lse) in float64: attention of each query alone over the slots that its list lets it see."""
+    q, k, v = (np.asarray(a, np.float64) for a in (q, k, k if v is None else v))
+    B, T, N, _ = q.shape
+    S, K, X = k.shape[1], k.shape[2], block_indices.shape[2]
+    out, lse = np.zeros((B, T, N, v.shape[-1])), np.full((B, T, N), -np.inf)
+    for b, t, n in np.ndindex(B, T, N):
+        end = S if lengths is None else int(lengths[b]) - T + t + 1
+        listed = set(block_indices[b, t, n // (N // X)].tolist())
+        slots = [s for s in range(min(S, end)) if s // block_size in listed]
+        head, own = np.s_[b, slots, n // (N // K)], None if sinks is None else sinks[n : n + 1]
+        one = (a[None, :, None] for a in (k[head], v[head]))
+        query = q[b, t, n][None, None, None]
+        result = decode_attention.oracle(query, *one, [len(slots)], scale=scale, sinks=own, softcap=softcap)
+        out[b, t, n], lse[b, t, n] = (part[0, 0, 0] for part in result)
+    return out, lse
+
+
+def draw(case: Case, dtype: np.dtype, rng: np.random.Generator) -> Inputs:
+    """Lists of L distinct blocks each, a few of them -1, in random order. V = 0: the values are the keys. Lengths of
+    () are None. NaN in every slot of a head that no list of the head lets a query see.
+    """
+    B, T, N, K, S, H, V, X, L = (case.sizes[axis] for axis in "BTNKSHVXL")
+    size = case.options["block_size"]
+    count = -(-S // size)
+    arrays = {"q": rng.standard_normal((B, T, N, H)), "k": rng.standard_normal((B, S, K, H))}
+    arrays["v"] = rng.standard_normal((B, S, K, V)) if V else None
+    arrays = {name: None if a is None else a.astype(dtype) for name, a in arrays.items()}
+    lists = np.full((B, T, X, L), -1, np.int32)
+    for b, t, x in np.ndindex(B, T, X):
+        picks = rng.permutation(count)[: max(0, L - int(rng.integers(3)))]
+        lists[b, t, x, : len(picks)] = picks
+        rng.shuffle(lists[b, t, x])
+    read = np.zeros((B, S, K), bool)
+    for b, t, x in np.ndindex(B, T, X):
+        end = case.lengths[b] - T + t + 1 if case.lengths else S
+        seen = np.isin(np.arange(S) // size, lists[b, t, x]) & (np.arange(S) < end)
+        read[b, :, x // (X // K)] |= seen
+    for name in CACHES:
+        if arrays[name] is not None:
+            arrays[name][~read] = np.nan
+    arrays |= {LISTS: lists, "lengths": np.array(case.lengths, np.int32) if case.lengths else None}
+    return Inputs(arrays, draws.with_sinks({"scale": H**-0.5, **case.options}, N, rng))
+
+
+def _case(name, B, N, K, H, S, size, L, lengths, *tags, T=1, V=None, X=None, plan=(), **options) -> Case:
+    sizes = {"B": B, "T": T, "N": N, "K": K, "S": S, "H": H, "V": H if V is None else V, "X": X or K, "L": L}
+    return Case(name, NAME, sizes, lengths, {"block_size": size, **options}, frozenset(tags), dict(plan))
+
+
+CASES = (
+    _case("blocks_of_64", 2, 8, 2, 128, 512, 64, 4, (512, 300), "basic"),
+    _case("blocks_of_128", 1, 16, 2, 128, 1024, 128, 5, (1000,), "basic"),
+    _case("blocks_of_16", 3, 4, 1, 64, 256, 16, 6, (256, 0, 77), "basic", "memcheck"),
+    _case("blocks_of_8", 2, 6, 2, 64, 200, 8, 9, (200, 13)),
+    _case("blocks_of_32_per_head", 2, 8, 2, 64, 256, 32, 3, (256, 90), X=8),
+    _case("blocks_two_queries", 2, 8, 2, 64, 256, 64, 2, (256, 65), T=2, sinks=True),
+    _case("blocks_sinks_softcap", 2, 8, 2, 128, 256, 64, 2, (256, 1), sinks=True, softcap=5.0),
+    _case("blocks_keys_are_values", 2, 16, 1, 64, 256, 64, 3, (256, 130), V=0),
+    _case("blocks_without_lengths", 2, 8, 2, 64, 200, 64, 3, (), sinks=True),
+    _case("blocks_few_of_many", 1, 4, 1, 64, 1024, 64, 20, (700,)),
+    _case("tokens", 2, 8, 2, 64, 128, 1, 40, (128, 30)),
+    _case("tokens_keys_are_values", 2, 16, 1, 64, 96, 1, 33, (), V=0, sinks=True),
+    _case("entries_64_heads", 1, 64, 1, 128, 96, 1, 70, (), "memcheck", V=0, sinks=True),
+    _case("tokens_two_queries", 1, 4, 1, 128, 128, 1, 70, (128,), "memcheck", T=2),
+)
+
+# --- fuzz
+
+# B, T, N, K, S, H, V, X, L, block_size: lists for a key head or (X = N) a query head, partial last blocks, more entries
+# than blocks, lists that may hold nothing but -1; V = 0: the values are the keys
+SIZES = (
+    (2, 1, 8, 2, 192, 64, 64, 2, 3, 64), (2, 1, 4, 2, 96, 64, 64, 4, 2, 32), (1, 2, 4, 1, 72, 64, 0, 1, 9, 8),
+    (2, 1, 4, 2, 80, 64, 64, 2, 40, 1), (2, 1, 5, 1, 67, 64, 64, 1, 3, 16), (1, 3, 4, 2, 136, 64, 64, 4, 2, 64),
+    (1, 1, 16, 1, 264, 128, 128, 1, 2, 128), (2, 1, 3, 1, 40, 64, 0, 1, 21, 1), (2, 1, 4, 2, 136, 192, 128, 2, 12, 16),
+)  # fmt: skip
+# Tiles of one block, of several, of a part of one, and gathered; lists of two heads, and of each query head.
+MOSAIC = (
+    (2, 1, 4, 1, 136, 64, 64, 1, 2, 64), (1, 1, 4, 2, 72, 64, 64, 4, 2, 32), (1, 2, 4, 1, 72, 64, 0, 1, 9, 8),
+    (2, 1, 2, 1, 40, 64, 64, 1, 40, 1), (1, 1, 5, 1, 67, 64, 64, 1, 3, 16), (1, 1, 3, 1, 264, 64, 64, 1, 2, 128),
+    (1, 2, 2, 2, 72, 128, 64, 2, 4, 16), (1, 1, 2, 1, 72, 64, 64, 2, 2, 16),
+)  # fmt: skip
+
+
+def question(draw, st, sizes, dtypes: tuple[str, ...], out: tuple[str, ...]) -> Draw:
+    *chosen, block_size = draw(st.sampled_from(sizes))
+    chosen = dict(zip("BTNKSHVXL", chosen, strict=True))
+    strategies = questions.common(st, chosen["H"], out) | {"softcap": st.sampled_from(questions.SOFTCAPS)}
+    options = {"block_size": block_size} | questions.optional(draw, st, **strategies)
+    B, T, S, L = (chosen[axis] for axis in "BTSL")
+    row = questions.near(st, S, block_size, 64, S // block_size * block_size, also=(T - 1, T))
+    lengths = tuple(draw(row) for _ in range(B)) if draw(st.integers(0, 4)) else ()  # (): the lists alone decide
+    view = draw(st.sampled_from(questions.CACHED))
+    choices = {"alone": st.integers(0, B - 1), "paged": questions.pages(st, S), "split": st.integers(0, L)}
+    case = Case("fuzz", NAME, chosen, lengths, options)
+    at = draw(choices.get(view, st.just(0)))
+    return Draw(case, draw(st.sampled_from(dtypes)), draw(questions.seeds(st)), view, at)
+
+
+def change(draw: Draw, inputs: Inputs, rng: np.random.Generator) -> Inputs:
+    past = -(-draw.case.sizes["S"] // draw.case.options["block_size"])
+    return Inputs({**inputs.arrays, LISTS: draws.with_garbage(inputs.arrays[LISTS], past, rng)}, inputs.options)
+
+
+VIEWS = views.of_a_cache(CACHES) | {
+    "alone": partial(views.alone, empty={"lengths": 0, LISTS: -1}),
+    "paged": partial(views.paged, caches=CACHES, unread=views.pages_of_nan),
+    "split": partial(views.split_lists, lists=LISTS),
+}
+
+
+def _pallas(draw: Draw) -> str | None:
+    """In the head dims that are drawn."""
+    sizes, options = draw.case.sizes, draw.case.options
+    size, page = options["block_size"], draw.at if draw.view == "paged" else 0
+    keys_are_values = sizes["V"] == 0
+    return questions.first(
+        (draw.dtype == "float32", questions.TF32),
+        (keys_are_values and "softcap" in options, "has no cap"),
+        (not keys_are_values and size > 1 and (page or sizes["S"]) % 8 > 0, "TMA needs a multiple of 8"),
+        (not keys_are_values and page and page % size and size % page, "its multiple or divide it"),
+    )
+
+
+# --- benchmarks
+
+
+def moved(sizes, options) -> int:
+    B, N, K, H, L = (sizes[axis] for axis in "BNKHL")
+    caches = 1 if sizes.get("V") == 0 else 2
+    return 2 * B * (caches * L * options["block_size"] * K + 2 * N) * H
+
+
+def flops(sizes, options) -> int:
+    return 4 * sizes["B"] * sizes["N"] * sizes["H"] * sizes["L"] * options["block_size"]
+
+
+def _blocks(B: int, N: int, K: int, S: int, L: int, size: int) -> Work:
+    H = 128
+    return Work({"B": B, "N": N, "K": K, "S": S, "H": H, "L": L}, {"scale": H**-0.5, "block_size": size})
+
+
+def _entries(B: int, N: int, S: int, L: int) -> Work:
+    """DeepSeek-V4: picked entries of one head whose keys are its values."""
+    H = 512
+    sizes = {"B": B, "N": N, "K": 1, "S": S, "H": H, "V": 0, "L": L}
+    return Work(sizes, {"scale": H**-0.5, "block_size": 1}, absent=("v", "lengths"))
+
+
+def _reads(row) -> str:
+    if row["block_size"] == 1:
+        return f"{row['L']} entries of {row['H']}, keys are values"
+    return f"{row['L']} blocks of {row['block_size']} a key head"
+
+
+OP = Op(
+    name=NAME,
+    axes={"q": "BTNH", "k": "BSKH", "v": "BSKH", LISTS: "BTKL", "lengths": "B"},
+    draw=draw,
+    oracle=oracle,
+    cases=CASES,
+    fuzz=Fuzz(question, SIZES, MOSAIC, VIEWS, change),
+    refusals={"pallas": _pallas},
+    caches=CACHES,
+    lists=LISTS,
+    moved=moved,
+    flops=flops,
+    fill={LISTS: draws.lists, "lengths": draws.full},
+    bench=(_blocks(64, 64, 4, 131072, 16, 128), _blocks(16, 64, 4, 131072, 16, 128), _entries(64, 64, 32768, 512)),
+    reads=_reads,
+)

@@ -1,0 +1,148 @@
+"""decode_linear: one token of a recurrent state, with a decay and perhaps a delta rule."""
+
+from functools import partial
+
+import jax.numpy as jnp
+import numpy as np
+
+from jforge.core import compare
+from jforge.harness import draws, questions, views
+from jforge.harness.op import Case, Draw, Fuzz, Inputs, Op, Work
+
+NAME = "decode_linear"
+
+
+def oracle(q, k, v, state, decay, *, beta=None):
+    """(out, state) in float64."""
+    q, k, v, state, decay = (np.array(a, np.float64) for a in (q, k, v, state, decay))
+    out = np.zeros((*q.shape[:2], v.shape[-1]))
+    for b, n in np.ndindex(q.shape[:2]):
+        factor = decay[n] if decay.ndim == 1 else decay[b, n]
+        state[b, n] *= np.reshape(factor, (-1, 1))
+        u = v[b, n] if beta is None else beta[b, n] * (v[b, n] - k[b, n] @ state[b, n])
+        state[b, n] += np.outer(k[b, n], u)
+        out[b, n] = q[b, n] @ state[b, n]
+    return out, state
+
+
+def draw(case: Case, dtype: np.dtype, rng: np.random.Generator) -> Inputs:
+    """Size `decay` is the number of axes of the decay, N, B N or B N H; `beta` whether there is a delta rule. Keys of
+    unit length, as it wants.
+    """
+    B, N, H, V = (case.sizes[axis] for axis in "BNHV")
+    q, k, v = (rng.standard_normal((B, N, width)) for width in (H, H, V))
+    k /= np.linalg.norm(k, axis=-1, keepdims=True)
+    arrays = {name: a.astype(dtype) for name, a in (("q", q), ("k", k), ("v", v))}
+    arrays["state"] = rng.standard_normal((B, N, H, V)).astype(np.float32)
+    arrays["decay"] = rng.uniform(0.5, 1, ((N,), (B, N), (B, N, H))[case.sizes["decay"] - 1]).astype(np.float32)
+    beta = {"beta": rng.uniform(0, 1, (B, N)).astype(np.float32)} if case.sizes["beta"] else {}
+    return Inputs(arrays, beta)
+
+
+def _case(name, B, N, H, *tags, V=None, decay=1, beta=0, plan=()) -> Case:
+    sizes = {"B": B, "N": N, "H": H, "V": V or H, "decay": decay, "beta": beta}
+    return Case(name, NAME, sizes, tags=frozenset(tags), plan=dict(plan))
+
+
+CASES = (
+    _case("linear_lightning", 2, 4, 128, "basic"),
+    _case("linear_decay_a_row", 2, 3, 64, V=128, decay=2),
+    _case("linear_delta_rule", 2, 2, 64, decay=2, beta=1),
+    _case("linear_decay_a_channel", 1, 2, 128, "memcheck", V=64, decay=3, beta=1),
+)
+
+# --- fuzz
+
+# B, N, H, V: tiles of several widths and parts of one; 12, 17 and 1032 key channels, 5 and 40 value columns, which a
+# kernel or two refuse
+SIZES = (
+    (2, 3, 64, 64), (1, 2, 128, 32), (3, 1, 16, 8), (2, 2, 8, 96), (1, 1, 256, 128), (2, 1, 40, 24), (1, 2, 32, 160),
+    (2, 1, 12, 32), (2, 2, 16, 40), (1, 2, 17, 5), (1, 1, 1032, 8),
+)  # fmt: skip
+MOSAIC = (
+    (2, 1, 64, 64), (1, 2, 40, 32), (3, 1, 16, 8), (1, 1, 32, 96), (2, 1, 8, 24), (1, 1, 16, 32), (1, 2, 32, 64),
+    (2, 1, 12, 32),
+)  # fmt: skip
+
+
+def question(draw, st, sizes, dtypes: tuple[str, ...], out: tuple[str, ...]) -> Draw:
+    chosen = dict(zip("BNHV", draw(st.sampled_from(sizes)), strict=True))
+    chosen |= {"decay": draw(st.integers(1, 3)), "beta": draw(st.integers(0, 1))}
+    view = draw(st.sampled_from(tuple(VIEWS)))
+    at = draw(st.integers(0, chosen["B"] - 1)) if view == "alone" else 0
+    return Draw(Case("fuzz", NAME, chosen), draw(st.sampled_from(dtypes)), draw(questions.seeds(st)), view, at)
+
+
+def change(draw: Draw, inputs: Inputs, rng: np.random.Generator) -> Inputs:
+    """Some factors at the ends of their range."""
+    decay, beta = inputs.arrays["decay"], inputs.options.get("beta", np.zeros(0))
+    for factors, edges in ((decay, [0, 1] if draw.case.sizes["decay"] == 3 else [1]), (beta, [0, 1])):
+        at_edge = rng.random(factors.shape) < 0.25
+        factors[at_edge] = rng.choice(edges, at_edge.sum())
+    return inputs
+
+
+def _two_tokens(backend, draw: Draw, inputs: Inputs) -> views.Answer:
+    """Another token after the first one, with the state that the first left."""
+    other = Draw(draw.case, draw.dtype, draw.seed + 2**17)
+    second = change(other, OP.inputs(other.case, other.dtype, other.seed), np.random.default_rng(other.seed))
+    state = backend.call(NAME, inputs)[1].astype(np.float32)
+    got = backend.call(NAME, Inputs({**second.arrays, "state": state}, second.options))
+    return Inputs({**second.arrays, "state": OP.truth(inputs)[1]}, second.options), got
+
+
+VIEWS = {
+    "plain": views.plain,
+    "permuted": partial(views.permuted, shared=("decay",)),
+    "alone": partial(views.alone, empty=dict.fromkeys(("q", "k", "v", "state"), 0)),
+    "split": _two_tokens,
+}
+
+
+def _triton(draw: Draw) -> str | None:
+    return "needs more registers" if draw.case.sizes["H"] > 1024 else None
+
+
+def _pallas(draw: Draw) -> str | None:
+    B, N, H, V = (draw.case.sizes[axis] for axis in "BNHV")
+    return questions.first(
+        (H % 8 > 0 or H > 256, "the kernel takes multiples of 8"),
+        (V % 32 > 0 and (V % 8 > 0 or V > 32), "the kernel takes multiples of 32"),
+        (min(B, N, H, V) == 0 or max(B, N) > 65535, "none may be 0"),
+    )
+
+
+# --- benchmarks
+
+
+def moved(sizes, options) -> int:
+    B, N, H = (sizes[axis] for axis in "BNH")
+    return B * N * (8 * H * H + 8 * H)
+
+
+def flops(sizes, options) -> int:
+    return 6 * sizes["B"] * sizes["N"] * sizes["H"] ** 2
+
+
+OP = Op(
+    name=NAME,
+    axes={"q": "BNH", "k": "BNH", "v": "BNH", "state": "BNHH", "decay": "N"},
+    draw=draw,
+    oracle=oracle,
+    cases=CASES,
+    fuzz=Fuzz(question, SIZES, MOSAIC, VIEWS, change, same_bits=True),
+    metrics=(compare.worst_row, compare.worst_row),
+    second="state",
+    refusals={"triton": _triton, "pallas": _pallas},
+    attends=False,
+    moved=moved,
+    flops=flops,
+    fill={
+        "k": lambda key, shape, sizes, options: draws.normal(key, shape) * shape[-1] ** -0.5,
+        "state": draws.float32,
+        "decay": lambda key, shape, sizes, options: jnp.linspace(0.5, 0.99, *shape),
+    },
+    carry="state",
+    bench=(Work({"B": 64, "N": 64, "H": 128}, {}),),
+    reads=lambda row: f"a float32 state of {row['H']} x {row['H']} a head, and writes it",
+)

@@ -1,0 +1,104 @@
+"""decode_mla: absorbed latent attention of the new queries over one shared head of latents and rope keys."""
+
+import numpy as np
+
+from jforge.harness import draws, peers, questions, views
+from jforge.harness.op import Case, Draw, Fuzz, Inputs, Op, Work
+from jforge.harness.ops import decode_attention
+
+NAME = "decode_mla"
+CACHES = ("latent", "k_rope")
+
+
+def oracle(q_latent, q_rope, latent, k_rope, lengths, **options):
+    """(out, lse) in float64: attention with one key head, [latent | k_rope], whose values are the latent."""
+    q_latent, q_rope, latent, k_rope = (np.asarray(a, np.float64) for a in (q_latent, q_rope, latent, k_rope))
+    q = np.concatenate([q_latent, q_rope], axis=-1)
+    k = np.concatenate([latent, k_rope], axis=-1)[:, :, None]
+    return decode_attention.oracle(q, k, latent[:, :, None], lengths, **options)
+
+
+def draw(case: Case, dtype: np.dtype, rng: np.random.Generator) -> Inputs:
+    B, T, N, S, C, R = (case.sizes[axis] for axis in "BTNSCR")
+    shapes = {"q_latent": (B, T, N, C), "q_rope": (B, T, N, R), "latent": (B, S, C), "k_rope": (B, S, R)}
+    return draws.over_a_cache(case, dtype, rng, shapes, CACHES, (C + R) ** -0.5)
+
+
+def _case(name, B, N, S, lengths, *tags, T=1, C=512, R=64, plan=(), **options) -> Case:
+    sizes = {"B": B, "T": T, "N": N, "S": S, "C": C, "R": R}
+    return Case(name, NAME, sizes, lengths, options, frozenset(tags), dict(plan))
+
+
+CASES = (
+    _case("mla_16_heads", 2, 16, 128, (128, 70), "basic"),
+    _case("mla_128_heads", 1, 128, 128, (100,), "basic"),
+    _case("mla_empty_rows", 4, 16, 128, (0, 1, 64, 65), C=128),
+    _case("mla_one_head", 2, 1, 128, (128, 3), C=128),
+    _case("mla_64_heads", 2, 64, 192, (192, 0), C=128),
+    _case("mla_two_queries", 2, 16, 128, (128, 1), T=2, C=128),
+    _case("mla_window_sinks", 2, 32, 256, (256, 40), C=128, window=70, sinks=True),
+    _case("mla_80_heads", 2, 80, 128, (128, 70), "memcheck", C=128),
+    _case("mla_chunked", 3, 16, 256, (256, 130, 0), "memcheck", C=128, chunk=64),
+)
+
+# --- fuzz
+
+# B, T, N, S, C, R
+SIZES = (
+    (2, 1, 4, 128, 64, 16), (2, 1, 16, 192, 128, 64), (2, 2, 8, 64, 64, 16), (2, 4, 16, 136, 64, 64),
+    (1, 1, 64, 72, 128, 64), (2, 1, 5, 67, 64, 8), (3, 1, 8, 256, 64, 16),
+)  # fmt: skip
+# The kernel of few rows with one box and with two, and the kernel of many.
+MOSAIC = (
+    (2, 1, 4, 72, 64, 16), (1, 2, 8, 72, 64, 16), (1, 1, 12, 64, 128, 64), (1, 1, 40, 72, 128, 64),
+    (1, 1, 5, 67, 64, 8),
+)  # fmt: skip
+
+
+def question(draw, st, sizes, dtypes: tuple[str, ...], out: tuple[str, ...]) -> Draw:
+    chosen = dict(zip("BTNSCR", draw(st.sampled_from(sizes)), strict=True))
+    options = questions.cache_options(draw, st, chosen, chosen["C"] + chosen["R"], out)
+    return questions.over_a_cache(draw, st, NAME, chosen, options, dtypes)
+
+
+def _triton(draw: Draw) -> str | None:
+    odd = draw.view == "paged" and (draw.at < 16 or draw.at & (draw.at - 1))
+    return "the page size is" if odd else None
+
+
+# --- benchmarks
+
+
+def moved(sizes, options) -> int:
+    B, N, S, C, R = (sizes[axis] for axis in "BNSCR")
+    return 2 * B * (S * (C + R) + N * (2 * C + R))
+
+
+def flops(sizes, options) -> int:
+    B, N, S, C, R = (sizes[axis] for axis in "BNSCR")
+    return 2 * B * N * S * (2 * C + R)
+
+
+SCALE = 192**-0.5  # of DeepSeek's expanded heads: nope 128 + rope 64
+BENCH = tuple(
+    Work({"B": B, "N": N, "S": S, "C": 512, "R": 64}, {"scale": SCALE}, peers=peers.expanded)
+    for B, N, S in (
+        (128, 16, 4096), (128, 64, 4096), (128, 128, 4096), (16, 128, 16384), (1, 128, 131072), (1, 128, 4096),
+    )
+)  # fmt: skip
+
+OP = Op(
+    name=NAME,
+    axes={"q_latent": "BTNC", "q_rope": "BTNR", "latent": "BSC", "k_rope": "BSR", "lengths": "B"},
+    draw=draw,
+    oracle=oracle,
+    cases=CASES,
+    fuzz=Fuzz(question, SIZES, MOSAIC, views.of_a_cache(CACHES)),
+    refusals={"triton": _triton, "pallas": questions.mosaic_cache},
+    caches=CACHES,
+    moved=moved,
+    flops=flops,
+    fill={"lengths": draws.full},
+    bench=BENCH,
+    table="latent",
+)

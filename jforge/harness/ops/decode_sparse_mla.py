@@ -1,0 +1,168 @@
+"""decode_sparse_mla: absorbed latent attention over the tokens that a list names."""
+
+from functools import partial
+
+import numpy as np
+
+from jforge.harness import draws, questions, views
+from jforge.harness.op import Case, Draw, Fuzz, Inputs, Op, Work
+from jforge.harness.ops import decode_block_sparse
+
+NAME, LISTS = "decode_sparse_mla", "indices"
+CACHES = ("latent", "k_rope")
+
+
+def oracle(q_latent, q_rope, latent, k_rope, indices, *, latent_scale=None, **options):
+    """(out, lse) in float64: a token gather with one key head, [latent | k_rope], whose values are the latent."""
+    q_latent, q_rope, k_rope = (np.asarray(a, np.float64) for a in (q_latent, q_rope, k_rope))
+    latent = draws.meant(latent, latent_scale)
+    q = np.concatenate([q_latent, q_rope], axis=-1)
+    k = np.concatenate([latent, k_rope], axis=-1)[:, :, None]
+    values, lists = latent[:, :, None], indices[:, :, None]
+    return decode_block_sparse.oracle(q, k, values, lists, None, block_size=1, **options)
+
+
+def draw(case: Case, dtype: np.dtype, rng: np.random.Generator) -> Inputs:
+    """Lists of L distinct tokens, a few of them -1, in random order; NaN in every slot that no query of a row names."""
+    B, T, N, S, C, R, L = (case.sizes[axis] for axis in "BTNSCRL")
+    shapes = {"q_latent": (B, T, N, C), "q_rope": (B, T, N, R), "latent": (B, S, C), "k_rope": (B, S, R)}
+    arrays = {name: rng.standard_normal(shape).astype(dtype) for name, shape in shapes.items()}
+    indices = np.full((B, T, L), -1, np.int32)
+    for b, t in np.ndindex(B, T):
+        picks = rng.permutation(S)[: max(0, L - int(rng.integers(5)))] if case.lengths[b] else []
+        indices[b, t, : len(picks)] = picks
+        rng.shuffle(indices[b, t])
+    _poison(arrays, indices)
+    options = draws.with_sinks({"scale": (C + R) ** -0.5, **case.options}, N, rng)
+    return Inputs({**arrays, LISTS: indices}, options)
+
+
+def _poison(arrays: dict[str, np.ndarray], indices: np.ndarray) -> None:
+    for b in range(len(indices)):
+        unread = ~np.isin(np.arange(arrays["latent"].shape[1]), indices[b])
+        arrays["latent"][b, unread] = arrays["k_rope"][b, unread] = np.nan
+
+
+def _case(name, B, N, S, L, *tags, T=1, C=512, R=64, filled=None, plan=(), **options) -> Case:
+    """filled: 0 for rows whose lists name nothing."""
+    sizes = {"B": B, "T": T, "N": N, "S": S, "C": C, "R": R, "L": L}
+    return Case(name, NAME, sizes, filled or (1,) * B, options, frozenset(tags), dict(plan))
+
+
+CASES = (
+    _case("sparse_mla_16_heads", 2, 16, 256, 96, "basic"),
+    _case("sparse_mla_128_heads", 1, 128, 128, 64, "basic", "memcheck"),
+    _case("sparse_mla_small", 2, 8, 96, 40, "memcheck", C=128, T=2, sinks=True),
+    _case("sparse_mla_nothing_picked", 2, 16, 64, 16, C=128, filled=(0, 1)),
+)
+
+# --- fuzz
+
+# B, T, N, S, C, R, L, the dtype of a latent with scales: more entries than slots, no slots at all, and rows that are
+# too wide for the kernels or no multiple of what Pallas takes
+SIZES = (
+    (2, 1, 4, 96, 64, 16, 20, None), (2, 2, 8, 40, 64, 16, 9, None), (1, 3, 5, 33, 64, 8, 40, None),
+    (1, 1, 64, 32, 128, 64, 24, None), (3, 1, 1, 72, 64, 16, 130, None), (2, 1, 3, 16, 80, 12, 5, None),
+    (1, 1, 2, 24, 520, 8, 10, None), (2, 1, 4, 0, 64, 16, 7, None), (2, 2, 4, 40, 64, 16, 20, "int8"),
+    (2, 1, 3, 40, 64, 16, 12, "float8_e4m3fn"),
+)  # fmt: skip
+# The kernel of few rows with one box and with two, and the kernel of many; one tile of a list and two.
+MOSAIC = (
+    (2, 1, 4, 40, 64, 16, 20, None), (1, 2, 12, 24, 64, 64, 9, None), (1, 1, 40, 24, 128, 16, 20, None),
+    (2, 1, 1, 80, 64, 8, 70, None), (1, 1, 3, 40, 64, 16, 9, None), (1, 1, 8, 33, 64, 24, 33, None),
+)  # fmt: skip
+
+
+def question(draw, st, sizes, dtypes: tuple[str, ...], out: tuple[str, ...]) -> Draw:
+    """lengths: how many tokens the list of a row's last query names; those of the others name no more."""
+    *chosen, stored = draw(st.sampled_from(sizes))
+    chosen = dict(zip("BTNSCRL", chosen, strict=True))
+    B, L = chosen["B"], chosen["L"]
+    strategies = questions.common(st, chosen["C"] + chosen["R"], out)
+    if sizes is MOSAIC:  # all of the options or none, so that fewer calls are new
+        options = {name: draw(strategy) for name, strategy in strategies.items()} if draw(st.booleans()) else {}
+    else:
+        options = questions.optional(draw, st, **strategies)
+    lengths = tuple(draw(questions.near(st, L, 64)) for _ in range(B))
+    view = draw(st.sampled_from(tuple(VIEWS)))
+    at = draw({"alone": st.integers(0, B - 1), "split": st.integers(0, L)}.get(view, st.just(0)))
+    case = Case("fuzz", NAME, chosen, lengths, options)
+    return Draw(case, draw(st.sampled_from(dtypes)), draw(questions.seeds(st)), view, at, stored=stored)
+
+
+def change(draw: Draw, inputs: Inputs, rng: np.random.Generator) -> Inputs:
+    """At most lengths[b] tokens in the list of row b's last query, perhaps fewer in the others, and NaN in the slots
+    that no list names any more.
+    """
+    arrays, lengths = dict(inputs.arrays), draw.case.lengths
+    B, T, L = arrays[LISTS].shape
+    for b, t in np.ndindex(B, T):
+        kept = lengths[b] if t == T - 1 else rng.integers(lengths[b] + 1)
+        arrays[LISTS][b, t, rng.permutation(L)[kept:]] = -1
+    _poison(arrays, arrays[LISTS])
+    arrays[LISTS] = draws.with_garbage(arrays[LISTS], draw.case.sizes["S"], rng)
+    return draws.as_codes(draw, Inputs(arrays, inputs.options), rng, "latent", "latent_scale")
+
+
+VIEWS = {
+    "plain": views.plain,
+    "permuted": views.permuted,
+    "alone": partial(views.alone, empty={LISTS: -1}),
+    "split": partial(views.split_lists, lists=LISTS),
+    "shuffled": partial(views.shuffled, lists=LISTS),
+}
+
+
+def _triton(draw: Draw) -> str | None:
+    wide = draw.case.sizes["C"] > 512 or draw.case.sizes["R"] > 64
+    unscaled = "latent_scale. has no Triton kernel yet"
+    return questions.first((bool(draw.stored), unscaled), (wide, "needs more registers"))
+
+
+def _pallas(draw: Draw) -> str | None:
+    B, T, N, S, C, R, L = (draw.case.sizes[axis] for axis in "BTNSCRL")
+    return questions.first(
+        (bool(draw.stored), "latent_scale is given"),
+        (draw.dtype == "float32", questions.TF32),
+        (draw.case.options.get("out_dtype") == "float64", "out_dtype is float64"),
+        (S == 0, "needs at least one"),
+        (L == 0, "needs at least one"),
+        (min(B, T, N) == 0 or B * T > 65535, questions.GRID),
+        (C % 64 > 0 or not 0 < C <= 512, "must be multiples of 64"),
+        (R % 8 > 0 or not 0 < R <= 64, "the kernel takes multiples of 8"),
+    )
+
+
+# --- benchmarks
+
+
+def moved(sizes, options) -> int:
+    B, N, L, C, R = (sizes[axis] for axis in "BNLCR")
+    return 2 * B * (L * (C + R) + N * (2 * C + R))
+
+
+def flops(sizes, options) -> int:
+    B, N, L, C, R = (sizes[axis] for axis in "BNLCR")
+    return 2 * B * N * L * (2 * C + R)
+
+
+OP = Op(
+    name=NAME,
+    axes={"q_latent": "BTNC", "q_rope": "BTNR", "latent": "BSC", "k_rope": "BSR", LISTS: "BTL"},
+    draw=draw,
+    oracle=oracle,
+    cases=CASES,
+    fuzz=Fuzz(question, SIZES, MOSAIC, VIEWS, change),
+    refusals={"triton": _triton, "pallas": _pallas},
+    caches=CACHES,
+    lists=LISTS,
+    stored="latent",
+    moved=moved,
+    flops=flops,
+    fill={LISTS: draws.lists},
+    bench=tuple(
+        Work({"B": B, "N": N, "S": S, "C": 512, "R": 64, "L": L}, {"scale": 192**-0.5})
+        for B, N, S, L in ((64, 128, 16384, 2048), (64, 128, 131072, 2048), (64, 64, 32768, 2048))
+    ),
+    reads=lambda row: f"{row['L']} tokens",
+)

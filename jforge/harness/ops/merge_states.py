@@ -1,0 +1,87 @@
+"""merge_states: partial attentions of the same queries joined by their log-sum-exps."""
+
+from functools import partial
+
+import numpy as np
+
+from jforge.harness import questions, views
+from jforge.harness.op import DTYPES, Case, Draw, Fuzz, Inputs, Op
+
+NAME = "merge_states"
+
+
+def oracle(outs, lses):
+    """(out, lse) in float64."""
+    outs, lses = np.asarray(outs, np.float64), np.asarray(lses, np.float64)
+    out, lse = np.zeros(outs.shape[1:]), np.full(lses.shape[1:], -np.inf)
+    for index in np.ndindex(lse.shape):
+        parts = [p for p in range(len(lses)) if lses[(p, *index)] > -np.inf]
+        if parts:
+            logs = np.array([lses[(p, *index)] for p in parts])
+            top = logs.max()
+            weights = np.exp(logs - top)
+            out[index] = sum(w * outs[(p, *index)] for w, p in zip(weights, parts, strict=True)) / weights.sum()
+            lse[index] = top + np.log(weights.sum())
+    return out, lse
+
+
+def draw(case: Case, dtype: np.dtype, rng: np.random.Generator) -> Inputs:
+    """Part p of row b is empty where p >= lengths[b]: NaN with lse = -inf."""
+    P, B, T, N, V = (case.sizes[axis] for axis in "PBTNV")
+    outs = rng.standard_normal((P, B, T, N, V)).astype(dtype)
+    lses = (3 * rng.standard_normal((P, B, T, N))).astype(np.float64 if dtype.itemsize == 8 else np.float32)
+    for row, parts in enumerate(case.lengths):
+        outs[parts:, row], lses[parts:, row] = np.nan, -np.inf
+    return Inputs({"outs": outs, "lses": lses}, {})
+
+
+def _case(name, P, B, T, N, V, lengths, *tags, plan=()) -> Case:
+    sizes = {"P": P, "B": B, "T": T, "N": N, "V": V}
+    return Case(name, NAME, sizes, lengths, {}, frozenset(tags), dict(plan))
+
+
+CASES = (
+    _case("merge_two", 2, 2, 1, 8, 128, (2, 1), "basic", "demo"),
+    _case("merge_many", 5, 3, 2, 4, 64, (5, 0, 3), "basic", "memcheck"),
+)
+
+# --- fuzz
+
+# P, B, T, N, V: rows of 12 values are not a multiple of 16 bytes in 16 bits, 40 parts are more than one TMA copy
+SIZES = ((1, 2, 1, 3, 64), (3, 2, 2, 1, 128), (7, 2, 1, 2, 64), (2, 3, 1, 2, 12), (4, 1, 2, 1, 256), (40, 2, 1, 1, 64))
+
+
+def question(draw, st, sizes, dtypes: tuple[str, ...], out: tuple[str, ...]) -> Draw:
+    chosen = dict(zip("PBTNV", draw(st.sampled_from(sizes)), strict=True))
+    lengths = tuple(draw(st.integers(0, chosen["P"])) for _ in range(chosen["B"]))
+    view = draw(st.sampled_from(tuple(VIEWS)))
+    at = draw(st.integers(0, chosen["P"])) if view == "split" else 0
+    case = Case("fuzz", NAME, chosen, lengths)
+    return Draw(case, draw(st.sampled_from(dtypes)), draw(questions.seeds(st)), view, at)
+
+
+def _split(backend, draw: Draw, inputs: Inputs) -> views.Answer:
+    """The parts before `at`, then the others, in float32: parts are not rounded twice."""
+    outs, lses = inputs.arrays["outs"].astype(np.float32), inputs.arrays["lses"]
+    first = np.arange(len(outs)) < draw.at
+    kept = [np.where(mine[:, None, None, None], lses, -np.inf).astype(lses.dtype) for mine in (first, ~first)]
+    return inputs, backend.merge([backend.call(NAME, Inputs({"outs": outs, "lses": some}, {})) for some in kept])
+
+
+VIEWS = {"plain": views.plain, "permuted": partial(views.permuted, axis=1), "split": _split}
+
+
+def _pallas(draw: Draw) -> str | None:
+    itemsize = 4 if draw.view == "split" else DTYPES[draw.dtype].itemsize
+    return "multiple of 16 bytes" if draw.case.sizes["V"] * itemsize % 16 else None
+
+
+OP = Op(
+    name=NAME,
+    axes={"outs": "PBTNV", "lses": "PBTN"},
+    draw=draw,
+    oracle=oracle,
+    cases=CASES,
+    fuzz=Fuzz(question, SIZES, SIZES, VIEWS, same_bits=True),
+    refusals={"pallas": _pallas},
+)
