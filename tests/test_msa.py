@@ -73,7 +73,7 @@ def test_torch_ref_picks_the_same_but_for_ties():
     q, k = twin.project_index({n: to_torch(p) for n, p in params.items()}, SMALL, to_torch(x), to_torch(order))
     lengths = torch.full((2,), T, dtype=torch.int32)
     theirs = torch_ref.ops.block_index_scores(q, k, lengths, block_size=SMALL.index_block_size)
-    want = twin.chosen_blocks(SMALL, theirs, to_torch(order))
+    want = twin.choose(SMALL, theirs, to_torch(order))
     with jax.enable_x64(True):
         exact = scores({n: p.astype(np.float64) for n, p in params.items()}, x.astype(np.float64))
     own = (order // SMALL.index_block_size)[..., None, None] == np.arange(exact.shape[-1])

@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from torch_ref.ops import check_linear
+from torch_ref.ops import check
 from triton_kernels import runtime
 from triton_kernels.plan import LinearConfig, default_linear_config, nearest, pow2_ceil
 
@@ -126,6 +126,6 @@ def decode_linear(q, k, v, state, decay, *, beta=None):
     Raises ValueError for shapes, strides and devices, TypeError for dtypes and for CPU tensors outside the interpreter,
     NotImplementedError for wider keys; always before any launch, so a refused state is as it was.
     """
-    check_linear.decode_linear(q, k, v, state, decay, beta=beta)
+    check.decode_linear(q, k, v, state, decay, beta=beta)
     _check(q, k, v, state, decay, beta)
     return run(q, k, v, state, decay, beta=beta)

@@ -17,7 +17,7 @@ import torch
 import triton
 import triton.language as tl
 
-from torch_ref.ops import check_sparse
+from torch_ref.ops import check
 from triton_kernels import runtime
 from triton_kernels.decode_attention import cap_logits, close_rows, load_tile, store_tile
 from triton_kernels.decode_mla import MAX_LATENT, MAX_ROPE, absorb
@@ -253,7 +253,7 @@ def decode_sparse_mla(
     interpreter, NotImplementedError for latent_scale and wider caches; always before any launch.
     """
     options = dict(scale=scale, sinks=sinks, out_dtype=out_dtype)
-    check_sparse.decode_sparse_mla(q_latent, q_rope, latent, k_rope, indices, **options, latent_scale=latent_scale)
+    check.decode_sparse_mla(q_latent, q_rope, latent, k_rope, indices, **options, latent_scale=latent_scale)
     if latent_scale is not None:
         raise NotImplementedError(f"{OP}: a quantised latent (latent_scale) has no Triton kernel yet")
     widths = {"C": (q_latent.shape[-1], MAX_LATENT), "R": (q_rope.shape[-1], MAX_ROPE)}

@@ -21,7 +21,7 @@ import torch
 import triton
 import triton.language as tl
 
-from torch_ref.ops import check_block_scores, check_sparse
+from torch_ref.ops import check
 from triton_kernels import runtime
 from triton_kernels.decode_attention import load_tile
 from triton_kernels.decode_sparse_mla import split_range
@@ -243,7 +243,7 @@ def index_scores(q_index, k_index, weights, lengths, *, k_scale=None):
     Raises ValueError for shapes, strides and devices, TypeError for dtypes and for CPU tensors outside the interpreter,
     NotImplementedError for more or wider heads; always before any launch.
     """
-    check_sparse.index_scores(q_index, k_index, weights, lengths, k_scale=k_scale)
+    check.index_scores(q_index, k_index, weights, lengths, k_scale=k_scale)
     if weights.dtype != torch.float32:
         raise TypeError(f"index_scores: weights must be float32 in triton_kernels, got {weights.dtype}")
     _check("index_scores", q_index, k_index, lengths)
@@ -256,6 +256,6 @@ def block_index_scores(q_index, k_index, lengths, *, block_size, k_scale=None):
     Arguments, errors and limits as in `index_scores`, without weights. block_size: >= 1; the last block can be partial.
     Returns float32 B T I ceil(S / block_size), unscaled, -inf where a query sees no key of the block.
     """
-    check_block_scores.block_index_scores(q_index, k_index, lengths, block_size=block_size, k_scale=k_scale)
+    check.block_index_scores(q_index, k_index, lengths, block_size=block_size, k_scale=k_scale)
     _check("block_index_scores", q_index, k_index, lengths)
     return run_blocks(q_index, k_index, lengths, block_size=block_size, k_scale=k_scale)

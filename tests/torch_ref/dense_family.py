@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from torch_ref.attention import rows
+from torch_ref.attention import step
 from torch_ref.core.norm import rms_norm
 from torch_ref.core.rope import apply_rope, frequencies
 
@@ -279,7 +279,7 @@ def check_overflow(att, params, cfg, capacity, monkeypatch):
     y, after = att.prefill(params, cfg, new, cache, int32(0, 0, 0))
     assert (y == 0).all()
     same_caches(after, cache)
-    monkeypatch.setattr(rows, "room", lambda length, new, capacity: length + new <= capacity)
+    monkeypatch.setattr(step, "room", lambda length, new, capacity: length + new <= capacity)
     for call in (att.prefill, att.decode):
         y, after = call(params, cfg, new, cache)
         assert y[1].isnan().all() and y[::2].isfinite().all()

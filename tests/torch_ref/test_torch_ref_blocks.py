@@ -211,7 +211,7 @@ class Spy:
 
 
 @pytest.mark.parametrize("name", ["pattern-plain", "pattern-phi-True", "moba-plain", "moba-mqa"])
-def test_decode_gathers_the_chosen_blocks(name):
+def test_decode_gathers_the_choose(name):
     """NaN in all other blocks of a full cache, and the lists that the op was handed."""
     att, cfg, params, visible = CASES[name]
     size, kv_heads = getattr(cfg, "block_size", None) or cfg.moba_chunk_size, cfg.num_key_value_heads
@@ -270,10 +270,10 @@ def test_moba_ties_take_the_lower_block():
     cfg = config(moba_chunk_size=2, moba_topk=3, dense_decode=False)
     k_mean, q = torch.ones(1, 5, 2, 6), torch.ones(1, 1, 4, 6)
     k_mean[0, 3] = 2.0
-    lists = moba.chosen_blocks(cfg, q, k_mean, torch.tensor([[9]]), 10)
+    lists = moba.choose(cfg, q, k_mean, torch.tensor([[9]]), 10)
     assert lists.shape == (1, 1, 4, 3) and (lists == int32(4, 3, 0)).all()
-    assert moba.chosen_blocks(cfg, q, k_mean * NAN, torch.tensor([[1]]), 10).tolist() == [[[[0, -1, -1]] * 4]]
-    assert (moba.chosen_blocks(cfg, q, -k_mean, torch.tensor([[9]]), 10) == int32(4, 0, 1)).all()
+    assert moba.choose(cfg, q, k_mean * NAN, torch.tensor([[1]]), 10).tolist() == [[[[0, -1, -1]] * 4]]
+    assert (moba.choose(cfg, q, -k_mean, torch.tensor([[9]]), 10) == int32(4, 0, 1)).all()
 
 
 # ---- bad inputs

@@ -8,7 +8,7 @@ import torch
 
 import torch_ref
 from torch_ref import ops
-from torch_ref.attention import dense
+from torch_ref.attention import dense, step
 from torch_ref.core.norm import rms_norm
 from torch_ref.core.rope import apply_rope, frequencies
 
@@ -229,7 +229,7 @@ def test_overflow_names_the_row(call):
 @pytest.mark.parametrize("call", [dense.prefill, dense.decode])
 def test_overflow_of_unread_lengths_leaves_the_row_alone(call, monkeypatch):
     """What a device does, where lengths are not read: the CPU's error is taken out."""
-    monkeypatch.setattr(dense, "room", lambda length, new, capacity: length + new <= capacity)
+    monkeypatch.setattr(step, "room", lambda length, new, capacity: length + new <= capacity)
     cfg = CONFIGS["gpt_oss"]
     new = 1 if call is dense.decode else 2
     params, x = init_params(cfg), tokens(cfg, batch=3, new=new)

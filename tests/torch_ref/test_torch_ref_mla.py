@@ -8,7 +8,7 @@ import torch
 
 import torch_ref
 from torch_ref import ops
-from torch_ref.attention import mla
+from torch_ref.attention import mla, step
 from torch_ref.core.rope import apply_rope, frequencies
 
 NAN, INF = math.nan, math.inf
@@ -150,8 +150,8 @@ def test_naive_is_absorbed(cfg):
 def test_prefill_and_decode_are_forward(cfg):
     params, x = init_params(cfg), tokens(cfg)
     expected, latent, k_rope = slow_forward(params, cfg, x, torch.arange(7).expand(2, 7))
-    for step in (mla.prefill, fold_decode):
-        y, cache = step(params, cfg, x, poisoned_cache(cfg, 2, 9))
+    for call in (mla.prefill, fold_decode):
+        y, cache = call(params, cfg, x, poisoned_cache(cfg, 2, 9))
         close(y, expected)
         assert cache["length"].tolist() == [7, 7] and cache["length"].dtype == torch.int32
         for name, stored in (("latent", latent), ("k_rope", k_rope)):
@@ -247,7 +247,7 @@ def test_overflow_names_the_row(call):
 @pytest.mark.parametrize("call", [mla.prefill, mla.decode])
 def test_overflow_of_unread_lengths_leaves_the_row_alone(call, monkeypatch):
     """What a device does, where lengths are not read: the CPU's error is taken out."""
-    monkeypatch.setattr(mla, "room", lambda length, new, capacity: length + new <= capacity)
+    monkeypatch.setattr(step, "room", lambda length, new, capacity: length + new <= capacity)
     cfg = CONFIGS["biases"]
     new = 1 if call is mla.decode else 2
     params, x = init_params(cfg), tokens(cfg, batch=3, new=new)

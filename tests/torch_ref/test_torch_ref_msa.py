@@ -166,7 +166,7 @@ def test_blocks_of_four_and_three_picks():
     """t = 3 has block 0, t = 11 has all of 0, 1, 2, and t = 13 has block 3, forced, and the best two of 0, 1, 2."""
     cfg = config(**(INDEX | dict(index_block_size=4)))
     scores, where = random_scores(cfg, [3, 11, 13])
-    picks = msa.chosen_blocks(cfg, scores, where)
+    picks = msa.choose(cfg, scores, where)
     assert picks.dtype == torch.int32 and picks.shape == (1, 3, 2, 3)
     for g in range(2):
         assert sorted(picks[0, 0, g].tolist()) == [-1, -1, 0]
@@ -191,7 +191,7 @@ def test_a_forced_block_is_counted_once(index, position, picks):
     cfg = config(**(INDEX | index))
     scores = torch.arange(6.0).expand(1, 1, 2, 6)
     scores = scores.masked_fill(torch.arange(6) > position // 3, -torch.inf)
-    assert msa.chosen_blocks(cfg, scores, torch.tensor([[position]])).tolist() == [[[picks, picks]]]
+    assert msa.choose(cfg, scores, torch.tensor([[position]])).tolist() == [[[picks, picks]]]
 
 
 @pytest.mark.parametrize("step", [msa.prefill, lambda *a: family.fold_decode(msa, *a)])
@@ -270,7 +270,7 @@ def test_decode_reads_the_picked_blocks_alone():
     expected, after = msa.decode(params, cfg, x[:, 16:], cache)
     q_index, _ = msa.project_index(params, cfg, x[:, 16:], torch.full((2, 1), 16))
     scores = ops.block_index_scores(q_index, after["k_index"], int32(17, 17), block_size=3)
-    picks = msa.chosen_blocks(cfg, scores, torch.full((2, 1), 16))[:, 0, 0].tolist()
+    picks = msa.choose(cfg, scores, torch.full((2, 1), 16))[:, 0, 0].tolist()
     for b in range(2):
         unread = [s for s in range(16) if s // 3 not in picks[b]]
         assert len(unread) == 9

@@ -8,8 +8,7 @@ from nsa_loop import init_params, nsa_config, nsa_loop
 
 import torch_ref
 from torch_ref import ops
-from torch_ref.attention import dense, nsa
-from torch_ref.attention import nsa_compression as compression
+from torch_ref.attention import dense, nsa, nsa_compress
 
 VARIANTS = {
     "mean": dict(compress="mean"),
@@ -150,19 +149,19 @@ PAPER = nsa_config(kernel_size=32, kernel_stride=16, block_size=64, topk=16, ini
     ("total", "count"), [(0, 0), (31, 0), (32, 1), (47, 1), (48, 2), (64, 3), (100, 5), (65536, 4095)]
 )
 def test_entries_after_so_many_tokens(total, count):
-    assert compression.entry_count(PAPER, total) == count
-    assert compression.entry_count(PAPER, int32(total)).tolist() == [count]
+    assert nsa_compress.entry_count(PAPER, total) == count
+    assert nsa_compress.entry_count(PAPER, int32(total)).tolist() == [count]
     assert nsa.init_cache(PAPER, 1, total)["k_cmp"].shape[1] == max(1, count)
 
 
 @pytest.mark.parametrize(("t", "count"), [(30, 0), (31, 1), (46, 1), (47, 2), (63, 3)])
 def test_entries_visible_to_a_query(t, count):
-    seen = compression.visible_entries(PAPER, torch.tensor([[t]]), 5)[0, 0]
+    seen = nsa_compress.seen(PAPER, torch.tensor([[t]]), 5)[0, 0]
     assert seen.tolist() == [i < count for i in range(5)]
 
 
 def test_overlap_weights():
-    table = compression.overlaps(PAPER, 20, 3)
+    table = nsa_compress.overlaps(PAPER, 20, 3)
     by_block = [{i: w for i, w in enumerate(column.tolist()) if w} for column in table.T]
     assert by_block[0] == {0: 2, 1: 2, 2: 2, 3: 1}
     assert by_block[1] == {3: 1, 4: 2, 5: 2, 6: 2, 7: 1}
@@ -196,7 +195,7 @@ def scores_to_blocks(cfg, entries, t, blocks):
     p = torch.zeros(1, 1, 1, 1, 1 + max(entries))
     for i, weight in entries.items():
         p[..., i] = weight
-    return nsa.selected_blocks(cfg, p, torch.tensor([[t]]), blocks * cfg.block_size)[0, 0, 0].tolist()
+    return nsa.choose(cfg, p, torch.tensor([[t]]), blocks * cfg.block_size)[0, 0, 0].tolist()
 
 
 def test_forced_blocks_come_first_and_count():

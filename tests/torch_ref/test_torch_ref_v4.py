@@ -8,7 +8,7 @@ import torch
 from dense_family import INF, NAN, close, default_positions, int32, odd_positions, tokens
 from v4_loop import CASES, angles, filled, gate_rows, init_params, spied_ops, v4_config, v4_loop, v4_row
 
-from torch_ref.attention import csa, hca, v4_compressor, v4_window
+from torch_ref.attention import csa, hca, v4_compress, v4_window
 from torch_ref.core.rope import frequencies
 
 every_case = pytest.mark.parametrize(("att", "cfg"), CASES.values(), ids=CASES)
@@ -74,7 +74,7 @@ def test_enough_picks_are_all_entries():
 
 def test_visible_entries_by_position():
     table = {0: 0, 2: 0, 3: 1, 4: 1, 6: 1, 7: 2, 8: 2, 11: 3}
-    seen = v4_compressor.visible(v4_config(compress_rate=4), torch.tensor([list(table)]), 5)
+    seen = v4_compress.seen(v4_config(compress_rate=4), torch.tensor([list(table)]), 5)
     assert seen.sum(-1).tolist() == [list(table.values())]
     assert all(row == sorted(row, reverse=True) for row in seen[0].tolist())  # the first entries, not any
 

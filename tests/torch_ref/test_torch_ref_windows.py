@@ -9,7 +9,7 @@ from dense_family import DENSE, INF, NAN, close, config, int32, random, tokens
 
 import torch_ref
 from torch_ref.attention import dense, sinks, sliding_window, streaming
-from torch_ref.core.ring import append_ring, ring_positions
+from torch_ref.core import ring
 
 every_dense = pytest.mark.parametrize("fields", DENSE.values(), ids=DENSE)
 # of 17 tokens: at and around 5 and 10 (W = 5), 7 and 8 (s + R), and chunks longer than both
@@ -209,11 +209,11 @@ def test_streaming_writes_each_token_to_one_part():
     + [(6, [4, 5, 2, 3]), (8, [4, 5, 6, 7])],
 )
 def test_ring_of_four_slots(length, held):
-    assert ring_positions(int32(length), 4).tolist() == [held]
+    assert ring.held(int32(length), 4).tolist() == [held]
     ids = torch.arange(10.0)[None, :, None]
-    ring = append_ring(torch.full((1, 4, 1), NAN), ids, int32(0), int32(length))
+    buffer = ring.write(torch.full((1, 4, 1), NAN), ids, int32(0), int32(length))
     expected = torch.tensor([float(position) if position >= 0 else NAN for position in held])
-    torch.testing.assert_close(ring[0, :, 0], expected, equal_nan=True)
+    torch.testing.assert_close(buffer[0, :, 0], expected, equal_nan=True)
 
 
 @pytest.mark.parametrize(

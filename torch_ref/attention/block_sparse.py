@@ -19,9 +19,9 @@ import numpy
 import torch
 
 from .. import ops as reference_ops
-from ..core.block_lists import headwise_attention, tokens_of_blocks
+from ..core import blocks
 from . import dense, inputs
-from .rows import begin, finish, given_positions
+from .step import begin, end, in_order
 
 
 class Pattern(NamedTuple):
@@ -49,46 +49,32 @@ def forward(params, cfg, x, positions=None):
     """
     inputs.check_tokens(x, cfg.hidden_size)
     check_pattern(cfg)
-    q, k, v = dense.project(params, cfg, x, given_positions(x, positions))
-    order = torch.arange(x.shape[1], device=x.device).expand(x.shape[:2])
-    mask = visible(cfg, order, x.shape[1])
-    out = headwise_attention(q, k, v, mask, dense.scaling(cfg), cfg.attn_logit_softcapping)
-    return dense.project_out(params, cfg, x, out.to(x.dtype))
+    order, positions = in_order(x, positions)
+    q, k, v = dense.project(params, cfg, x, positions)
+    out = blocks.headwise_attention(q, k, v, visible(cfg, order, x.shape[1]), **dense.options(cfg))
+    return dense.project_out(params, cfg, x, out)
 
 
 def prefill(params, cfg, x, cache, lengths=None):
     """(y, cache) after appending the first lengths[b] of the T tokens of row b, as in `dense.prefill`."""
-    inputs.check_tokens(x, cfg.hidden_size)
-    rows = begin(x, cache, checked_room(cfg, x, cache), lengths)
-    q, k, v = dense.project(params, cfg, rows.x, rows.positions)
-    cache = dense.appended(cache, k, v, rows.new)
-    mask = visible(cfg, rows.positions, cache["k"].shape[1]) & rows.queries[..., None, None]
-    q = q.to(cache["k"].dtype)
-    out = headwise_attention(q, cache["k"], cache["v"], mask, dense.scaling(cfg), cfg.attn_logit_softcapping)
-    return finish(dense.project_out(params, cfg, rows.x, out.to(x.dtype)), rows), cache
+    step = begin(x, cache, checked_room(cfg, x, cache), lengths)
+    q, k, v = dense.project(params, cfg, step.x, step.positions)
+    cache = dense.appended(cache, k, v, step)
+    k, v = cache["k"], cache["v"]
+    mask = visible(cfg, step.positions, k.shape[1]) & step.keep[..., None, None]
+    out = blocks.headwise_attention(q.to(k.dtype), k, v, mask, **dense.options(cfg))
+    return end(step, dense.project_out(params, cfg, step.x, out)), cache
 
 
 def decode(params, cfg, x, cache, ops=reference_ops):
     """(y, cache) after appending one token per row; x, y: B 1 D. ops: any namespace with `decode_block_sparse`."""
-    inputs.check_tokens(x, cfg.hidden_size, tokens=1)
-    rows = begin(x, cache, checked_room(cfg, x, cache))
-    q, k, v = dense.project(params, cfg, x, rows.positions)
-    cache = dense.appended(cache, k, v, rows.new)
-    lists = listed(cfg, rows.positions, cache["k"].shape[1])
-    if lists.shape[2] == 1:
-        lists = lists.expand(-1, -1, cfg.num_key_value_heads, -1)
-    out, _ = ops.decode_block_sparse(
-        q.to(cache["k"].dtype),
-        cache["k"],
-        cache["v"],
-        lists.contiguous(),
-        cache["length"],
-        block_size=cfg.block_size,
-        scale=dense.scaling(cfg),
-        softcap=cfg.attn_logit_softcapping,
-        out_dtype=x.dtype,
-    )
-    return finish(dense.project_out(params, cfg, x, out), rows), cache
+    step = begin(x, cache, checked_room(cfg, x, cache, tokens=1))
+    q, k, v = dense.project(params, cfg, x, step.positions)
+    cache = dense.appended(cache, k, v, step)
+    k, v = cache["k"], cache["v"]
+    lists, options = listed(cfg, step.positions, k.shape[1]).contiguous(), dense.options(cfg) | {"out_dtype": x.dtype}
+    out, _ = ops.decode_block_sparse(q.to(k.dtype), k, v, lists, cache["length"], block_size=cfg.block_size, **options)
+    return end(step, dense.project_out(params, cfg, x, out)), cache
 
 
 def pattern(cfg, head, block):
@@ -107,35 +93,34 @@ def pattern(cfg, head, block):
     return sorted(j for j in chosen if 0 <= j <= block)
 
 
-def table(cfg, blocks):
-    """int32 [heads, blocks, L] on the CPU: `pattern` of every head (of head 0 alone if all share it), padded by -1."""
-    return _table(Pattern(*(getattr(cfg, name) for name in Pattern._fields)), blocks)
+def table(cfg, count):
+    """int32 [heads, count, L] on the CPU: `pattern` of every head (of head 0 alone if all share it), padded by -1."""
+    return _table(Pattern(*(getattr(cfg, name) for name in Pattern._fields)), count)
 
 
 @functools.lru_cache(maxsize=64)
-def _table(fields, blocks):
+def _table(fields, count):
     heads = 1 if fields.homo_head_pattern else fields.num_attention_heads
-    lists = [[pattern(fields, head, block) for block in range(blocks)] for head in range(heads)]
+    lists = [[pattern(fields, head, block) for block in range(count)] for head in range(heads)]
     longest = max(len(one) for of_head in lists for one in of_head)
     padded = [[one + [-1] * (longest - len(one)) for one in of_head] for of_head in lists]
     return torch.tensor(padded, dtype=torch.int32)
 
 
 def listed(cfg, positions, slots):
-    """int32 B T heads L: the list of each query at positions (int B T) of a cache of S slots; heads is 1 or N."""
-    blocks = max(1, -(-slots // cfg.block_size))
-    lists = table(cfg, blocks).to(positions.device)
+    """int32 B T heads L: the list of each query at positions (int B T) of a cache of S slots; heads is K (all the same)
+    or N."""
+    count = max(1, -(-slots // cfg.block_size))
+    lists = table(cfg, count).to(positions.device)
     # a pad or a row without room may stand past the last block; what it is given is not read
-    block = (positions // cfg.block_size).clamp(max=blocks - 1)
-    return lists[:, block.long()].permute(1, 2, 0, 3)
+    block = (positions // cfg.block_size).clamp(max=count - 1)
+    lists = lists[:, block.long()].permute(1, 2, 0, 3)
+    return lists.expand(-1, -1, cfg.num_key_value_heads, -1) if cfg.homo_head_pattern else lists
 
 
 def visible(cfg, positions, slots):
-    """bool B T heads S: key s <= t and its block is listed; heads is K (all the same) or N."""
-    seen = tokens_of_blocks(listed(cfg, positions, slots), cfg.block_size, slots)
-    if seen.shape[2] == 1:
-        seen = seen.expand(-1, -1, cfg.num_key_value_heads, -1)
-    return seen & (torch.arange(slots, device=positions.device) <= positions[..., None])[:, :, None]
+    """bool B T heads S: key s <= t and its block is listed."""
+    return blocks.visible(listed(cfg, positions, slots), cfg.block_size, positions, slots)
 
 
 def check_pattern(cfg):
@@ -146,8 +131,7 @@ def check_pattern(cfg):
         inputs.check_counts(cfg, 1, "vert_stride")
 
 
-def checked_room(cfg, x, cache):
-    """The tokens that a row may have in all: the slots of the cache."""
+def checked_room(cfg, x, cache, tokens=None):
+    """As `dense.checked_room`."""
     check_pattern(cfg)
-    inputs.check_cache(cache, x, k=(cfg.num_key_value_heads, cfg.head_dim), v=(cfg.num_key_value_heads, cfg.v_head_dim))
-    return cache["k"].shape[1]
+    return dense.checked_room(cfg, x, cache, tokens)

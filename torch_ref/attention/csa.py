@@ -5,7 +5,7 @@
     o_t,n = rope_-t(sum over the keys of p key),   keys = [kv_s : t - W < s <= t] and [c_kv_w : w in I_t]
 
 One softmax over both, with the sink, as in `v4_window`. c_kv and k_index are two compressors over the same blocks, both
-with overlap (`v4_compressor`). c_q is the normed query latent; the index queries have no norm of their own. m is 4.
+with overlap (`v4_compress`). c_q is the normed query latent; the index queries have no norm of their own. m is 4.
 DeepSeek-V4 (2606.19348), without the Hadamard rotation and the fp4 rounding of its kernels.
 
 cfg: the fields of `v4_window`, compress_rate (m), index_n_heads (I), index_head_dim (J >= R), index_topk (L).
@@ -21,21 +21,21 @@ import torch
 from .. import ops as reference_ops
 from ..core.dtypes import accumulator, einsum
 from ..ops.index_scores import masked_index_scores
-from . import inputs, v4_window
-from . import v4_compressor as compressor
-from .dsa import best, picked
-from .rows import begin, finish, given_positions
+from . import inputs, v4_compress, v4_window
+from .dsa import choose, picked
+from .sliding_window import in_window
+from .step import begin, end, in_order
 
-ENTRIES = compressor.Compressor("c", "c_kv", "state_kv", "state_score", "head_dim", overlap=True)
-INDEX = compressor.Compressor("ic", "k_index", "index_state_kv", "index_state_score", "index_head_dim", overlap=True)
+ENTRIES = v4_compress.Compressor("c", "c_kv", "state_kv", "state_score", "head_dim", overlap=True)
+INDEX = v4_compress.Compressor("ic", "k_index", "index_state_kv", "index_state_score", "index_head_dim", overlap=True)
+COMPRESSORS = (ENTRIES, INDEX)
 
 
 def init_cache(cfg, batch, capacity, dtype=torch.bfloat16):
     """An empty cache with room for `capacity` tokens per row, the ring, the entries and the index keys in dtype."""
     check_fields(cfg)
-    return v4_window.init_cache(cfg, batch, capacity, dtype) | compressor.init_cache(
-        [ENTRIES, INDEX], cfg, batch, capacity, dtype
-    )
+    entries = v4_compress.init_cache(COMPRESSORS, cfg, batch, capacity, dtype)
+    return v4_window.init_cache(cfg, batch, capacity, dtype) | entries
 
 
 def forward(params, cfg, x, positions=None):
@@ -44,32 +44,29 @@ def forward(params, cfg, x, positions=None):
     Blocks and windows count tokens; entry w turns at positions[b, w m].
     """
     check(params, cfg, x)
-    positions = given_positions(x, positions)
+    order, positions = in_order(x, positions)
     c_q, q, kv = v4_window.project(params, cfg, x, positions)
-    entries, k_index = (compressor.entries_of(one, params, cfg, x, positions) for one in (ENTRIES, INDEX))
-    order = torch.arange(x.shape[1], device=x.device).expand(x.shape[:2])
-    seen = compressor.visible(cfg, order, entries.shape[1])
+    entries, k_index = (v4_compress.compress(one, params, cfg, x, positions) for one in COMPRESSORS)
     q_index, weights = index_queries(params, cfg, x, c_q, positions)
-    seen = seen & picked(best(cfg, masked_index_scores(q_index, k_index, weights, seen)), entries.shape[1])
-    keys, mask = torch.cat([kv, entries], dim=1), torch.cat([v4_window.window_mask(cfg, x), seen], dim=-1)
-    return v4_window.project_out(params, cfg, x, v4_window.attend(params, cfg, q, keys, mask), positions)
+    near = in_window(order, order, cfg.sliding_window)
+    far = picked_entries(cfg, q_index, k_index, weights, v4_compress.seen(cfg, order, entries.shape[1]))
+    out = v4_compress.attend_both(params, cfg, q, kv, near, entries, far)
+    return v4_window.project_out(params, cfg, x, out, positions)
 
 
 def prefill(params, cfg, x, cache, lengths=None):
     """(y, cache) after appending the first lengths[b] of the T tokens of row b, as in `v4_window.prefill`."""
     check(params, cfg, x)
-    rows = begin(x, cache, compressor.checked_room([ENTRIES, INDEX], cfg, x, cache), lengths)
-    c_q, q, kv = v4_window.project(params, cfg, rows.x, rows.positions)
-    after = appended(params, cfg, cache, kv, rows)
+    step = begin(x, cache, v4_compress.checked_room(COMPRESSORS, cfg, x, cache), lengths)
+    c_q, q, kv = v4_window.project(params, cfg, step.x, step.positions)
+    after = appended(params, cfg, cache, kv, step)
     entries, k_index = after["c_kv"], after["k_index"]
-    seen = compressor.visible(cfg, rows.positions, entries.shape[1]) & rows.queries[..., None]
-    q_index, weights = index_queries(params, cfg, rows.x, c_q, rows.positions)
-    scores = masked_index_scores(q_index.to(k_index.dtype), k_index, weights, seen)
-    seen = seen & picked(best(cfg, scores), entries.shape[1])
-    keys, mask = v4_window.ring_then_new(cfg, rows, cache["kv"], kv)
-    keys, mask = torch.cat([keys, entries], dim=1), torch.cat([mask, seen], dim=-1)
-    out = v4_window.attend(params, cfg, q.to(keys.dtype), keys, mask)
-    return finish(v4_window.project_out(params, cfg, rows.x, out, rows.positions), rows), after
+    q_index, weights = index_queries(params, cfg, step.x, c_q, step.positions)
+    keys, near = v4_window.recent(cfg, cache["kv"], kv, step)
+    seen = v4_compress.seen(cfg, step.positions, entries.shape[1]) & step.keep[..., None]
+    far = picked_entries(cfg, q_index.to(k_index.dtype), k_index, weights, seen)
+    out = v4_compress.attend_both(params, cfg, q.to(keys.dtype), keys, near, entries, far)
+    return end(step, v4_window.project_out(params, cfg, step.x, out, step.positions)), after
 
 
 def decode(params, cfg, x, cache, ops=reference_ops):
@@ -79,28 +76,18 @@ def decode(params, cfg, x, cache, ops=reference_ops):
     `merge_states`.
     """
     check(params, cfg, x, tokens=1)
-    rows = begin(x, cache, compressor.checked_room([ENTRIES, INDEX], cfg, x, cache))
-    c_q, q, kv = v4_window.project(params, cfg, x, rows.positions)
-    cache = appended(params, cfg, cache, kv, rows)
-    q_index, weights = index_queries(params, cfg, x, c_q, rows.positions)
+    step = begin(x, cache, v4_compress.checked_room(COMPRESSORS, cfg, x, cache))
+    c_q, q, kv = v4_window.project(params, cfg, x, step.positions)
+    cache = appended(params, cfg, cache, kv, step)
+    q_index, weights = index_queries(params, cfg, x, c_q, step.positions)
     k_index, complete = cache["k_index"], cache["length"] // cfg.compress_rate
-    picks = best(cfg, ops.index_scores(q_index.to(k_index.dtype), k_index, weights, complete), ops)
-    q = q.to(cache["kv"].dtype)
-    parts = (
-        v4_window.window_part(params, cfg, q, cache, ops),
-        ops.decode_block_sparse(
-            q,
-            cache["c_kv"][:, :, None],
-            None,
-            picks[:, :, None],
-            None,
-            block_size=1,
-            scale=cfg.head_dim**-0.5,
-            out_dtype=accumulator(q.dtype),
-        ),
-    )
-    out, _ = ops.merge_states(*(torch.stack(part) for part in zip(*parts, strict=True)))
-    return finish(v4_window.project_out(params, cfg, x, out, rows.positions), rows), cache
+    picks = choose(cfg, ops.index_scores(q_index.to(k_index.dtype), k_index, weights, complete), ops)[:, :, None]
+    q, entries = q.to(cache["kv"].dtype), cache["c_kv"][:, :, None]
+    options = dict(block_size=1, scale=cfg.head_dim**-0.5, out_dtype=accumulator(q.dtype))
+    near = v4_window.attend_ring(params, cfg, q, cache, ops)
+    far = ops.decode_block_sparse(q, entries, None, picks, None, **options)
+    out = v4_compress.merge(ops, near, far)
+    return end(step, v4_window.project_out(params, cfg, x, out, step.positions)), cache
 
 
 def index_queries(params, cfg, x, c_q, positions):
@@ -110,23 +97,31 @@ def index_queries(params, cfg, x, c_q, positions):
     return v4_window.rotate(cfg, q_index, positions), weights
 
 
-def appended(params, cfg, cache, kv, rows):
-    """The cache after the rows' new tokens and the entries that they complete; the given cache is not changed."""
-    after = v4_window.appended(cache, kv, rows)
-    for one in (ENTRIES, INDEX):
-        after |= compressor.appended(one, params, cfg, cache, rows)
+def picked_entries(cfg, q_index, k_index, weights, seen):
+    """bool B T E: the picks of every query among the entries seen, bool B T E."""
+    return seen & picked(choose(cfg, masked_index_scores(q_index, k_index, weights, seen)), seen.shape[-1])
+
+
+def appended(params, cfg, cache, kv, step):
+    """The cache after the step's new tokens and the entries that they complete; the given cache is not changed."""
+    after = v4_window.appended(cache, kv, step)
+    for one in COMPRESSORS:
+        after |= v4_compress.extend(one, params, cfg, cache, step)
     return after
+
+
+def shapes(cfg):
+    """{name: shape} of the parameters."""
+    index = {"wq_index": (cfg.q_lora_rank, cfg.index_n_heads, cfg.index_head_dim)}
+    index["ww_index"] = (cfg.hidden_size, cfg.index_n_heads)
+    return v4_window.shapes(cfg) | v4_compress.shapes(ENTRIES, cfg) | v4_compress.shapes(INDEX, cfg) | index
 
 
 def check(params, cfg, x, tokens=None):
     """Raise ValueError or TypeError for fields, parameters and tokens that do not fit together."""
     check_fields(cfg)
-    v4_window.check(params, cfg, x, tokens)
-    shapes = compressor.shapes(ENTRIES, cfg) | compressor.shapes(INDEX, cfg)
-    shapes["wq_index"] = (cfg.q_lora_rank, cfg.index_n_heads, cfg.index_head_dim)
-    shapes["ww_index"] = (cfg.hidden_size, cfg.index_n_heads)
-    for name, shape in shapes.items():
-        inputs.check_parameter(params, name, *shape)
+    inputs.check_tokens(x, cfg.hidden_size, tokens)
+    inputs.check_parameters(params, shapes(cfg))
 
 
 def check_fields(cfg):

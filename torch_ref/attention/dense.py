@@ -18,12 +18,13 @@ cache: {"k": B S K H, "v": B S K V, "length": int32 B}; slot s holds the token a
 import torch
 
 from .. import ops as reference_ops
-from ..core.append import append, room
+from ..core.append import append
 from ..core.dtypes import einsum
 from ..core.norm import rms_norm
 from ..core.rope import apply_rope, frequencies
 from ..core.softmax import grouped_attention
 from . import inputs
+from .step import begin, end, in_order
 
 
 def init_cache(cfg, batch, capacity, dtype=torch.bfloat16):
@@ -40,14 +41,10 @@ def forward(params, cfg, x, positions=None):
     """y: B T D from x: B T D without a cache. positions: int B T, default 0..T-1, feed RoPE only; the mask is causal
     in the order of the tokens. y has x's dtype. Raises ValueError and TypeError for a wrong x or positions."""
     inputs.check_tokens(x, cfg.hidden_size)
-    order = torch.arange(x.shape[1], device=x.device)
-    if positions is None:
-        positions = order.expand(x.shape[:2])
-    inputs.check_positions(positions, x)
+    order, positions = in_order(x, positions)
     q, k, v = project(params, cfg, x, positions)
-    mask = (order <= order[:, None]).expand(len(x), -1, -1)
-    out, _ = grouped_attention(q, k, v, mask, scaling(cfg), softcap=cfg.attn_logit_softcapping)
-    return project_out(params, cfg, x, out.to(x.dtype))
+    out, _ = grouped_attention(q, k, v, order[:, None] <= order[..., None], **options(cfg))
+    return project_out(params, cfg, x, out)
 
 
 def prefill(params, cfg, x, cache, lengths=None):
@@ -58,25 +55,12 @@ def prefill(params, cfg, x, cache, lengths=None):
     anything, y there is 0. A row without room raises ValueError on the CPU; on a device nothing of it is written, its
     length stays and all its y are NaN. y has x's dtype.
     """
-    inputs.check_tokens(x, cfg.hidden_size)
-    inputs.check_cache(cache, x, k=(cfg.num_key_value_heads, cfg.head_dim), v=(cfg.num_key_value_heads, cfg.v_head_dim))
-    batch, tokens, _ = x.shape
-    if lengths is None:
-        lengths = torch.full((batch,), tokens, dtype=torch.int32, device=x.device)
-    inputs.check_lengths(lengths, x)
-    start, capacity = cache["length"], cache["k"].shape[1]
-    fits = room(start, lengths, capacity)
-    order = torch.arange(tokens, device=x.device)
-    real = order < lengths[:, None]
-    x = x.masked_fill(~real[..., None], 0.0)  # a NaN at a pad must not meet a weight
-    positions = start[:, None] + order
-    q, k, v = project(params, cfg, x, positions)
-    cache = appended(cache, k, v, torch.where(fits, lengths, 0))
-    mask = (torch.arange(capacity, device=x.device) <= positions[..., None]) & (real & fits[:, None])[..., None]
-    q = q.to(cache["k"].dtype)
-    out, _ = grouped_attention(q, cache["k"], cache["v"], mask, scaling(cfg), softcap=cfg.attn_logit_softcapping)
-    y = project_out(params, cfg, x, out.to(x.dtype)).masked_fill(~real[..., None], 0.0)
-    return y.masked_fill(~fits[:, None, None], torch.nan), cache
+    step = begin(x, cache, checked_room(cfg, x, cache), lengths)
+    q, k, v = project(params, cfg, step.x, step.positions)
+    cache = appended(cache, k, v, step)
+    k, v = cache["k"], cache["v"]
+    out, _ = grouped_attention(q.to(k.dtype), k, v, step.causal(k.shape[1]), **options(cfg))
+    return end(step, project_out(params, cfg, step.x, out)), cache
 
 
 def decode(params, cfg, x, cache, ops=reference_ops):
@@ -84,30 +68,21 @@ def decode(params, cfg, x, cache, ops=reference_ops):
 
     ops: any namespace with `decode_attention`.
     """
-    inputs.check_tokens(x, cfg.hidden_size, tokens=1)
-    inputs.check_cache(cache, x, k=(cfg.num_key_value_heads, cfg.head_dim), v=(cfg.num_key_value_heads, cfg.v_head_dim))
-    fits = room(cache["length"], torch.ones_like(cache["length"]), cache["k"].shape[1])
-    q, k, v = project(params, cfg, x, cache["length"][:, None])
-    cache = appended(cache, k, v, fits.to(torch.int32))
-    out, _ = ops.decode_attention(
-        q.to(cache["k"].dtype),
-        cache["k"],
-        cache["v"],
-        cache["length"],
-        scale=scaling(cfg),
-        softcap=cfg.attn_logit_softcapping,
-        out_dtype=x.dtype,
-    )
-    return project_out(params, cfg, x, out).masked_fill(~fits[:, None, None], torch.nan), cache
+    step = begin(x, cache, checked_room(cfg, x, cache, tokens=1))
+    q, k, v = project(params, cfg, x, step.positions)
+    cache = appended(cache, k, v, step)
+    k, v = cache["k"], cache["v"]
+    out, _ = ops.decode_attention(q.to(k.dtype), k, v, cache["length"], out_dtype=x.dtype, **options(cfg))
+    return end(step, project_out(params, cfg, x, out)), cache
 
 
 def project(params, cfg, x, positions):
     """q B T N H, k B T K H and v B T K V of the new tokens, in x's dtype: bias, then norm, then RoPE."""
-    q, k, v = unrotated(params, cfg, x)
+    q, k, v = qkv(params, cfg, x)
     return rotate(cfg, q, positions), rotate(cfg, k, positions), v
 
 
-def unrotated(params, cfg, x):
+def qkv(params, cfg, x):
     """What `project` gives, before RoPE."""
     q, k, v = (einsum("btd,dnh->btnh", x, params[w]) for w in ("wq", "wk", "wv"))
     if cfg.attention_bias:
@@ -139,21 +114,32 @@ def normalise(cfg, x, name, params):
 
 def project_out(params, cfg, x, out):
     """y B T D in x's dtype from the heads' outputs B T N V, gated by sigmoid(x wg) when the config says so."""
+    out = out.to(x.dtype)
     if cfg.attn_output_gate:
         out = out * torch.sigmoid(einsum("btd,dnv->btnv", x, params["wg"]))
     y = einsum("btnv,nvd->btd", out, params["wo"])
     return (y + params["bo"] if cfg.attention_output_bias else y).to(x.dtype)
 
 
-def appended(cache, k, v, new):
-    """A cache with the first new[b] tokens of k and v after the row's length; the given cache is not changed."""
+def appended(cache, k, v, step):
+    """The cache after the step's new tokens, k and v B T K ..; the given cache is not changed."""
     return {
-        "k": append(cache["k"], k, cache["length"], new),
-        "v": append(cache["v"], v, cache["length"], new),
-        "length": cache["length"] + new,
+        "k": append(cache["k"], k, step.start, step.new),
+        "v": append(cache["v"], v, step.start, step.new),
+        "length": step.start + step.new,
     }
 
 
-def scaling(cfg):
-    """The factor of the logits: cfg.scaling, or H^-0.5."""
-    return cfg.head_dim**-0.5 if cfg.scaling is None else cfg.scaling
+def options(cfg):
+    """The scale of the logits, cfg.scaling or H^-0.5, and their cap, as the ops take them."""
+    scale = cfg.head_dim**-0.5 if cfg.scaling is None else cfg.scaling
+    return dict(scale=scale, softcap=cfg.attn_logit_softcapping)
+
+
+def checked_room(cfg, x, cache, tokens=None, **more):
+    """The tokens that a row may have in all: the slots of the cache. Raises ValueError and TypeError for a wrong x (of
+    T = tokens, when given) or cache; more: {name: shape of an entry} of buffers beside k and v."""
+    inputs.check_tokens(x, cfg.hidden_size, tokens)
+    heads = cfg.num_key_value_heads
+    inputs.check_cache(cache, x, k=(heads, cfg.head_dim), v=(heads, cfg.v_head_dim), **more)
+    return cache["k"].shape[1]

@@ -18,12 +18,11 @@ RoPE, with index_quantised in float8_e4m3fn and k_index_scale: float32 B S.
 import torch
 
 from .. import ops as reference_ops
-from ..core.dtypes import einsum
 from ..ops import check as ops_check
 from ..ops.index_scores import masked_index_scores
 from . import dsa_indexer as indexer
 from . import inputs, mla
-from .rows import begin, finish, given_positions
+from .step import begin, end, in_order
 
 
 def init_cache(cfg, batch, capacity, dtype=torch.bfloat16):
@@ -39,12 +38,11 @@ def forward(params, cfg, x, positions=None, indices=None):
     y has x's dtype. Raises ValueError and TypeError for wrong arguments.
     """
     check(params, cfg, x, indices)
-    positions = given_positions(x, positions)
-    order = torch.arange(x.shape[1], device=x.device)
-    causal = (order <= order[:, None]).expand(len(x), -1, -1)
+    order, positions = in_order(x, positions)
+    causal = order[:, None] <= order[..., None]
     if not cfg.index_shared:
         new = indexer.project(params, cfg, x, positions, x.dtype)
-        indices = best(cfg, masked_index_scores(new.q, new.k, new.weights, causal, new.k_scale))
+        indices = choose(cfg, masked_index_scores(new.q, new.k, new.weights, causal, new.k_scale))
     projected = mla.project(params, cfg, x, positions)
     out = mla.attend_naive(params, cfg, *projected, picked(indices, x.shape[1]) & causal)
     return mla.project_out(params, cfg, x, out)
@@ -56,15 +54,15 @@ def prefill(params, cfg, x, cache, lengths=None, indices=None):
     indices: as in `forward`; slots of the cache, those of pads are ignored.
     """
     check(params, cfg, x, indices)
-    rows = begin(x, cache, checked_room(cfg, x, cache), lengths)
-    q_nope, q_rope, latent, k_rope = mla.project(params, cfg, rows.x, rows.positions)
-    after, seen = mla.appended(cache, latent, k_rope, rows.new), visible(rows, cache)
+    step = begin(x, cache, checked_room(cfg, x, cache), lengths)
+    q_nope, q_rope, latent, k_rope = mla.project(params, cfg, step.x, step.positions)
+    after, seen = mla.appended(cache, latent, k_rope, step), step.causal(cache["latent"].shape[1])
     if not cfg.index_shared:
-        keys, indices = choose(params, cfg, rows, cache, seen)
+        keys, indices = keys_and_picks(params, cfg, step, cache, seen)
         after |= keys
     mask, stored = picked(indices, seen.shape[-1]) & seen, after["latent"].dtype
     out = mla.attend_naive(params, cfg, q_nope.to(stored), q_rope.to(stored), after["latent"], after["k_rope"], mask)
-    return finish(mla.project_out(params, cfg, rows.x, out), rows), after
+    return end(step, mla.project_out(params, cfg, step.x, out)), after
 
 
 def decode(params, cfg, x, cache, ops=reference_ops, indices=None):
@@ -73,30 +71,21 @@ def decode(params, cfg, x, cache, ops=reference_ops, indices=None):
     ops: any namespace with `decode_sparse_mla` and, without index_shared, `index_scores` and `topk_indices`.
     """
     check(params, cfg, x, indices, tokens=1)
-    rows = begin(x, cache, checked_room(cfg, x, cache))
-    q_nope, q_rope, latent, k_rope = mla.project(params, cfg, x, rows.positions)
-    after = mla.appended(cache, latent, k_rope, rows.new)
+    step = begin(x, cache, checked_room(cfg, x, cache))
+    q_nope, q_rope, latent, k_rope = mla.project(params, cfg, x, step.positions)
+    after = mla.appended(cache, latent, k_rope, step)
     latent, k_rope = after["latent"], after["k_rope"]
     if cfg.index_shared:
-        indices = indices.masked_fill(indices > rows.positions[..., None], -1)
+        indices = indices.masked_fill(indices > step.positions[..., None], -1)
     else:
-        new = indexer.project(params, cfg, x, rows.positions, latent.dtype)
-        keys = indexer.appended(cache, new, rows)
+        new = indexer.project(params, cfg, x, step.positions, latent.dtype)
+        keys = indexer.appended(cache, new, step)
         after |= keys
         k_scale = keys.get("k_index_scale")
         scores = ops.index_scores(new.q, keys["k_index"], new.weights, after["length"], k_scale=k_scale)
-        indices = best(cfg, scores, ops)
-    out, _ = ops.decode_sparse_mla(
-        einsum("btnh,cnh->btnc", q_nope, params["wk_b"], out_dtype=latent.dtype),
-        q_rope.to(latent.dtype),
-        latent,
-        k_rope,
-        indices,
-        scale=mla.scaling(cfg),
-        out_dtype=x.dtype,
-    )
-    out = einsum("btnc,cnv->btnv", out, params["wv_b"])
-    return finish(mla.project_out(params, cfg, x, out), rows), after
+        indices = choose(cfg, scores, ops)
+    out = mla.attend_absorbed(params, cfg, q_nope, q_rope, latent, k_rope, indices, ops.decode_sparse_mla)
+    return end(step, mla.project_out(params, cfg, x, out)), after
 
 
 def index(params, cfg, x, cache, lengths=None):
@@ -107,27 +96,21 @@ def index(params, cfg, x, cache, lengths=None):
     if cfg.index_shared:
         raise ValueError("index_shared is True; allowed: False, because a layer without an indexer cannot pick")
     check(params, cfg, x, None)
-    rows = begin(x, cache, checked_room(cfg, x, cache), lengths)
-    return choose(params, cfg, rows, cache, visible(rows, cache))[1]
+    step = begin(x, cache, checked_room(cfg, x, cache), lengths)
+    return keys_and_picks(params, cfg, step, cache, step.causal(cache["latent"].shape[1]))[1]
 
 
-def choose(params, cfg, rows, cache, seen):
-    """(keys, indices): the index keys after the rows' new tokens, as stored, and each query's picks among `seen`."""
-    new = indexer.project(params, cfg, rows.x, rows.positions, cache["latent"].dtype)
-    keys = indexer.appended(cache, new, rows)
+def keys_and_picks(params, cfg, step, cache, seen):
+    """(keys, indices): the index keys after the step's new tokens, as stored, and each query's picks among `seen`."""
+    new = indexer.project(params, cfg, step.x, step.positions, cache["latent"].dtype)
+    keys = indexer.appended(cache, new, step)
     scores = masked_index_scores(new.q, keys["k_index"], new.weights, seen, keys.get("k_index_scale"))
-    return keys, best(cfg, scores)
+    return keys, choose(cfg, scores)
 
 
-def best(cfg, scores, ops=reference_ops):
+def choose(cfg, scores, ops=reference_ops):
     """int32 B T L: the index_topk slots of largest score B T S; -inf is never picked."""
     return ops.topk_indices(scores, cfg.index_topk)
-
-
-def visible(rows, cache):
-    """bool B T S: the tokens up to each query that is written; pads and rows without room see nothing."""
-    slot = torch.arange(cache["latent"].shape[1], device=rows.x.device)
-    return (slot <= rows.positions[..., None]) & rows.queries[..., None]
 
 
 def picked(indices, slots):
@@ -155,9 +138,8 @@ def check(params, cfg, x, indices, tokens=None):
 
 
 def checked_room(cfg, x, cache):
-    """The tokens that a row may have in all: the slots of the cache."""
-    inputs.check_cache(cache, x, latent=(cfg.kv_lora_rank,), k_rope=(cfg.qk_rope_head_dim,))
-    slots = cache["latent"].shape[1]
+    """As `mla.checked_room`."""
+    slots = mla.checked_room(cfg, x, cache)
     if not cfg.index_shared:
         indexer.check_buffers(cfg, x, cache, slots)
     return slots

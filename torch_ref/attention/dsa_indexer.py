@@ -5,7 +5,7 @@
     score_t,s = sum_i w_t,i relu(q_t,i . k_s)
 
 With index_quantised q_i and k are rotated by Hadamard / sqrt(J) and rounded to float8_e4m3fn under one power-of-two
-scale each (`quantise_e4m3`); then score_t,s = s_k,s sum_i w_t,i s_q,t,i relu(q8_t,i . k8_s).
+scale each (`e4m3`); then score_t,s = s_k,s sum_i w_t,i s_q,t,i relu(q8_t,i . k8_s).
 
 DeepSeek-V3.2 and its inference code; HF `deepseek_v32` and `glm_moe_dsa` (neither quantises). cfg and params: `dsa`.
 """
@@ -17,7 +17,7 @@ import torch
 from ..core.append import append
 from ..core.dtypes import accumulator, einsum
 from ..core.norm import rms_norm
-from ..core.quant import hadamard, quantise_e4m3
+from ..core.quant import e4m3, hadamard
 from ..core.rope import LAYOUTS, apply_rope, frequencies
 from . import inputs, mla
 
@@ -60,7 +60,7 @@ def project(params, cfg, x, positions, dtype):
     weights = einsum("btd,di->bti", x, params["ww_index"]) * (cfg.index_n_heads * cfg.index_head_dim) ** -0.5
     if not cfg.index_quantised:
         return Indexed(q.to(dtype), k, weights, None)
-    (q, q_scale), (k, k_scale) = quantise_e4m3(hadamard(q)), quantise_e4m3(hadamard(k))
+    (q, q_scale), (k, k_scale) = e4m3(hadamard(q)), e4m3(hadamard(k))
     return Indexed(q.to(dtype), k, weights * q_scale, k_scale)
 
 
@@ -73,10 +73,10 @@ def layer_norm(x, weight, bias):
     return (centred * inverse * weight.to(acc) + bias.to(acc)).to(x.dtype)
 
 
-def appended(cache, indexed, rows):
-    """The buffers of the index keys after the rows' new tokens; the given cache is not changed."""
+def appended(cache, indexed, step):
+    """The buffers of the index keys after the step's new tokens; the given cache is not changed."""
     fresh = {"k_index": indexed.k} | ({} if indexed.k_scale is None else {"k_index_scale": indexed.k_scale})
-    return {name: append(cache[name], z, rows.start, rows.new) for name, z in fresh.items()}
+    return {name: append(cache[name], z, step.start, step.new) for name, z in fresh.items()}
 
 
 def check(params, cfg):
@@ -89,11 +89,9 @@ def check(params, cfg):
         raise ValueError(f"index_head_dim is {width}; allowed: at least qk_rope_head_dim {turned}")
     if cfg.index_quantised and width & (width - 1):
         raise ValueError(f"index_head_dim is {width}; allowed with index_quantised: a power of two")
-    inputs.check_parameter(params, "wq_index", cfg.q_lora_rank, heads, width)
-    inputs.check_parameter(params, "wk_index", cfg.hidden_size, width)
-    inputs.check_parameter(params, "ww_index", cfg.hidden_size, heads)
-    for name in ("k_index_norm", "k_index_bias"):
-        inputs.check_parameter(params, name, width)
+    shapes = {"wq_index": (cfg.q_lora_rank, heads, width), "wk_index": (cfg.hidden_size, width)}
+    shapes |= {"ww_index": (cfg.hidden_size, heads), "k_index_norm": (width,), "k_index_bias": (width,)}
+    inputs.check_parameters(params, shapes)
 
 
 def check_buffers(cfg, x, cache, slots):

@@ -2,7 +2,7 @@
 
     o_t,n = rope_-t(sum over the keys of p key),   keys = [kv_s : t - W < s <= t] and [c_kv_w : (w + 1) m <= t + 1]
 
-One softmax over both, with the sink, as in `v4_window`; entries as in `v4_compressor`, without overlap. m is 128.
+One softmax over both, with the sink, as in `v4_window`; entries as in `v4_compress`, without overlap. m is 128.
 DeepSeek-V4 (2606.19348).
 
 cfg: the fields of `v4_window`, and compress_rate (m).
@@ -15,19 +15,18 @@ import torch
 
 from .. import ops as reference_ops
 from ..core.dtypes import accumulator
-from . import inputs, v4_window
-from . import v4_compressor as compressor
-from .rows import begin, finish, given_positions
+from . import inputs, v4_compress, v4_window
+from .sliding_window import in_window
+from .step import begin, end, in_order
 
-ENTRIES = compressor.Compressor("c", "c_kv", "state_kv", "state_score", "head_dim", overlap=False)
+ENTRIES = v4_compress.Compressor("c", "c_kv", "state_kv", "state_score", "head_dim", overlap=False)
 
 
 def init_cache(cfg, batch, capacity, dtype=torch.bfloat16):
     """An empty cache with room for `capacity` tokens per row, the ring and the entries in dtype."""
     check_fields(cfg)
-    return v4_window.init_cache(cfg, batch, capacity, dtype) | compressor.init_cache(
-        [ENTRIES], cfg, batch, capacity, dtype
-    )
+    entries = v4_compress.init_cache([ENTRIES], cfg, batch, capacity, dtype)
+    return v4_window.init_cache(cfg, batch, capacity, dtype) | entries
 
 
 def forward(params, cfg, x, positions=None):
@@ -36,27 +35,25 @@ def forward(params, cfg, x, positions=None):
     Blocks and windows count tokens; entry w turns at positions[b, w m].
     """
     check(params, cfg, x)
-    positions = given_positions(x, positions)
+    order, positions = in_order(x, positions)
     _, q, kv = v4_window.project(params, cfg, x, positions)
-    entries = compressor.entries_of(ENTRIES, params, cfg, x, positions)
-    order = torch.arange(x.shape[1], device=x.device).expand(x.shape[:2])
-    seen = compressor.visible(cfg, order, entries.shape[1])
-    keys, mask = torch.cat([kv, entries], dim=1), torch.cat([v4_window.window_mask(cfg, x), seen], dim=-1)
-    return v4_window.project_out(params, cfg, x, v4_window.attend(params, cfg, q, keys, mask), positions)
+    entries = v4_compress.compress(ENTRIES, params, cfg, x, positions)
+    near, far = in_window(order, order, cfg.sliding_window), v4_compress.seen(cfg, order, entries.shape[1])
+    out = v4_compress.attend_both(params, cfg, q, kv, near, entries, far)
+    return v4_window.project_out(params, cfg, x, out, positions)
 
 
 def prefill(params, cfg, x, cache, lengths=None):
     """(y, cache) after appending the first lengths[b] of the T tokens of row b, as in `v4_window.prefill`."""
     check(params, cfg, x)
-    rows = begin(x, cache, compressor.checked_room([ENTRIES], cfg, x, cache), lengths)
-    _, q, kv = v4_window.project(params, cfg, rows.x, rows.positions)
-    after = appended(params, cfg, cache, kv, rows)
+    step = begin(x, cache, v4_compress.checked_room([ENTRIES], cfg, x, cache), lengths)
+    _, q, kv = v4_window.project(params, cfg, step.x, step.positions)
+    after = appended(params, cfg, cache, kv, step)
     entries = after["c_kv"]
-    seen = compressor.visible(cfg, rows.positions, entries.shape[1]) & rows.queries[..., None]
-    keys, mask = v4_window.ring_then_new(cfg, rows, cache["kv"], kv)
-    keys, mask = torch.cat([keys, entries], dim=1), torch.cat([mask, seen], dim=-1)
-    out = v4_window.attend(params, cfg, q.to(keys.dtype), keys, mask)
-    return finish(v4_window.project_out(params, cfg, rows.x, out, rows.positions), rows), after
+    keys, near = v4_window.recent(cfg, cache["kv"], kv, step)
+    far = v4_compress.seen(cfg, step.positions, entries.shape[1]) & step.keep[..., None]
+    out = v4_compress.attend_both(params, cfg, q.to(keys.dtype), keys, near, entries, far)
+    return end(step, v4_window.project_out(params, cfg, step.x, out, step.positions)), after
 
 
 def decode(params, cfg, x, cache, ops=reference_ops):
@@ -65,30 +62,27 @@ def decode(params, cfg, x, cache, ops=reference_ops):
     ops: any namespace with `decode_attention` and `merge_states`.
     """
     check(params, cfg, x, tokens=1)
-    rows = begin(x, cache, compressor.checked_room([ENTRIES], cfg, x, cache))
-    _, q, kv = v4_window.project(params, cfg, x, rows.positions)
-    cache = appended(params, cfg, cache, kv, rows)
+    step = begin(x, cache, v4_compress.checked_room([ENTRIES], cfg, x, cache))
+    _, q, kv = v4_window.project(params, cfg, x, step.positions)
+    cache = appended(params, cfg, cache, kv, step)
     q, entries = q.to(cache["kv"].dtype), cache["c_kv"][:, :, None]
-    complete = cache["length"] // cfg.compress_rate
-    parts = (
-        v4_window.window_part(params, cfg, q, cache, ops),
-        ops.decode_attention(q, entries, entries, complete, scale=cfg.head_dim**-0.5, out_dtype=accumulator(q.dtype)),
-    )
-    out, _ = ops.merge_states(*(torch.stack(part) for part in zip(*parts, strict=True)))
-    return finish(v4_window.project_out(params, cfg, x, out, rows.positions), rows), cache
+    complete, options = cache["length"] // cfg.compress_rate, dict(scale=cfg.head_dim**-0.5)
+    near = v4_window.attend_ring(params, cfg, q, cache, ops)
+    far = ops.decode_attention(q, entries, entries, complete, out_dtype=accumulator(q.dtype), **options)
+    out = v4_compress.merge(ops, near, far)
+    return end(step, v4_window.project_out(params, cfg, x, out, step.positions)), cache
 
 
-def appended(params, cfg, cache, kv, rows):
-    """The cache after the rows' new tokens and the entries that they complete; the given cache is not changed."""
-    return v4_window.appended(cache, kv, rows) | compressor.appended(ENTRIES, params, cfg, cache, rows)
+def appended(params, cfg, cache, kv, step):
+    """The cache after the step's new tokens and the entries that they complete; the given cache is not changed."""
+    return v4_window.appended(cache, kv, step) | v4_compress.extend(ENTRIES, params, cfg, cache, step)
 
 
 def check(params, cfg, x, tokens=None):
     """Raise ValueError or TypeError for fields, parameters and tokens that do not fit together."""
     check_fields(cfg)
-    v4_window.check(params, cfg, x, tokens)
-    for name, shape in compressor.shapes(ENTRIES, cfg).items():
-        inputs.check_parameter(params, name, *shape)
+    inputs.check_tokens(x, cfg.hidden_size, tokens)
+    inputs.check_parameters(params, v4_window.shapes(cfg) | v4_compress.shapes(ENTRIES, cfg))
 
 
 def check_fields(cfg):

@@ -18,8 +18,7 @@ def check_positions(positions, x):
 def check_lengths(lengths, x):
     """lengths: int32 B on x's device; on the CPU each must be 0 to T."""
     check.tensor("lengths", lengths, "B", _sizes(x), (torch.int32,), x.device)
-    if lengths.device.type == "cpu":
-        check.length_values(lengths, x.shape[1], "the tokens of x")
+    check.length_values(lengths, x.shape[1], "the tokens of x")
 
 
 def check_cache(cache, x, **slots):
@@ -28,14 +27,8 @@ def check_cache(cache, x, **slots):
     sizes, dtypes = _sizes(x), check.FLOATS
     for name, shape in slots.items():
         dims = [f"{name}{i}" for i in range(len(shape))]
-        check.tensor(
-            f'cache["{name}"]',
-            cache[name],
-            " ".join(["B", "S", *dims]),
-            sizes | dict(zip(dims, shape, strict=True)),
-            dtypes,
-            x.device,
-        )
+        known = sizes | dict(zip(dims, shape, strict=True))
+        check.tensor(f'cache["{name}"]', cache[name], " ".join(["B", "S", *dims]), known, dtypes, x.device)
         sizes["S"], dtypes = cache[name].shape[1], (cache[name].dtype,)
 
 
@@ -44,17 +37,25 @@ def check_buffer(cache, x, name, dims, sizes, dtypes):
     check.tensor(f'cache["{name}"]', cache[name], dims, {"B": len(x)} | sizes, dtypes, x.device)
 
 
-def check_parameter(params, name, *shape):
-    """params[name]: float, of this very shape; a broadcast would give something else without a word."""
-    check.is_tensor(f'params["{name}"]', params[name])
-    if list(params[name].shape) != list(shape):
-        raise ValueError(f'params["{name}"] has shape {list(params[name].shape)}; allowed: {list(shape)}')
+def check_parameters(params, shapes):
+    """params[name]: a tensor of the very shape shapes[name]; a broadcast would give something else without a word."""
+    for name, shape in shapes.items():
+        check.is_tensor(f'params["{name}"]', params[name])
+        if list(params[name].shape) != list(shape):
+            raise ValueError(f'params["{name}"] has shape {list(params[name].shape)}; allowed: {list(shape)}')
 
 
 def check_counts(cfg, least, *names):
     """Every cfg.name is an int >= least."""
     for name in names:
         check.integer(name, getattr(cfg, name), least)
+
+
+def ring_room(name, slots, window):
+    """The tokens that a row may have in all in a ring: its slots, or None when it has the window's W of them."""
+    if slots > window:
+        raise ValueError(f'cache["{name}"] has S={slots} slots; allowed: at most {window}, the window')
+    return slots if slots < window else None
 
 
 def _sizes(x):

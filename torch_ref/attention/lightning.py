@@ -22,9 +22,7 @@ from ..core.dtypes import accumulator, einsum
 from ..core.norm import rms_norm
 from ..ops import check
 from . import inputs
-from .rows import begin, finish, given_positions
-
-WIDE = (torch.float32, torch.float64)
+from .step import begin, end, in_order
 
 
 def init_cache(cfg, batch, capacity, dtype=torch.bfloat16):
@@ -41,9 +39,9 @@ def forward(params, cfg, x, positions=None):
     """y: B T D from x: B T D without a cache, in x's dtype, by the quadratic form. positions: int B T, checked and
     without effect: there is no RoPE. Raises ValueError and TypeError for wrong inputs."""
     check_inputs(params, cfg, x)
-    given_positions(x, positions)
+    in_order(x, positions)
     q, k, v = project(params, x)
-    out = quadratic(q, k, v, decays(cfg, accumulator(x.dtype), x.device))
+    out = quadratic(q, k, v, decay_of(cfg, accumulator(x.dtype), x.device))
     return project_out(params, cfg, x, out)
 
 
@@ -54,12 +52,12 @@ def prefill(params, cfg, x, cache, lengths=None):
     longer prefill. y has x's dtype.
     """
     check_inputs(params, cfg, x, cache)
-    rows, state = begin(x, cache, None, lengths), cache["state"]
-    q, k, v = project(params, rows.x)
-    decay = decays(cfg, state.dtype, x.device)
-    out, new_state = blockwise(q, k, v, decay, state, cfg.block_size, rows.new)
-    y = finish(project_out(params, cfg, rows.x, out), rows)
-    return y, {"state": new_state.to(state.dtype), "length": rows.start + rows.new}
+    step, state = begin(x, cache, None, lengths), cache["state"]
+    q, k, v = project(params, step.x)
+    decay = decay_of(cfg, state.dtype, x.device)
+    out, new_state = blockwise(q, k, v, decay, state, cfg.block_size, step.new)
+    y = end(step, project_out(params, cfg, step.x, out))
+    return y, {"state": new_state.to(state.dtype), "length": step.start + step.new}
 
 
 def decode(params, cfg, x, cache, ops=reference_ops):
@@ -67,7 +65,7 @@ def decode(params, cfg, x, cache, ops=reference_ops):
     check_inputs(params, cfg, x, cache, tokens=1)
     q, k, v = (z[:, 0] for z in project(params, x))
     state = cache["state"].clone()  # the op may overwrite what it is given
-    out, state = ops.decode_linear(q, k, v, state, decays(cfg, state.dtype, x.device))
+    out, state = ops.decode_linear(q, k, v, state, decay_of(cfg, state.dtype, x.device))
     return project_out(params, cfg, x, out[:, None]), {"state": state, "length": cache["length"] + 1}
 
 
@@ -138,7 +136,7 @@ def geometric(n_heads):
     return [2 ** (-8 * (n + 1) / n_heads) for n in range(n_heads)]
 
 
-def decays(cfg, dtype, device):
+def decay_of(cfg, dtype, device):
     """[N]: exp(-slope), rounded once to dtype."""
     return torch.exp(-slopes(cfg)).to(device, dtype)
 
@@ -179,10 +177,8 @@ def check_inputs(params, cfg, x, cache=None, tokens=None):
     check_fields(cfg)
     inputs.check_tokens(x, cfg.hidden_size, tokens)
     heads = (cfg.num_attention_heads, head_dim(cfg))
-    for name in ("wq", "wk", "wv", "wg"):
-        inputs.check_parameter(params, name, cfg.hidden_size, *heads)
-    inputs.check_parameter(params, "o_norm", *heads)
-    inputs.check_parameter(params, "wo", *heads, cfg.hidden_size)
+    shapes = dict.fromkeys(("wq", "wk", "wv", "wg"), (cfg.hidden_size, *heads))
+    inputs.check_parameters(params, shapes | {"o_norm": heads, "wo": (*heads, cfg.hidden_size)})
     if cache is not None:
         inputs.check_cache(cache, x)
-        inputs.check_buffer(cache, x, "state", "B N H V", {"N": heads[0], "H": heads[1], "V": heads[1]}, WIDE)
+        inputs.check_buffer(cache, x, "state", "B N H V", {"N": heads[0], "H": heads[1], "V": heads[1]}, check.WIDE)

@@ -26,12 +26,13 @@ import math
 import torch
 
 from .. import ops as reference_ops
-from ..core.append import append, room
+from ..core.append import append
 from ..core.dtypes import einsum
 from ..core.norm import rms_norm
 from ..core.rope import apply_rope, frequencies
 from ..core.softmax import grouped_attention
 from . import inputs
+from .step import begin, end, in_order
 
 
 def init_cache(cfg, batch, capacity, dtype=torch.bfloat16):
@@ -47,13 +48,9 @@ def forward(params, cfg, x, positions=None):
     """y: B T D from x: B T D without a cache. positions: int B T, default 0..T-1, feed RoPE only; the mask is causal
     in the order of the tokens. y has x's dtype. Raises ValueError and TypeError for a wrong x or positions."""
     inputs.check_tokens(x, cfg.hidden_size)
-    order = torch.arange(x.shape[1], device=x.device)
-    if positions is None:
-        positions = order.expand(x.shape[:2])
-    inputs.check_positions(positions, x)
-    q_nope, q_rope, latent, k_rope = project(params, cfg, x, positions)
-    mask = (order <= order[:, None]).expand(len(x), -1, -1)
-    out = attend_naive(params, cfg, q_nope, q_rope, latent, k_rope, mask)
+    order, positions = in_order(x, positions)
+    projected = project(params, cfg, x, positions)
+    out = attend_naive(params, cfg, *projected, order[:, None] <= order[..., None])
     return project_out(params, cfg, x, out)
 
 
@@ -65,25 +62,13 @@ def prefill(params, cfg, x, cache, lengths=None):
     anything, y there is 0. A row without room raises ValueError on the CPU; on a device nothing of it is written, its
     length stays and all its y are NaN. y has x's dtype.
     """
-    inputs.check_tokens(x, cfg.hidden_size)
-    inputs.check_cache(cache, x, latent=(cfg.kv_lora_rank,), k_rope=(cfg.qk_rope_head_dim,))
-    batch, tokens, _ = x.shape
-    if lengths is None:
-        lengths = torch.full((batch,), tokens, dtype=torch.int32, device=x.device)
-    inputs.check_lengths(lengths, x)
-    start, capacity = cache["length"], cache["latent"].shape[1]
-    fits = room(start, lengths, capacity)
-    order = torch.arange(tokens, device=x.device)
-    real = order < lengths[:, None]
-    x = x.masked_fill(~real[..., None], 0.0)  # a NaN at a pad must not meet a weight
-    positions = start[:, None] + order
-    q_nope, q_rope, latent, k_rope = project(params, cfg, x, positions)
-    cache = appended(cache, latent, k_rope, torch.where(fits, lengths, 0))
-    mask = (torch.arange(capacity, device=x.device) <= positions[..., None]) & (real & fits[:, None])[..., None]
-    stored = cache["latent"].dtype
-    out = attend_naive(params, cfg, q_nope.to(stored), q_rope.to(stored), cache["latent"], cache["k_rope"], mask)
-    y = project_out(params, cfg, x, out).masked_fill(~real[..., None], 0.0)
-    return y.masked_fill(~fits[:, None, None], torch.nan), cache
+    step = begin(x, cache, checked_room(cfg, x, cache), lengths)
+    q_nope, q_rope, latent, k_rope = project(params, cfg, step.x, step.positions)
+    cache, stored = appended(cache, latent, k_rope, step), cache["latent"].dtype
+    latent, k_rope = cache["latent"], cache["k_rope"]
+    mask = step.causal(latent.shape[1])
+    out = attend_naive(params, cfg, q_nope.to(stored), q_rope.to(stored), latent, k_rope, mask)
+    return end(step, project_out(params, cfg, step.x, out)), cache
 
 
 def decode(params, cfg, x, cache, ops=reference_ops):
@@ -91,13 +76,12 @@ def decode(params, cfg, x, cache, ops=reference_ops):
 
     ops: any namespace with `decode_mla`.
     """
-    inputs.check_tokens(x, cfg.hidden_size, tokens=1)
-    inputs.check_cache(cache, x, latent=(cfg.kv_lora_rank,), k_rope=(cfg.qk_rope_head_dim,))
-    fits = room(cache["length"], torch.ones_like(cache["length"]), cache["latent"].shape[1])
-    q_nope, q_rope, latent, k_rope = project(params, cfg, x, cache["length"][:, None])
-    cache = appended(cache, latent, k_rope, fits.to(torch.int32))
-    out = attend_absorbed(params, cfg, q_nope, q_rope, cache["latent"], cache["k_rope"], cache["length"], ops)
-    return project_out(params, cfg, x, out).masked_fill(~fits[:, None, None], torch.nan), cache
+    step = begin(x, cache, checked_room(cfg, x, cache, tokens=1))
+    q_nope, q_rope, latent, k_rope = project(params, cfg, x, step.positions)
+    cache = appended(cache, latent, k_rope, step)
+    latent, k_rope = cache["latent"], cache["k_rope"]
+    out = attend_absorbed(params, cfg, q_nope, q_rope, latent, k_rope, cache["length"], ops.decode_mla)
+    return end(step, project_out(params, cfg, x, out)), cache
 
 
 def project(params, cfg, x, positions):
@@ -142,16 +126,16 @@ def attend_naive(params, cfg, q_nope, q_rope, latent, k_rope, mask):
     return out
 
 
-def attend_absorbed(params, cfg, q_nope, q_rope, latent, k_rope, lengths, ops=reference_ops):
-    """B T N V: attention over latent B S C and k_rope B S R as stored, by `ops.decode_mla`.
+def attend_absorbed(params, cfg, q_nope, q_rope, latent, k_rope, which, op=reference_ops.decode_mla):
+    """B T N V: attention over latent B S C and k_rope B S R as stored, by an op and what tells it the slots.
 
-    q_nope: B T N nope. q_rope: B T N R. lengths: int32 B, the keys of the row, its T new ones included. The query is
-    rounded to the cache's dtype after the absorption, the op's result to q_nope's; the result is float32 or wider.
+    q_nope: B T N nope. q_rope: B T N R. which: lengths, int32 B, for `decode_mla`; indices, int32 B T L, for
+    `decode_sparse_mla`. The query is rounded to the cache's dtype after the absorption, the op's result to q_nope's;
+    the result is float32 or wider.
     """
-    q_latent = einsum("btnh,cnh->btnc", q_nope, params["wk_b"], out_dtype=latent.dtype)
-    out, _ = ops.decode_mla(
-        q_latent, q_rope.to(latent.dtype), latent, k_rope, lengths, scale=scaling(cfg), out_dtype=q_nope.dtype
-    )
+    stored, options = latent.dtype, dict(scale=scaling(cfg), out_dtype=q_nope.dtype)
+    q_latent = einsum("btnh,cnh->btnc", q_nope, params["wk_b"], out_dtype=stored)
+    out, _ = op(q_latent, q_rope.to(stored), latent, k_rope, which, **options)
     return einsum("btnc,cnv->btnv", out, params["wv_b"])
 
 
@@ -161,12 +145,12 @@ def project_out(params, cfg, x, out):
     return (y + params["bo"] if cfg.attention_bias else y).to(x.dtype)
 
 
-def appended(cache, latent, k_rope, new):
-    """A cache with the first new[b] tokens of both after the row's length; the given cache is not changed."""
+def appended(cache, latent, k_rope, step):
+    """The cache after the step's new tokens; the given cache is not changed."""
     return {
-        "latent": append(cache["latent"], latent, cache["length"], new),
-        "k_rope": append(cache["k_rope"], k_rope, cache["length"], new),
-        "length": cache["length"] + new,
+        "latent": append(cache["latent"], latent, step.start, step.new),
+        "k_rope": append(cache["k_rope"], k_rope, step.start, step.new),
+        "length": step.start + step.new,
     }
 
 
@@ -183,3 +167,11 @@ def scaling(cfg):
     mscale = rope.get("mscale_all_dim") if rope.get("rope_type", "default") != "default" else None
     m = 0.1 * mscale * math.log(rope["factor"]) + 1.0 if mscale and rope["factor"] > 1 else 1.0
     return (cfg.qk_nope_head_dim + cfg.qk_rope_head_dim) ** -0.5 * m**2
+
+
+def checked_room(cfg, x, cache, tokens=None):
+    """The tokens that a row may have in all: the slots of the cache. Raises ValueError and TypeError for a wrong x (of
+    T = tokens, when given) or cache."""
+    inputs.check_tokens(x, cfg.hidden_size, tokens)
+    inputs.check_cache(cache, x, latent=(cfg.kv_lora_rank,), k_rope=(cfg.qk_rope_head_dim,))
+    return cache["latent"].shape[1]

@@ -17,12 +17,11 @@ B K H, the sum of the keys of the open block, 0 when length is a multiple of M; 
 import torch
 
 from .. import ops as reference_ops
-from ..core.block_lists import headwise_attention, tokens_of_blocks
+from ..core import blocks
 from ..core.dtypes import accumulator, einsum
+from ..ops.check import WIDE
 from . import dense, inputs
-from .rows import begin, finish, given_positions
-
-WIDE = (torch.float32, torch.float64)
+from .step import begin, end, in_order
 
 
 def init_cache(cfg, batch, capacity, dtype=torch.bfloat16):
@@ -42,14 +41,14 @@ def forward(params, cfg, x, positions=None):
     """
     inputs.check_tokens(x, cfg.hidden_size)
     check_fields(cfg)
-    q, k, v = dense.project(params, cfg, x, given_positions(x, positions))
+    order, positions = in_order(x, positions)
+    q, k, v = dense.project(params, cfg, x, positions)
     tokens, size = x.shape[1], cfg.moba_chunk_size
     complete = tokens // size
     k_mean = k[:, : complete * size].to(accumulator(k.dtype)).unflatten(1, (complete, size)).mean(2)
-    order = torch.arange(tokens, device=x.device).expand(x.shape[:2])
-    mask = visible(cfg, chosen_blocks(cfg, q, k_mean, order, tokens), order, tokens)
-    out = headwise_attention(q, k, v, mask, dense.scaling(cfg), cfg.attn_logit_softcapping)
-    return dense.project_out(params, cfg, x, out.to(x.dtype))
+    mask = blocks.visible(choose(cfg, q, k_mean, order, tokens), size, order, tokens)
+    out = blocks.headwise_attention(q, k, v, mask, **dense.options(cfg))
+    return dense.project_out(params, cfg, x, out)
 
 
 def prefill(params, cfg, x, cache, lengths=None):
@@ -57,15 +56,15 @@ def prefill(params, cfg, x, cache, lengths=None):
 
     Sparse for each of the T tokens, also with dense_decode.
     """
-    inputs.check_tokens(x, cfg.hidden_size)
-    rows = begin(x, cache, checked_room(cfg, x, cache), lengths)
-    q, k, v = dense.project(params, cfg, rows.x, rows.positions)
-    cache = appended(cfg, cache, k, v, rows)
-    q, slots = q.to(cache["k"].dtype), cache["k"].shape[1]
-    lists = chosen_blocks(cfg, q, cache["k_mean"], rows.positions, slots)
-    mask = visible(cfg, lists, rows.positions, slots) & rows.queries[..., None, None]
-    out = headwise_attention(q, cache["k"], cache["v"], mask, dense.scaling(cfg), cfg.attn_logit_softcapping)
-    return finish(dense.project_out(params, cfg, rows.x, out.to(x.dtype)), rows), cache
+    step = begin(x, cache, checked_room(cfg, x, cache), lengths)
+    q, k, v = dense.project(params, cfg, step.x, step.positions)
+    cache = appended(cfg, cache, k, v, step)
+    k, v = cache["k"], cache["v"]
+    q, slots = q.to(k.dtype), k.shape[1]
+    lists = choose(cfg, q, cache["k_mean"], step.positions, slots)
+    mask = blocks.visible(lists, cfg.moba_chunk_size, step.positions, slots) & step.keep[..., None, None]
+    out = blocks.headwise_attention(q, k, v, mask, **dense.options(cfg))
+    return end(step, dense.project_out(params, cfg, step.x, out)), cache
 
 
 def decode(params, cfg, x, cache, ops=reference_ops):
@@ -73,50 +72,43 @@ def decode(params, cfg, x, cache, ops=reference_ops):
 
     ops: any namespace with `topk_indices` and `decode_block_sparse`; `decode_attention` with dense_decode.
     """
-    inputs.check_tokens(x, cfg.hidden_size, tokens=1)
-    rows = begin(x, cache, checked_room(cfg, x, cache))
-    q, k, v = dense.project(params, cfg, x, rows.positions)
-    cache = appended(cfg, cache, k, v, rows)
+    step = begin(x, cache, checked_room(cfg, x, cache, tokens=1))
+    q, k, v = dense.project(params, cfg, x, step.positions)
+    cache = appended(cfg, cache, k, v, step)
     q, k, v, length = q.to(cache["k"].dtype), cache["k"], cache["v"], cache["length"]
-    options = dict(scale=dense.scaling(cfg), softcap=cfg.attn_logit_softcapping, out_dtype=x.dtype)
+    options = dense.options(cfg) | {"out_dtype": x.dtype}
     if cfg.dense_decode:
         out, _ = ops.decode_attention(q, k, v, length, **options)
     else:
-        lists = chosen_blocks(cfg, q, cache["k_mean"], rows.positions, k.shape[1], ops)
+        lists = choose(cfg, q, cache["k_mean"], step.positions, k.shape[1], ops)
         out, _ = ops.decode_block_sparse(q, k, v, lists, length, block_size=cfg.moba_chunk_size, **options)
-    return finish(dense.project_out(params, cfg, x, out), rows), cache
+    return end(step, dense.project_out(params, cfg, x, out)), cache
 
 
-def chosen_blocks(cfg, q, k_mean, positions, slots, ops=reference_ops):
+def choose(cfg, q, k_mean, positions, slots, ops=reference_ops):
     """int32 B T N L: the picks of each head of the queries at positions (int B T), L = min(moba_topk, blocks).
 
     q: B T N H. k_mean: B (S // M) K H; the means of blocks that no query looks back on may hold NaN.
     """
-    blocks = max(1, -(-slots // cfg.moba_chunk_size))
+    count = max(1, -(-slots // cfg.moba_chunk_size))
     grouped = q.unflatten(2, (cfg.num_key_value_heads, -1))
     gate = einsum("btkgh,bjkh->btkgj", grouped, k_mean).flatten(2, 3)
-    gate = torch.nn.functional.pad(gate, (0, blocks - k_mean.shape[1]))  # a last block that can never be complete
-    block = torch.arange(blocks, device=q.device)
+    gate = torch.nn.functional.pad(gate, (0, count - k_mean.shape[1]))  # a last block that can never be complete
+    block = torch.arange(count, device=q.device)
     current = (positions // cfg.moba_chunk_size)[..., None, None]
     gate = gate.masked_fill(block > current, -torch.inf).masked_fill(block == current, torch.inf)
-    return ops.topk_indices(gate, min(cfg.moba_topk, blocks))
+    return ops.topk_indices(gate, min(cfg.moba_topk, count))
 
 
-def visible(cfg, lists, positions, slots):
-    """bool B T N S: key s <= t and its block is in the head's list."""
-    causal = torch.arange(slots, device=positions.device) <= positions[..., None]
-    return tokens_of_blocks(lists, cfg.moba_chunk_size, slots) & causal[:, :, None]
-
-
-def appended(cfg, cache, k, v, rows):
-    """The cache after the rows' new tokens, k and v B T K ..; the given cache is not changed."""
-    after = dense.appended(cache, k, v, rows.new)
+def appended(cfg, cache, k, v, step):
+    """The cache after the step's new tokens, k and v B T K ..; the given cache is not changed."""
+    after = dense.appended(cache, k, v, step)
     size, wide = cfg.moba_chunk_size, cache["k_sum"].dtype
-    fresh = k.to(cache["k"].dtype).to(wide).masked_fill(~rows.queries[..., None, None], 0.0)
+    fresh = k.to(cache["k"].dtype).to(wide).masked_fill(~step.keep[..., None, None], 0.0)
     block = torch.arange(cache["k_mean"].shape[1] + 1, dtype=torch.int32, device=k.device)
-    inside = (rows.positions // size)[..., None] == block
-    carried = cache["k_sum"].masked_fill((rows.start % size == 0)[:, None, None], 0.0)
-    first, last = rows.start // size, (rows.start + rows.new) // size  # the blocks open before and after
+    inside = (step.positions // size)[..., None] == block
+    carried = cache["k_sum"].masked_fill((step.start % size == 0)[:, None, None], 0.0)
+    first, last = step.start // size, (step.start + step.new) // size  # the blocks open before and after
     sums = einsum("btj,btkh->bjkh", inside.to(wide), fresh)
     sums = sums + carried[:, None].masked_fill((block != first[:, None])[..., None, None], 0.0)
     closing = (block >= first[:, None]) & (block < last[:, None])
@@ -129,12 +121,11 @@ def check_fields(cfg):
     inputs.check_counts(cfg, 1, "moba_chunk_size", "moba_topk")
 
 
-def checked_room(cfg, x, cache):
-    """The tokens that a row may have in all: the slots of the cache."""
+def checked_room(cfg, x, cache, tokens=None):
+    """As `dense.checked_room`."""
     check_fields(cfg)
-    kv_heads, slots = cfg.num_key_value_heads, cache["k"].shape[1]
-    inputs.check_cache(cache, x, k=(kv_heads, cfg.head_dim), v=(kv_heads, cfg.v_head_dim))
-    sizes = {"S": slots // cfg.moba_chunk_size, "K": kv_heads, "H": cfg.head_dim}
+    slots = dense.checked_room(cfg, x, cache, tokens)
+    sizes = {"S": slots // cfg.moba_chunk_size, "K": cfg.num_key_value_heads, "H": cfg.head_dim}
     inputs.check_buffer(cache, x, "k_mean", "B S K H", sizes, WIDE)
     inputs.check_buffer(cache, x, "k_sum", "B K H", sizes, (cache["k_mean"].dtype,))
     return slots

@@ -20,14 +20,14 @@ cache: that of `dense`, and k_index B S J after norm and RoPE, in the dtype of k
 import torch
 
 from .. import ops as reference_ops
+from ..core import blocks
 from ..core.append import append
-from ..core.block_lists import headwise_attention, tokens_of_blocks
 from ..core.dtypes import einsum
 from ..core.norm import rms_norm
 from ..core.rope import frequencies
 from ..ops.block_index_scores import block_maxima
 from . import dense, inputs
-from .rows import begin, finish, given_positions
+from .step import begin, end, in_order
 
 
 def init_cache(cfg, batch, capacity, dtype=torch.bfloat16):
@@ -44,13 +44,12 @@ def forward(params, cfg, x, positions=None):
     """
     check(params, cfg)
     inputs.check_tokens(x, cfg.hidden_size)
-    positions = given_positions(x, positions)
+    order, positions = in_order(x, positions)
     q, k, v = dense.project(params, cfg, x, positions)
     q_index, k_index = project_index(params, cfg, x, positions)
-    order = torch.arange(x.shape[1], device=x.device).expand(x.shape[:2])
     mask = visible(cfg, q_index, k_index, order, order[:, None] <= order[..., None])
-    out = headwise_attention(q, k, v, mask, dense.scaling(cfg), cfg.attn_logit_softcapping)
-    return dense.project_out(params, cfg, x, out.to(x.dtype))
+    out = blocks.headwise_attention(q, k, v, mask, **dense.options(cfg))
+    return dense.project_out(params, cfg, x, out)
 
 
 def prefill(params, cfg, x, cache, lengths=None):
@@ -59,16 +58,14 @@ def prefill(params, cfg, x, cache, lengths=None):
     Blocks are picked by the index keys as stored.
     """
     check(params, cfg)
-    inputs.check_tokens(x, cfg.hidden_size)
-    rows = begin(x, cache, checked_room(cfg, x, cache), lengths)
-    q, k, v = dense.project(params, cfg, rows.x, rows.positions)
-    q_index, k_index = project_index(params, cfg, rows.x, rows.positions)
-    cache, stored = appended(cache, k, v, k_index, rows), cache["k"].dtype
-    slot = torch.arange(cache["k"].shape[1], device=x.device)
-    causal = (slot <= rows.positions[..., None]) & rows.queries[..., None]
-    mask = visible(cfg, q_index.to(stored), cache["k_index"], rows.positions, causal)
-    out = headwise_attention(q.to(stored), cache["k"], cache["v"], mask, dense.scaling(cfg), cfg.attn_logit_softcapping)
-    return finish(dense.project_out(params, cfg, rows.x, out.to(x.dtype)), rows), cache
+    step = begin(x, cache, checked_room(cfg, x, cache), lengths)
+    q, k, v = dense.project(params, cfg, step.x, step.positions)
+    q_index, k_index = project_index(params, cfg, step.x, step.positions)
+    cache = appended(cache, k, v, k_index, step)
+    k, v = cache["k"], cache["v"]
+    mask = visible(cfg, q_index.to(k.dtype), cache["k_index"], step.positions, step.causal(k.shape[1]))
+    out = blocks.headwise_attention(q.to(k.dtype), k, v, mask, **dense.options(cfg))
+    return end(step, dense.project_out(params, cfg, step.x, out)), cache
 
 
 def decode(params, cfg, x, cache, ops=reference_ops):
@@ -77,26 +74,15 @@ def decode(params, cfg, x, cache, ops=reference_ops):
     ops: any namespace with `block_index_scores`, `topk_indices` and `decode_block_sparse`.
     """
     check(params, cfg)
-    inputs.check_tokens(x, cfg.hidden_size, tokens=1)
-    rows = begin(x, cache, checked_room(cfg, x, cache))
-    q, k, v = dense.project(params, cfg, x, rows.positions)
-    q_index, k_index = project_index(params, cfg, x, rows.positions)
-    cache, stored = appended(cache, k, v, k_index, rows), cache["k"].dtype
-    scores = ops.block_index_scores(
-        q_index.to(stored), cache["k_index"], cache["length"], block_size=cfg.index_block_size
-    )
-    out, _ = ops.decode_block_sparse(
-        q.to(stored),
-        cache["k"],
-        cache["v"],
-        chosen_blocks(cfg, scores, rows.positions, ops),
-        cache["length"],
-        block_size=cfg.index_block_size,
-        scale=dense.scaling(cfg),
-        softcap=cfg.attn_logit_softcapping,
-        out_dtype=x.dtype,
-    )
-    return finish(dense.project_out(params, cfg, x, out), rows), cache
+    step = begin(x, cache, checked_room(cfg, x, cache, tokens=1))
+    q, k, v = dense.project(params, cfg, x, step.positions)
+    q_index, k_index = project_index(params, cfg, x, step.positions)
+    cache = appended(cache, k, v, k_index, step)
+    k, v, length, size = cache["k"], cache["v"], cache["length"], cfg.index_block_size
+    scores = ops.block_index_scores(q_index.to(k.dtype), cache["k_index"], length, block_size=size)
+    lists, options = choose(cfg, scores, step.positions, ops), dense.options(cfg) | {"out_dtype": x.dtype}
+    out, _ = ops.decode_block_sparse(q.to(k.dtype), k, v, lists, length, block_size=size, **options)
+    return end(step, dense.project_out(params, cfg, x, out)), cache
 
 
 def project_index(params, cfg, x, positions):
@@ -108,7 +94,7 @@ def project_index(params, cfg, x, positions):
     return dense.rotate(cfg, q, positions), dense.rotate(cfg, k[:, :, None], positions)[:, :, 0]
 
 
-def chosen_blocks(cfg, scores, positions, ops=reference_ops):
+def choose(cfg, scores, positions, ops=reference_ops):
     """int32 B T K L: the picks for the queries at positions (int B T), L = min(index_topk_blocks, blocks).
 
     scores: B T K blocks, those of `block_index_scores`.
@@ -126,14 +112,13 @@ def visible(cfg, q_index, k_index, positions, causal):
     positions: int B T. Index keys that no query may see can hold NaN or Inf.
     """
     scores = block_maxima(q_index, k_index, causal, cfg.index_block_size)
-    lists = chosen_blocks(cfg, scores, positions)
-    return tokens_of_blocks(lists, cfg.index_block_size, k_index.shape[1]) & causal[:, :, None]
+    lists = choose(cfg, scores, positions)
+    return blocks.tokens(lists, cfg.index_block_size, k_index.shape[1]) & causal[:, :, None]
 
 
-def appended(cache, k, v, k_index, rows):
-    """The cache after the rows' new tokens; the given cache is not changed."""
-    k_index = append(cache["k_index"], k_index, rows.start, rows.new)
-    return dense.appended(cache, k, v, rows.new) | {"k_index": k_index}
+def appended(cache, k, v, k_index, step):
+    """The cache after the step's new tokens; the given cache is not changed."""
+    return dense.appended(cache, k, v, step) | {"k_index": append(cache["k_index"], k_index, step.start, step.new)}
 
 
 def check_fields(cfg):
@@ -149,15 +134,11 @@ def check_fields(cfg):
 def check(params, cfg):
     """Raise ValueError or TypeError for fields and for index parameters that are not the config's."""
     check_fields(cfg)
-    width = cfg.index_head_dim
-    inputs.check_parameter(params, "wq_index", cfg.hidden_size, cfg.num_key_value_heads, width)
-    inputs.check_parameter(params, "wk_index", cfg.hidden_size, width)
-    inputs.check_parameter(params, "q_index_norm", width)
-    inputs.check_parameter(params, "k_index_norm", width)
+    d, heads, width = cfg.hidden_size, cfg.num_key_value_heads, cfg.index_head_dim
+    shapes = {"wq_index": (d, heads, width), "wk_index": (d, width), "q_index_norm": (width,), "k_index_norm": (width,)}
+    inputs.check_parameters(params, shapes)
 
 
-def checked_room(cfg, x, cache):
-    """The tokens that a row may have in all: the slots of the cache."""
-    heads = cfg.num_key_value_heads
-    inputs.check_cache(cache, x, k=(heads, cfg.head_dim), v=(heads, cfg.v_head_dim), k_index=(cfg.index_head_dim,))
-    return cache["k"].shape[1]
+def checked_room(cfg, x, cache, tokens=None):
+    """As `dense.checked_room`."""
+    return dense.checked_room(cfg, x, cache, tokens, k_index=(cfg.index_head_dim,))

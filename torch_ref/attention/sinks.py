@@ -43,5 +43,5 @@ def _window(cfg):
 
 
 def _sinks(params, cfg):
-    inputs.check_parameter(params, "sinks", cfg.num_attention_heads)
+    inputs.check_parameters(params, {"sinks": (cfg.num_attention_heads,)})
     return params["sinks"]

@@ -13,10 +13,10 @@ slot p mod W', k after norm and RoPE. With W' = W it never overflows, with W' < 
 import torch
 
 from .. import ops as reference_ops
-from ..core.ring import append_ring, ring_positions
+from ..core import ring
 from ..core.softmax import grouped_attention
 from . import dense, inputs
-from .rows import begin, finish, given_positions
+from .step import begin, end, in_order
 
 
 def init_cache(cfg, batch, capacity, dtype=torch.bfloat16):
@@ -49,45 +49,32 @@ def decode(params, cfg, x, cache, ops=reference_ops):
 def forward_window(params, cfg, x, positions, window, sinks=None):
     """`forward` with window (None: all tokens) and sinks (N, or None) as arguments."""
     inputs.check_tokens(x, cfg.hidden_size)
-    q, k, v = dense.project(params, cfg, x, given_positions(x, positions))
-    order = torch.arange(x.shape[1], device=x.device).expand(x.shape[:2])
-    mask = in_window(order, order, window)
-    out, _ = grouped_attention(q, k, v, mask, dense.scaling(cfg), sinks, cfg.attn_logit_softcapping)
-    return dense.project_out(params, cfg, x, out.to(x.dtype))
+    order, positions = in_order(x, positions)
+    q, k, v = dense.project(params, cfg, x, positions)
+    out, _ = grouped_attention(q, k, v, in_window(order, order, window), sinks=sinks, **dense.options(cfg))
+    return dense.project_out(params, cfg, x, out)
 
 
 def prefill_window(params, cfg, x, cache, lengths, window, sinks=None):
     """`prefill` with window (None: a cache that never wraps) and sinks (N, or None) as arguments."""
-    inputs.check_tokens(x, cfg.hidden_size)
-    rows = begin(x, cache, checked_room(cfg, x, cache, window), lengths)
-    q, k, v = dense.project(params, cfg, rows.x, rows.positions)
-    held, keys, values = ring_then_new(rows, cache["k"], cache["v"], k, v)
-    mask = in_window(rows.positions, held, window) & (held >= 0)[:, None] & rows.queries[..., None]
-    out, _ = grouped_attention(
-        q.to(keys.dtype), keys, values, mask, dense.scaling(cfg), sinks, cfg.attn_logit_softcapping
-    )
-    y = dense.project_out(params, cfg, rows.x, out.to(x.dtype))
-    return finish(y, rows), appended(cache, k, v, rows)
+    step = begin(x, cache, checked_room(cfg, x, cache, window), lengths)
+    q, k, v = dense.project(params, cfg, step.x, step.positions)
+    held, keys, values = ring_then_new(step, cache["k"], cache["v"], k, v)
+    mask = in_window(step.positions, held, window) & (held >= 0)[:, None] & step.keep[..., None]
+    out, _ = grouped_attention(q.to(keys.dtype), keys, values, mask, sinks=sinks, **dense.options(cfg))
+    return end(step, dense.project_out(params, cfg, step.x, out)), appended(cache, k, v, step)
 
 
 def decode_window(params, cfg, x, cache, ops, window, sinks=None):
     """`decode` with window (None: a cache that never wraps) and sinks (N, or None) as arguments."""
-    inputs.check_tokens(x, cfg.hidden_size, tokens=1)
-    rows = begin(x, cache, checked_room(cfg, x, cache, window))
-    q, k, v = dense.project(params, cfg, x, rows.positions)
-    cache = appended(cache, k, v, rows)
+    step = begin(x, cache, checked_room(cfg, x, cache, window, tokens=1))
+    q, k, v = dense.project(params, cfg, x, step.positions)
+    cache = appended(cache, k, v, step)
+    k, v = cache["k"], cache["v"]
     # written first, so that the slots hold the window and nothing else: their order does not matter to a softmax
-    out, _ = ops.decode_attention(
-        q.to(cache["k"].dtype),
-        cache["k"],
-        cache["v"],
-        cache["length"].clamp(max=cache["k"].shape[1]),
-        scale=dense.scaling(cfg),
-        sinks=sinks,
-        softcap=cfg.attn_logit_softcapping,
-        out_dtype=x.dtype,
-    )
-    return finish(dense.project_out(params, cfg, x, out), rows), cache
+    filled = cache["length"].clamp(max=k.shape[1])
+    out, _ = ops.decode_attention(q.to(k.dtype), k, v, filled, sinks=sinks, out_dtype=x.dtype, **dense.options(cfg))
+    return end(step, dense.project_out(params, cfg, x, out)), cache
 
 
 def in_window(query, key, window):
@@ -96,31 +83,26 @@ def in_window(query, key, window):
     return (behind >= 0) if window is None else (behind >= 0) & (behind < window)
 
 
-def ring_then_new(rows, ring_k, ring_v, k, v, first=0):
+def ring_then_new(step, ring_k, ring_v, k, v, first=0):
     """(held, keys, values): the slots of the ring before the call, then the T new tokens, rounded as the ring stores.
 
     held: int32 B (W' + T), the position of each, below `first` for an empty slot. Writing the new tokens first would
     destroy keys that earlier queries of the same call still see.
     """
-    held = torch.cat([ring_positions(rows.start, ring_k.shape[1], first), rows.positions], dim=1)
+    held = torch.cat([ring.held(step.start, ring_k.shape[1], first), step.positions], dim=1)
     return held, torch.cat([ring_k, k.to(ring_k.dtype)], dim=1), torch.cat([ring_v, v.to(ring_v.dtype)], dim=1)
 
 
-def appended(cache, k, v, rows):
-    """The cache after the rows' new tokens; the given cache is not changed."""
+def appended(cache, k, v, step):
+    """The cache after the step's new tokens; the given cache is not changed."""
     return {
-        "k": append_ring(cache["k"], k, rows.start, rows.new),
-        "v": append_ring(cache["v"], v, rows.start, rows.new),
-        "length": rows.start + rows.new,
+        "k": ring.write(cache["k"], k, step.start, step.new),
+        "v": ring.write(cache["v"], v, step.start, step.new),
+        "length": step.start + step.new,
     }
 
 
-def checked_room(cfg, x, cache, window):
-    """The tokens that a row may have in all: the slots of the ring, or None when it has the window's W of them."""
-    inputs.check_cache(cache, x, k=(cfg.num_key_value_heads, cfg.head_dim), v=(cfg.num_key_value_heads, cfg.v_head_dim))
-    slots = cache["k"].shape[1]
-    if window is None or slots < window:
-        return slots
-    if slots > window:
-        raise ValueError(f'cache["k"] has S={slots} slots; allowed: at most {window}, the window')
-    return None
+def checked_room(cfg, x, cache, window, tokens=None):
+    """As `dense.checked_room`; None when the ring has the window's W slots, and never overflows."""
+    slots = dense.checked_room(cfg, x, cache, tokens)
+    return slots if window is None else inputs.ring_room("k", slots, window)

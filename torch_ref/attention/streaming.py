@@ -19,13 +19,13 @@ overflows, else it holds S tokens.
 import torch
 
 from .. import ops as reference_ops
+from ..core import ring
 from ..core.append import append
 from ..core.dtypes import accumulator
-from ..core.ring import append_ring
 from ..core.softmax import grouped_attention
 from . import dense, inputs
-from .rows import begin, finish, given_positions
 from .sliding_window import in_window, ring_then_new
+from .step import begin, end, in_order
 
 
 def init_cache(cfg, batch, capacity, dtype=torch.bfloat16):
@@ -41,13 +41,11 @@ def forward(params, cfg, x, positions=None):
     """
     inputs.check_counts(cfg, 1, "start_size", "recent_size")
     inputs.check_tokens(x, cfg.hidden_size)
-    positions = given_positions(x, positions)
-    order = torch.arange(x.shape[1], device=x.device).expand(x.shape[:2])
-    q, k, v = dense.unrotated(params, cfg, x)
+    order, positions = in_order(x, positions)
+    q, k, v = dense.qkv(params, cfg, x)
     k, first = dense.rotate(cfg, k, positions), order < cfg.start_size
-    mask = visible(cfg, order, order)
-    out = attend(cfg, *both_queries(cfg, q, positions, order), k, v, first, mask)
-    return dense.project_out(params, cfg, x, out.to(x.dtype))
+    out = attend(cfg, *both_queries(cfg, q, positions, order), k, v, first, visible(cfg, order, order))
+    return dense.project_out(params, cfg, x, out)
 
 
 def prefill(params, cfg, x, cache, lengths=None):
@@ -55,23 +53,22 @@ def prefill(params, cfg, x, cache, lengths=None):
 
     The queries see what the cache held before the call and the new tokens, both as stored.
     """
-    inputs.check_tokens(x, cfg.hidden_size)
-    rows = begin(x, cache, checked_room(cfg, x, cache), lengths)
-    q, k, v = dense.unrotated(params, cfg, rows.x)
-    k, stored = dense.rotate(cfg, k, rows.positions), cache["k"].dtype
-    after = appended(cfg, cache, k, v, rows)
+    step = begin(x, cache, checked_room(cfg, x, cache), lengths)
+    q, k, v = dense.qkv(params, cfg, step.x)
+    k, stored = dense.rotate(cfg, k, step.positions), cache["k"].dtype
+    after = appended(cfg, cache, k, v, step)
     sink_k, sink_v, _, _ = parts(cfg, after)
     _, _, ring_k, ring_v = parts(cfg, cache)
-    held, keys, values = ring_then_new(rows, ring_k, ring_v, k, v, first=cfg.start_size)
+    held, keys, values = ring_then_new(step, ring_k, ring_v, k, v, first=cfg.start_size)
     # a new token before s is attended as a sink, from its slot
-    window_mask = visible(cfg, rows.positions, held) & (held >= cfg.start_size)[:, None]
+    window_mask = visible(cfg, step.positions, held) & (held >= cfg.start_size)[:, None]
     slots = torch.arange(sink_k.shape[1], device=x.device).expand(len(x), -1)
-    mask = torch.cat([visible(cfg, rows.positions, slots), window_mask], dim=-1) & rows.queries[..., None]
+    mask = torch.cat([visible(cfg, step.positions, slots), window_mask], dim=-1) & step.keep[..., None]
     first = torch.cat([torch.ones_like(slots, dtype=torch.bool), torch.zeros_like(held, dtype=torch.bool)], dim=1)
     keys, values = torch.cat([sink_k, keys], dim=1), torch.cat([sink_v, values], dim=1)
-    queries = (z.to(stored) for z in both_queries(cfg, q, rows.positions, rows.positions))
+    queries = (z.to(stored) for z in both_queries(cfg, q, step.positions, step.positions))
     out = attend(cfg, *queries, keys, values, first, mask)
-    return finish(dense.project_out(params, cfg, rows.x, out.to(x.dtype)), rows), after
+    return end(step, dense.project_out(params, cfg, step.x, out)), after
 
 
 def decode(params, cfg, x, cache, ops=reference_ops):
@@ -79,13 +76,12 @@ def decode(params, cfg, x, cache, ops=reference_ops):
 
     ops: any namespace with `decode_attention` and `merge_states`.
     """
-    inputs.check_tokens(x, cfg.hidden_size, tokens=1)
-    rows = begin(x, cache, checked_room(cfg, x, cache))
-    q, k, v = dense.unrotated(params, cfg, x)
-    cache = appended(cfg, cache, dense.rotate(cfg, k, rows.positions), v, rows)
+    step = begin(x, cache, checked_room(cfg, x, cache, tokens=1))
+    q, k, v = dense.qkv(params, cfg, x)
+    cache = appended(cfg, cache, dense.rotate(cfg, k, step.positions), v, step)
     stored, length = cache["k"].dtype, cache["length"]
-    options = dict(scale=dense.scaling(cfg), softcap=cfg.attn_logit_softcapping, out_dtype=accumulator(x.dtype, stored))
-    q_window, q_sink = (z.to(stored) for z in both_queries(cfg, q, rows.positions, rows.positions))
+    options = dict(out_dtype=accumulator(x.dtype, stored), **dense.options(cfg))
+    q_window, q_sink = (z.to(stored) for z in both_queries(cfg, q, step.positions, step.positions))
     sink_k, sink_v, ring_k, ring_v = parts(cfg, cache)
     sinks = length.clamp(max=sink_k.shape[1])
     recent = (length - cfg.start_size).clamp(0, ring_k.shape[1])
@@ -94,7 +90,7 @@ def decode(params, cfg, x, cache, ops=reference_ops):
         ops.decode_attention(q_window, ring_k, ring_v, recent, **options),
     )
     out, _ = ops.merge_states(*(torch.stack(part) for part in zip(*both, strict=True)))
-    return finish(dense.project_out(params, cfg, x, out.to(x.dtype)), rows), cache
+    return end(step, dense.project_out(params, cfg, x, out)), cache
 
 
 def visible(cfg, query, key):
@@ -118,16 +114,16 @@ def attend(cfg, q_window, q_sink, k, v, first, mask):
     # each key fills one half of a vector twice as long, so that one product serves both queries
     keys = torch.cat([k.masked_fill(first, 0.0), k.masked_fill(~first, 0.0)], dim=-1)
     q = torch.cat([q_window, q_sink], dim=-1)
-    return grouped_attention(q, keys, v, mask, dense.scaling(cfg), softcap=cfg.attn_logit_softcapping)[0]
+    return grouped_attention(q, keys, v, mask, **dense.options(cfg))[0]
 
 
-def appended(cfg, cache, k, v, rows):
-    """The cache after the rows' new tokens; the given cache is not changed."""
+def appended(cfg, cache, k, v, step):
+    """The cache after the step's new tokens; the given cache is not changed."""
     sink_k, sink_v, ring_k, ring_v = parts(cfg, cache)
-    after = {"length": rows.start + rows.new}
-    for name, fresh, first, ring in (("k", k, sink_k, ring_k), ("v", v, sink_v, ring_v)):
-        first = append(first, fresh, rows.start, rows.new)
-        after[name] = torch.cat([first, append_ring(ring, fresh, rows.start, rows.new, cfg.start_size)], dim=1)
+    after = {"length": step.start + step.new}
+    for name, fresh, first, recent in (("k", k, sink_k, ring_k), ("v", v, sink_v, ring_v)):
+        first = append(first, fresh, step.start, step.new)
+        after[name] = torch.cat([first, ring.write(recent, fresh, step.start, step.new, cfg.start_size)], dim=1)
     return after
 
 
@@ -137,12 +133,10 @@ def parts(cfg, cache):
     return cache["k"][:, :s], cache["v"][:, :s], cache["k"][:, s:], cache["v"][:, s:]
 
 
-def checked_room(cfg, x, cache):
-    """The tokens that a row may have in all, or None when the buffers are whole."""
+def checked_room(cfg, x, cache, tokens=None):
+    """As `dense.checked_room`; None when the buffers are whole, and the row never overflows."""
     inputs.check_counts(cfg, 1, "start_size", "recent_size")
-    K, whole = cfg.num_key_value_heads, cfg.start_size + cfg.recent_size
-    inputs.check_cache(cache, x, k=(K, cfg.head_dim), v=(K, cfg.v_head_dim))
-    slots = cache["k"].shape[1]
+    slots, whole = dense.checked_room(cfg, x, cache, tokens), cfg.start_size + cfg.recent_size
     if slots > whole:
         raise ValueError(f'cache["k"] has {slots} slots; allowed: at most start_size + recent_size = {whole}')
     return None if slots == whole else slots

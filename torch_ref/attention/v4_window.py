@@ -19,14 +19,14 @@ after norm and RoPE. With W' = W it never overflows, with W' < W it holds W' tok
 import torch
 
 from .. import ops as reference_ops
+from ..core import ring
 from ..core.dtypes import accumulator, einsum
 from ..core.norm import rms_norm
-from ..core.ring import append_ring, ring_positions
 from ..core.rope import apply_rope, frequencies
 from ..core.softmax import grouped_attention
 from . import inputs
-from .rows import begin, finish, given_positions
 from .sliding_window import in_window
+from .step import begin, end, in_order
 
 
 def init_cache(cfg, batch, capacity, dtype=torch.bfloat16):
@@ -42,9 +42,9 @@ def forward(params, cfg, x, positions=None):
     """y: B T D from x: B T D without a cache. positions: int B T, default 0..T-1, feed RoPE only; the window counts
     tokens. y has x's dtype. Raises ValueError and TypeError for wrong arguments."""
     check(params, cfg, x)
-    positions = given_positions(x, positions)
+    order, positions = in_order(x, positions)
     _, q, kv = project(params, cfg, x, positions)
-    out = attend(params, cfg, q, kv, window_mask(cfg, x))
+    out = attend_shared(params, cfg, q, kv, in_window(order, order, cfg.sliding_window))
     return project_out(params, cfg, x, out, positions)
 
 
@@ -56,21 +56,21 @@ def prefill(params, cfg, x, cache, lengths=None):
     room raises ValueError on the CPU; on a device nothing of it is written, its length stays and all its y are NaN.
     """
     check(params, cfg, x)
-    rows = begin(x, cache, checked_ring(cfg, x, cache), lengths)
-    _, q, kv = project(params, cfg, rows.x, rows.positions)
-    keys, mask = ring_then_new(cfg, rows, cache["kv"], kv)
-    out = attend(params, cfg, q.to(keys.dtype), keys, mask)
-    return finish(project_out(params, cfg, rows.x, out, rows.positions), rows), appended(cache, kv, rows)
+    step = begin(x, cache, checked_room(cfg, x, cache), lengths)
+    _, q, kv = project(params, cfg, step.x, step.positions)
+    keys, near = recent(cfg, cache["kv"], kv, step)
+    out = attend_shared(params, cfg, q.to(keys.dtype), keys, near)
+    return end(step, project_out(params, cfg, step.x, out, step.positions)), appended(cache, kv, step)
 
 
 def decode(params, cfg, x, cache, ops=reference_ops):
     """(y, cache) after appending one token per row; x, y: B 1 D. ops: any namespace with `decode_attention`."""
     check(params, cfg, x, tokens=1)
-    rows = begin(x, cache, checked_ring(cfg, x, cache))
-    _, q, kv = project(params, cfg, x, rows.positions)
-    cache = appended(cache, kv, rows)
-    out, _ = window_part(params, cfg, q.to(cache["kv"].dtype), cache, ops)
-    return finish(project_out(params, cfg, x, out, rows.positions), rows), cache
+    step = begin(x, cache, checked_room(cfg, x, cache))
+    _, q, kv = project(params, cfg, x, step.positions)
+    cache = appended(cache, kv, step)
+    out, _ = attend_ring(params, cfg, q.to(cache["kv"].dtype), cache, ops)
+    return end(step, project_out(params, cfg, x, out, step.positions)), cache
 
 
 def project(params, cfg, x, positions):
@@ -93,44 +93,32 @@ def rotate(cfg, x, positions):
     return torch.cat([rest, apply_rope(turned, positions, theta, layout="interleaved")], dim=-1)
 
 
-def attend(params, cfg, q, keys, mask):
-    """B T N H in float32 or wider: attention with sinks over keys B S H, values at once, under mask bool B T S."""
-    return grouped_attention(q, keys[:, :, None], keys[:, :, None], mask, cfg.head_dim**-0.5, params["sinks"])[0]
+def attend_shared(params, cfg, q, kv, mask):
+    """B T N H in float32 or wider: attention with sinks over kv B S H, key and value at once, under mask bool B T S."""
+    shared = kv[:, :, None]
+    return grouped_attention(q, shared, shared, mask, cfg.head_dim**-0.5, params["sinks"])[0]
 
 
-def window_mask(cfg, x):
-    """bool B T T: the window of every token of x."""
-    order = torch.arange(x.shape[1], device=x.device).expand(x.shape[:2])
-    return in_window(order, order, cfg.sliding_window)
-
-
-def ring_then_new(cfg, rows, ring, kv):
-    """(keys, mask): B (W' + T) H, the ring before the call and the new tokens as it stores them; bool B T (W' + T).
+def recent(cfg, buffer, kv, step):
+    """(keys, near): B (W' + T) H, the ring before the call and the new tokens as it stores them; bool B T (W' + T).
 
     The ring is written after: the new tokens would destroy keys that earlier queries of the same call still see.
     """
-    held = torch.cat([ring_positions(rows.start, ring.shape[1]), rows.positions], dim=1)
-    mask = in_window(rows.positions, held, cfg.sliding_window) & (held >= 0)[:, None] & rows.queries[..., None]
-    return torch.cat([ring, kv.to(ring.dtype)], dim=1), mask
+    held = torch.cat([ring.held(step.start, buffer.shape[1]), step.positions], dim=1)
+    near = in_window(step.positions, held, cfg.sliding_window) & (held >= 0)[:, None] & step.keep[..., None]
+    return torch.cat([buffer, kv.to(buffer.dtype)], dim=1), near
 
 
-def appended(cache, kv, rows):
-    """The ring and the length after the rows' new tokens; the given cache is not changed."""
-    return {"kv": append_ring(cache["kv"], kv, rows.start, rows.new), "length": rows.start + rows.new}
-
-
-def window_part(params, cfg, q, cache, ops):
+def attend_ring(params, cfg, q, cache, ops):
     """(out, lse) of q B 1 N H over the ring, B 1 N H and B 1 N in float32 or wider; the sinks are in this part."""
-    ring = cache["kv"][:, :, None]
-    return ops.decode_attention(
-        q,
-        ring,
-        ring,
-        cache["length"].clamp(max=ring.shape[1]),
-        scale=cfg.head_dim**-0.5,
-        sinks=params["sinks"],
-        out_dtype=accumulator(q.dtype),
-    )
+    kv = cache["kv"][:, :, None]
+    filled, options = cache["length"].clamp(max=kv.shape[1]), dict(scale=cfg.head_dim**-0.5, sinks=params["sinks"])
+    return ops.decode_attention(q, kv, kv, filled, out_dtype=accumulator(q.dtype), **options)
+
+
+def appended(cache, kv, step):
+    """The ring and the length after the step's new tokens; the given cache is not changed."""
+    return {"kv": ring.write(cache["kv"], kv, step.start, step.new), "length": step.start + step.new}
 
 
 def project_out(params, cfg, x, out, positions):
@@ -159,8 +147,7 @@ def check(params, cfg, x, tokens=None):
     """Raise ValueError or TypeError for fields, parameters and tokens that do not fit together."""
     check_fields(cfg)
     inputs.check_tokens(x, cfg.hidden_size, tokens)
-    for name, shape in shapes(cfg).items():
-        inputs.check_parameter(params, name, *shape)
+    inputs.check_parameters(params, shapes(cfg))
 
 
 def check_fields(cfg):
@@ -178,10 +165,7 @@ def check_fields(cfg):
         )
 
 
-def checked_ring(cfg, x, cache):
+def checked_room(cfg, x, cache):
     """The tokens that a row may have in all: the slots of the ring, or None when it has the window's W of them."""
     inputs.check_cache(cache, x, kv=(cfg.head_dim,))
-    slots = cache["kv"].shape[1]
-    if slots > cfg.sliding_window:
-        raise ValueError(f'cache["kv"] has S={slots} slots; allowed: at most {cfg.sliding_window}, the window')
-    return slots if slots < cfg.sliding_window else None
+    return inputs.ring_room("kv", cache["kv"].shape[1], cfg.sliding_window)

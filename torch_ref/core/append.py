@@ -23,9 +23,12 @@ def append(buffer, fresh, length, new):
 
     buffer: [B, S, ...]. fresh: [B, T, ...], rounded to buffer's dtype. length, new: int32 [B].
     """
-    slot = torch.arange(buffer.shape[1], device=buffer.device)
-    token = slot - length[:, None]
-    written = (token >= 0) & (token < new[:, None])
+    token = torch.arange(buffer.shape[1], device=buffer.device) - length[:, None]
+    return replaced(buffer, fresh, token, (token >= 0) & (token < new[:, None]))
+
+
+def replaced(buffer, fresh, token, written):
+    """A copy of buffer with fresh[b, token[b, s]] in the slots s where written, bool [B, S], says so."""
     rows = torch.arange(len(buffer), device=buffer.device)[:, None]
     candidates = fresh.to(buffer.dtype)[rows, token.clamp(0, fresh.shape[1] - 1)]
     return torch.where(written.view(*written.shape, *[1] * (buffer.ndim - 2)), candidates, buffer)

@@ -23,7 +23,7 @@ def hadamard(x):
     return x * width**-0.5
 
 
-def quantise_e4m3(x):
+def e4m3(x):
     """(x8, scale): x is about x8 scale, x8 = clip(x / scale, -448, 448) in float8_e4m3fn [..., J], scale float32 [...].
 
     scale = 2^ceil(log2(amax / 448)), amax = max(max_j |x_j|, 1e-4); DeepSeek's scale format ue8m0. x: float32 or wider.

@@ -2,8 +2,10 @@
 
 import torch
 
+from .append import replaced
 
-def ring_positions(length, slots, first=0):
+
+def held(length, slots, first=0):
     """int32 [B, W]: the position of the token in each slot of a row of `length` tokens; below `first` it holds none.
 
     length: int32 [B], all tokens of the row, those before `first` included.
@@ -13,15 +15,13 @@ def ring_positions(length, slots, first=0):
     return last - (last - first - slot) % max(slots, 1)  # a ring without slots has nothing to wrap
 
 
-def append_ring(buffer, fresh, length, new, first=0):
+def write(buffer, fresh, length, new, first=0):
     """A copy of buffer after the tokens length[b] .. length[b] + new[b] - 1, of which the newest W stay.
 
     buffer: [B, W, ...]. fresh: [B, T, ...], rounded to buffer's dtype; row b's first new[b] tokens are real. length,
     new: int32 [B]. Tokens before position `first` are not written; slots that no real token reaches stay as they are.
     """
-    held = ring_positions(length + new, buffer.shape[1], first)
-    token = held - length[:, None]
-    written = (held >= first) & (token >= 0)
-    rows = torch.arange(len(buffer), device=buffer.device)[:, None]
-    candidates = fresh.to(buffer.dtype)[rows, token.clamp(0, fresh.shape[1] - 1)]
-    return torch.where(written.view(*written.shape, *[1] * (buffer.ndim - 2)), candidates, buffer)
+    position = held(length + new, buffer.shape[1], first)
+    token = position - length[:, None]
+    written = (position >= first) & (token >= 0)
+    return replaced(buffer, fresh, token, written)

@@ -5,6 +5,12 @@ import torch
 from .dtypes import accumulator, einsum
 
 
+def capped(scores, scale, softcap):
+    """c tanh(scale scores / c), or scale scores without a cap c."""
+    logits = scale * scores
+    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+
+
 def masked_softmax(scores, mask, sinks=None):
     """p_s = exp(z_s) / (sum over seen s' of exp(z_s') + exp(sink)); lse = ln of that denominator.
 
@@ -39,9 +45,7 @@ def grouped_attention(q, k, v, mask, scale, sinks=None, softcap=None):
     unseen = ~mask.any(dim=1)[..., None, None]
     k, v = k.to(acc).masked_fill(unseen, 0.0), v.to(acc).masked_fill(unseen, 0.0)
     q = q.to(acc).unflatten(2, (kv_heads, n_heads // kv_heads))
-    logits = scale * einsum("btkgh,bskh->btkgs", q, k)
-    if softcap is not None:
-        logits = softcap * torch.tanh(logits / softcap)
+    logits = capped(einsum("btkgh,bskh->btkgs", q, k), scale, softcap)
     sinks = None if sinks is None else sinks.unflatten(0, (kv_heads, n_heads // kv_heads))
     p, lse = masked_softmax(logits, mask[:, :, None, None, :], sinks)
     out = einsum("btkgs,bskv->btkgv", p, v)

@@ -3,7 +3,7 @@
 import torch
 
 from ..core.dtypes import einsum
-from . import check, check_block_scores
+from . import check
 from .decode_attention import dequantise, visible
 
 
@@ -17,10 +17,9 @@ def block_index_scores(q_index, k_index, lengths, *, block_size, k_scale=None):
     that no query sees may hold NaN or Inf. Raises ValueError (shapes, ranges, devices; values of lengths on the CPU)
     and TypeError (dtypes). MiniMax Sparse Attention (2606.13392), without its scale, which changes no order.
     """
-    check_block_scores.block_index_scores(q_index, k_index, lengths, block_size=block_size, k_scale=k_scale)
+    check.block_index_scores(**locals())
     slots = k_index.shape[1]
-    if lengths.device.type == "cpu":
-        check.length_values(lengths, slots)
+    check.length_values(lengths, slots)
     seen = visible(lengths, q_index.shape[1], slots, None)
     return block_maxima(q_index, dequantise(k_index, k_scale), seen, block_size)
 

@@ -3,9 +3,10 @@
 Each function named after an op takes that op's arguments and returns None or raises one line that names the argument,
 its value and what is allowed: ValueError for shapes, ranges and devices, TypeError for types and dtypes. They look at
 metadata only, so they never wait for a device; the two functions that read values, `length_values` and `page_values`,
-stand apart and are for tensors on the CPU.
+stand apart, and values are read on the CPU alone.
 """
 
+import functools
 import math
 import numbers
 
@@ -13,167 +14,10 @@ import torch
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 QUANTISED = (torch.int8, torch.float8_e4m3fn, torch.float8_e5m2)
+WIDE = (torch.float32, torch.float64)
+INT32 = (torch.int32,)
 MAY_BE_EMPTY = ("B", "S", "P")  # a batch, a cache and a page table may have no entry; every other dimension has one
-
-
-def decode_attention(
-    q,
-    k,
-    v,
-    lengths,
-    *,
-    scale,
-    window=None,
-    sinks=None,
-    softcap=None,
-    page_table=None,
-    k_scale=None,
-    v_scale=None,
-    chunk=None,
-    out_dtype=None,
-):
-    """Check the arguments of `decode_attention`; shapes and dtypes are those of its docstring."""
-    sizes = {}
-    tensor("q", q, "B T N H", sizes, FLOATS)
-    slots = "B S K" if page_table is None else "pages page K"
-    tensor("k", k, f"{slots} H", sizes, FLOATS + QUANTISED, q.device)
-    tensor("v", v, f"{slots} V", sizes, FLOATS + QUANTISED, q.device)
-    heads(sizes)
-    same_dtypes(q, k, v, k_scale, v_scale)
-    for name, scales in (("k_scale", k_scale), ("v_scale", v_scale)):
-        if scales is not None:
-            tensor(name, scales, slots, sizes, (torch.float32,), q.device)
-    tensor("lengths", lengths, "B", sizes, (torch.int32,), q.device)
-    if page_table is not None:
-        tensor("page_table", page_table, "B P", sizes, (torch.int32,), q.device)
-    if sinks is not None:
-        tensor("sinks", sinks, "N", sizes, FLOATS, q.device)
-    number("scale", scale)
-    if softcap is not None:
-        number("softcap", softcap, positive=True)
-    for name, value in (("window", window), ("chunk", chunk)):
-        if value is not None:
-            integer(name, value)
-    floating_dtype("out_dtype", out_dtype)
-
-
-def decode_mla(
-    q_latent,
-    q_rope,
-    latent,
-    k_rope,
-    lengths,
-    *,
-    scale,
-    window=None,
-    sinks=None,
-    page_table=None,
-    latent_scale=None,
-    chunk=None,
-    out_dtype=None,
-):
-    """Check the arguments of `decode_mla`; shapes and dtypes are those of its docstring."""
-    sizes = {}
-    tensor("q_latent", q_latent, "B T N C", sizes, FLOATS)
-    tensor("q_rope", q_rope, "B T N R", sizes, (q_latent.dtype,), q_latent.device)
-    slots = "B S" if page_table is None else "pages page"
-    tensor("latent", latent, f"{slots} C", sizes, FLOATS + QUANTISED, q_latent.device)
-    tensor("k_rope", k_rope, f"{slots} R", sizes, (q_latent.dtype,), q_latent.device)
-    latent_dtype(q_latent, latent, latent_scale)
-    if latent_scale is not None:
-        tensor("latent_scale", latent_scale, slots, sizes, (torch.float32,), q_latent.device)
-    tensor("lengths", lengths, "B", sizes, (torch.int32,), q_latent.device)
-    if page_table is not None:
-        tensor("page_table", page_table, "B P", sizes, (torch.int32,), q_latent.device)
-    if sinks is not None:
-        tensor("sinks", sinks, "N", sizes, FLOATS, q_latent.device)
-    number("scale", scale)
-    for name, value in (("window", window), ("chunk", chunk)):
-        if value is not None:
-            integer(name, value)
-    floating_dtype("out_dtype", out_dtype)
-
-
-def decode_block_sparse(
-    q,
-    k,
-    v,
-    block_indices,
-    lengths,
-    *,
-    block_size,
-    scale,
-    sinks=None,
-    softcap=None,
-    page_table=None,
-    k_scale=None,
-    v_scale=None,
-    out_dtype=None,
-):
-    """Check the arguments of `decode_block_sparse`; shapes and dtypes are those of its docstring."""
-    sizes = {}
-    tensor("q", q, "B T N H", sizes, FLOATS)
-    slots = "B S K" if page_table is None else "pages page K"
-    tensor("k", k, f"{slots} H", sizes, FLOATS + QUANTISED, q.device)
-    if v is not None:
-        tensor("v", v, f"{slots} V", sizes, FLOATS + QUANTISED, q.device)
-    elif v_scale is not None:
-        raise TypeError("v_scale is given with v=None; allowed: None, because the values are k and its scale k_scale")
-    heads(sizes)
-    same_dtypes(q, k, k if v is None else v, k_scale, k_scale if v is None else v_scale)
-    for name, scales in (("k_scale", k_scale), ("v_scale", v_scale)):
-        if scales is not None:
-            tensor(name, scales, slots, sizes, (torch.float32,), q.device)
-    tensor("block_indices", block_indices, "B T lists L", sizes, (torch.int32,), q.device)
-    if sizes["lists"] not in (sizes["K"], sizes["N"]):
-        raise ValueError(
-            f"block_indices has {sizes['lists']} lists per query; allowed: K={sizes['K']}, one per KV head, "
-            f"or N={sizes['N']}, one per head"
-        )
-    if lengths is not None:
-        tensor("lengths", lengths, "B", sizes, (torch.int32,), q.device)
-    if page_table is not None:
-        tensor("page_table", page_table, "B P", sizes, (torch.int32,), q.device)
-    if sinks is not None:
-        tensor("sinks", sinks, "N", sizes, FLOATS, q.device)
-    number("scale", scale)
-    if softcap is not None:
-        number("softcap", softcap, positive=True)
-    integer("block_size", block_size)
-    floating_dtype("out_dtype", out_dtype)
-
-
-def merge_states(outs, lses):
-    """Check the arguments of `merge_states`: outs P B T N V of a float dtype, lses P B T N in float32 or float64."""
-    sizes = {}
-    # "parts" and not "P": a merge of no parts has no meaning, while a page table P may be empty
-    tensor("outs", outs, "parts B T N V", sizes, FLOATS)
-    tensor("lses", lses, "parts B T N", sizes, (torch.float32, torch.float64), outs.device)
-
-
-def topk_indices(scores, k):
-    """Check the arguments of `topk_indices`: scores [..., S] of a float dtype, k an int >= 1."""
-    is_tensor("scores", scores)
-    if scores.dtype not in FLOATS:
-        raise TypeError(f"scores has dtype {scores.dtype}; allowed: {_names(FLOATS)}")
-    if scores.ndim == 0:
-        raise ValueError("scores has shape []; allowed: [..., S], at least one dimension")
-    integer("k", k)
-
-
-def length_values(lengths, limit, meaning="the number of slots"):
-    """Raise ValueError unless 0 <= lengths[b] <= limit in every row. Reads values: it waits for a device tensor."""
-    for row, length in enumerate(lengths.tolist()):
-        if not 0 <= length <= limit:
-            raise ValueError(f"lengths[{row}] is {length}; allowed: 0 to {limit}, {meaning}")
-
-
-def page_values(page_table, needed, pages):
-    """Raise ValueError unless 0 <= page_table[b, p] < pages wherever needed[b, p]. Reads values, as `length_values`."""
-    wrong = needed & ((page_table < 0) | (page_table >= pages))
-    for row, entry in wrong.nonzero().tolist():
-        value = page_table[row, entry].item()
-        raise ValueError(f"page_table[{row}, {entry}] is {value}; allowed: 0 to {pages - 1}, the pages of the pool")
+DECAYS = ("N", "B N", "B N H")
 
 
 def tensor(name, value, dims, sizes, dtypes, device=None):
@@ -196,42 +40,6 @@ def tensor(name, value, dims, sizes, dtypes, device=None):
     if device is not None and value.device != device:
         raise ValueError(f"{name} is on device {value.device}; allowed: {device}, where the first argument is")
     sizes.update(zip(letters, shape, strict=True))
-
-
-def heads(sizes):
-    """Every KV head must serve the same number of query heads."""
-    if sizes["N"] % sizes["K"]:
-        raise ValueError(f"q has N={sizes['N']} heads; allowed: a multiple of the K={sizes['K']} heads of k")
-
-
-def same_dtypes(q, k, v, k_scale, v_scale):
-    """q, k and v share one dtype, or k and v share a quantised one and both come with scales."""
-    quantised = k.dtype in QUANTISED
-    if not quantised and k.dtype != q.dtype:
-        raise TypeError(f"k has dtype {k.dtype}; allowed: {q.dtype}, the dtype of q, or a quantised one with scales")
-    if v.dtype != k.dtype:
-        raise TypeError(f"v has dtype {v.dtype}; allowed: {k.dtype}, the dtype of k")
-    for name, scales in (("k_scale", k_scale), ("v_scale", v_scale)):
-        if quantised and scales is None:
-            raise TypeError(f"{name} is None; allowed: a float32 tensor, because k and v have dtype {k.dtype}")
-        if not quantised and scales is not None:
-            raise TypeError(f"{name} is given for k and v of dtype {k.dtype}; allowed: with {_names(QUANTISED)}")
-
-
-def latent_dtype(q_latent, latent, latent_scale):
-    """latent has q_latent's dtype and no scales, or a quantised one with them."""
-    if latent.dtype in QUANTISED:
-        if latent_scale is None:
-            raise TypeError(f"latent_scale is None; allowed: a float32 tensor, because latent has dtype {latent.dtype}")
-    elif latent.dtype != q_latent.dtype:
-        raise TypeError(
-            f"latent has dtype {latent.dtype}; allowed: {q_latent.dtype}, the dtype of q_latent, or a quantised one "
-            "with scales"
-        )
-    elif latent_scale is not None:
-        raise TypeError(
-            f"latent_scale is given for a latent of dtype {latent.dtype}; allowed: with {_names(QUANTISED)}"
-        )
 
 
 def is_tensor(name, value):
@@ -260,5 +68,175 @@ def floating_dtype(name, value):
         raise TypeError(f"{name} is {value}; allowed: None, {_names(FLOATS)}")
 
 
+def length_values(lengths, limit, meaning="the number of slots"):
+    """Raise ValueError unless 0 <= lengths[b] <= limit in every row; on a device the values are not read."""
+    for row, length in enumerate(lengths.tolist() if lengths.device.type == "cpu" else ()):
+        if not 0 <= length <= limit:
+            raise ValueError(f"lengths[{row}] is {length}; allowed: 0 to {limit}, {meaning}")
+
+
+def page_values(page_table, needed, pages):
+    """Raise ValueError unless 0 <= page_table[b, p] < pages wherever needed[b, p]; for tensors on the CPU."""
+    wrong = needed & ((page_table < 0) | (page_table >= pages))
+    for row, entry in wrong.nonzero().tolist():
+        value = page_table[row, entry].item()
+        raise ValueError(f"page_table[{row}, {entry}] is {value}; allowed: 0 to {pages - 1}, the pages of the pool")
+
+
+# Rules between arguments. given: {name: argument} of one call. sizes: {dimension: size} of the tensors before the rule.
+
+
+def _heads(given, sizes):
+    """Every KV head serves the same number of query heads; q, k and v share a dtype, or k and v have scales.
+
+    v=None: the values are k, and its scale is theirs.
+    """
+    q, k, k_scale = given["q"], given["k"], given.get("k_scale")
+    v, v_scale = given["v"], given.get("v_scale")
+    if v is None:
+        if v_scale is not None:
+            raise TypeError(
+                "v_scale is given with v=None; allowed: None, because the values are k and its scale k_scale"
+            )
+        v, v_scale = k, k_scale
+    if sizes["N"] % sizes["K"]:
+        raise ValueError(f"q has N={sizes['N']} heads; allowed: a multiple of the K={sizes['K']} heads of k")
+    _dtype_of_query("k", k, "q", q)
+    if v.dtype != k.dtype:
+        raise TypeError(f"v has dtype {v.dtype}; allowed: {k.dtype}, the dtype of k")
+    for name, scale in (("k_scale", k_scale), ("v_scale", v_scale)):
+        _scale(name, scale, k.dtype, "k and v have", "k and v", _names(QUANTISED))
+
+
+def _lists(given, sizes):
+    if sizes["lists"] not in (sizes["K"], sizes["N"]):
+        raise ValueError(
+            f"block_indices has {sizes['lists']} lists per query; allowed: K={sizes['K']}, one per KV head, "
+            f"or N={sizes['N']}, one per head"
+        )
+
+
+def _latent(given, sizes):
+    latent = given["latent"]
+    _dtype_of_query("latent", latent, "q_latent", given["q_latent"])
+    _scale("latent_scale", given.get("latent_scale"), latent.dtype, "latent has", "a latent", _names(QUANTISED))
+
+
+def _scale_of(stored, scale, words):
+    """The rule that `scale` comes with a quantised `stored`, and with no other."""
+
+    def rule(given, sizes):
+        _scale(scale, given.get(scale), given[stored].dtype, f"{stored} has", words, "int8 and float8")
+
+    return rule
+
+
+def _decay(given, sizes):
+    decay = given["decay"]
+    is_tensor("decay", decay)
+    if not 1 <= decay.ndim <= len(DECAYS):
+        allowed = ", ".join(f"[{dims}]" for dims in DECAYS)
+        raise ValueError(f"decay has shape {list(decay.shape)}; allowed: {allowed}")
+    tensor("decay", decay, DECAYS[decay.ndim - 1], sizes, WIDE, given["q"].device)
+
+
+def _scores(given, sizes):
+    scores = given["scores"]
+    is_tensor("scores", scores)
+    if scores.dtype not in FLOATS:
+        raise TypeError(f"scores has dtype {scores.dtype}; allowed: {_names(FLOATS)}")
+    if scores.ndim == 0:
+        raise ValueError("scores has shape []; allowed: [..., S], at least one dimension")
+    integer("k", given["k"])
+
+
+def _dtype_of_query(name, stored, query_name, query):
+    if stored.dtype not in (query.dtype, *QUANTISED):
+        raise TypeError(
+            f"{name} has dtype {stored.dtype}; allowed: {query.dtype}, the dtype of {query_name}, or a quantised one "
+            "with scales"
+        )
+
+
+def _scale(name, scale, stored, holder, owner, allowed):
+    """A scale comes with a quantised dtype `stored`, and with no other."""
+    if stored in QUANTISED and scale is None:
+        raise TypeError(f"{name} is None; allowed: a float32 tensor, because {holder} dtype {stored}")
+    if stored not in QUANTISED and scale is not None:
+        raise TypeError(f"{name} is given for {owner} of dtype {stored}; allowed: with {allowed}")
+
+
 def _names(dtypes):
     return ", ".join(str(d).removeprefix("torch.") for d in dtypes)
+
+
+OPTIONS = {
+    "scale": number,
+    "softcap": functools.partial(number, positive=True),
+    "window": integer,
+    "chunk": integer,
+    "block_size": integer,
+    "out_dtype": floating_dtype,
+}
+MAY_BE_NONE = ("softcap", "window", "chunk")
+
+
+def _checks(positional, *rows):
+    """The check of an op: rows in their order, arguments (name, dimensions, dtypes) or rules, then its options.
+
+    A name with `?` may be None; "query" among the dtypes is that of the first tensor; with a page_table, B S stands for
+    pages page. positional: the names of what the op takes by position.
+    """
+
+    def check(*args, **given):
+        given = dict(zip(positional.split(), args, strict=False)) | given
+        sizes, query = {}, None
+        for row in rows:
+            if callable(row):
+                row(given, sizes)
+                continue
+            name, dims, dtypes = row[0].removesuffix("?"), row[1], row[2]
+            value = given.get(name)
+            if value is None and row[0].endswith("?"):
+                continue
+            if given.get("page_table") is not None:
+                dims = dims.replace("B S", "pages page")
+            dtypes = [query.dtype if d == "query" else d for d in dtypes]
+            tensor(name, value, dims, sizes, dtypes, None if query is None else query.device)
+            query = value if query is None else query
+        for name, rule in OPTIONS.items():
+            if name in given and not (given[name] is None and name in MAY_BE_NONE):
+                rule(name, given[name])
+
+    return check
+
+
+STORED, LIKE_QUERY, SCALE = FLOATS + QUANTISED, ("query",), (torch.float32,)
+Q, K, V = ("q", "B T N H", FLOATS), ("k", "B S K H", STORED), ("v", "B S K V", STORED)
+SCALES = ("k_scale?", "B S K", SCALE), ("v_scale?", "B S K", SCALE)
+LENGTHS, PAGES, SINKS = ("lengths", "B", INT32), ("page_table?", "B P", INT32), ("sinks?", "N", FLOATS)
+BLOCKS, TOKENS = ("block_indices", "B T lists L", INT32), ("indices", "B T L", INT32)
+V_OR_K, LENGTHS_OR_ALL = ("v?", *V[1:]), ("lengths?", *LENGTHS[1:])
+MLA_QUERIES = ("q_latent", "B T N C", FLOATS), ("q_rope", "B T N R", LIKE_QUERY)
+K_ROPE, LATENT_SCALE = ("k_rope", "B S R", LIKE_QUERY), ("latent_scale?", "B S", SCALE)
+LATENTS = ("latent", "B S C", STORED), K_ROPE, _latent, LATENT_SCALE
+SPARSE_LATENT = ("latent", "B S C", LIKE_QUERY + QUANTISED), _scale_of("latent", "latent_scale", "latent"), LATENT_SCALE
+INDEX = ("q_index", "B T I J", FLOATS), ("k_index", "B S J", LIKE_QUERY + QUANTISED)
+INDEX_SCALE, BLOCK_SCALE = (_scale_of("k_index", "k_scale", owner) for owner in ("k_index", "a k_index"))
+K_SCALE, WEIGHTS = ("k_scale?", "B S", SCALE), ("weights", "B T I", WIDE)
+ROW = ("q", "B N H", FLOATS), ("k", "B N H", LIKE_QUERY), ("v", "B N V", LIKE_QUERY), ("state", "B N H V", WIDE)
+
+decode_attention = _checks("q k v lengths", Q, K, V, _heads, *SCALES, LENGTHS, PAGES, SINKS)
+decode_mla = _checks("q_latent q_rope latent k_rope lengths", *MLA_QUERIES, *LATENTS, LENGTHS, PAGES, SINKS)
+decode_block_sparse = _checks(
+    "q k v block_indices lengths", Q, K, V_OR_K, _heads, *SCALES, BLOCKS, _lists, LENGTHS_OR_ALL, PAGES, SINKS
+)
+decode_sparse_mla = _checks(
+    "q_latent q_rope latent k_rope indices", *MLA_QUERIES, *SPARSE_LATENT, K_ROPE, TOKENS, SINKS
+)
+index_scores = _checks("q_index k_index weights lengths", *INDEX, INDEX_SCALE, K_SCALE, WEIGHTS, LENGTHS)
+block_index_scores = _checks("q_index k_index lengths", *INDEX, BLOCK_SCALE, K_SCALE, LENGTHS)
+topk_indices = _checks("scores k", _scores)
+decode_linear = _checks("q k v state decay", *ROW, _decay, ("beta?", "B N", WIDE))
+# "parts" and not "P": a merge of no parts has no meaning, while a page table P may be empty
+merge_states = _checks("outs lses", ("outs", "parts B T N V", FLOATS), ("lses", "parts B T N", WIDE))

@@ -7,21 +7,9 @@ from . import check
 
 
 def decode_attention(
-    q,
-    k,
-    v,
-    lengths,
-    *,
-    scale,
-    window=None,
-    sinks=None,
-    softcap=None,
-    page_table=None,
-    k_scale=None,
-    v_scale=None,
-    chunk=None,
-    out_dtype=None,
-):
+    q, k, v, lengths, *, scale, window=None, sinks=None, softcap=None, page_table=None, k_scale=None, v_scale=None,
+    chunk=None, out_dtype=None,
+):  # fmt: skip
     """out_t = sum_s p_s v_s,  p = softmax over seen s of cap(scale q_t . k_s),  cap(z) = softcap tanh(z / softcap).
 
     Query t of row b sees the slots s < lengths[b] - T + t + 1, the last `window` of them when a window is given.
@@ -36,24 +24,9 @@ def decode_attention(
     the CPU) and TypeError (dtypes).
     Vaswani et al. 2017; grouped heads: Ainslie et al. 2023; pages: Kwon et al. 2023; sinks: gpt-oss; cap: Gemma 2.
     """
-    check.decode_attention(
-        q,
-        k,
-        v,
-        lengths,
-        scale=scale,
-        window=window,
-        sinks=sinks,
-        softcap=softcap,
-        page_table=page_table,
-        k_scale=k_scale,
-        v_scale=v_scale,
-        chunk=chunk,
-        out_dtype=out_dtype,
-    )
+    check.decode_attention(**locals())
     slots = k.shape[1] if page_table is None else page_table.shape[1] * k.shape[1]
-    if lengths.device.type == "cpu":
-        check.length_values(lengths, slots)
+    check.length_values(lengths, slots)
     mask = visible(lengths, q.shape[1], slots, window)
     if page_table is not None:
         pages = readable_pages(page_table, mask, *k.shape[:2])

@@ -3,27 +3,15 @@
 import torch
 
 from ..core.dtypes import accumulator, einsum
-from ..core.softmax import masked_softmax
+from ..core.softmax import capped, masked_softmax
 from . import check
 from .decode_attention import dequantise
 
 
 def decode_block_sparse(
-    q,
-    k,
-    v,
-    block_indices,
-    lengths,
-    *,
-    block_size,
-    scale,
-    sinks=None,
-    softcap=None,
-    page_table=None,
-    k_scale=None,
-    v_scale=None,
-    out_dtype=None,
-):
+    q, k, v, block_indices, lengths, *, block_size, scale, sinks=None, softcap=None, page_table=None, k_scale=None,
+    v_scale=None, out_dtype=None,
+):  # fmt: skip
     """out_t = sum_s p_s v_s,  p = softmax over seen s of cap(scale q_t . k_s),  cap(z) = softcap tanh(z / softcap).
 
     Query t of row b sees the slots s < lengths[b] - T + t + 1 whose block s // block_size its list names; with
@@ -42,23 +30,9 @@ def decode_block_sparse(
     the CPU) and TypeError (dtypes).
     Big Bird (2007.14062), NSA (2502.11089) with lists per KV head; MoBA (2502.13189) with lists per head.
     """
-    check.decode_block_sparse(
-        q,
-        k,
-        v,
-        block_indices,
-        lengths,
-        block_size=block_size,
-        scale=scale,
-        sinks=sinks,
-        softcap=softcap,
-        page_table=page_table,
-        k_scale=k_scale,
-        v_scale=v_scale,
-        out_dtype=out_dtype,
-    )
+    check.decode_block_sparse(**locals())
     slots = k.shape[1] if page_table is None else page_table.shape[1] * k.shape[1]
-    if lengths is not None and lengths.device.type == "cpu":
+    if lengths is not None:
         check.length_values(lengths, slots)
     if slots == 0:  # an empty cache has no slot that could stand in for an ignored entry
         block_indices = block_indices[..., :0]
@@ -115,9 +89,7 @@ def listed_attention(q, keys, values, seen, scale, sinks, softcap):
     lists = keys.shape[2]
     acc = accumulator(q.dtype, keys.dtype, values.dtype)
     keys, values, q = keys.to(acc), values.to(acc), q.to(acc).unflatten(2, (lists, -1))
-    logits = scale * einsum("btjgh,btjxh->btjgx", q, keys)
-    if softcap is not None:
-        logits = softcap * torch.tanh(logits / softcap)
+    logits = capped(einsum("btjgh,btjxh->btjgx", q, keys), scale, softcap)
     sinks = None if sinks is None else sinks.unflatten(0, (lists, -1))
     p, lse = masked_softmax(logits, seen[:, :, :, None], sinks)
     return einsum("btjgx,btjxv->btjgv", p, values).flatten(2, 3), lse.flatten(2, 3)

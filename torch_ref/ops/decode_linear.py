@@ -1,7 +1,7 @@
 """One step of a linear-attention state."""
 
 from ..core.dtypes import accumulator, einsum
-from . import check_linear
+from . import check
 
 
 def decode_linear(q, k, v, state, decay, *, beta=None):
@@ -15,7 +15,7 @@ def decode_linear(q, k, v, state, decay, *, beta=None):
     Katharopoulos et al. 2020; decay per head: lightning attention (2501.08313); delta rule: DeltaNet (2406.06484),
     Gated DeltaNet (2412.06464); decay per channel: Kimi Linear (2510.26692).
     """
-    check_linear.decode_linear(q, k, v, state, decay, beta=beta)
+    check.decode_linear(**locals())
     wide = accumulator(q.dtype, state.dtype, decay.dtype)
     factor = decay[..., None] if decay.ndim == 3 else decay[..., None, None]
     new, k, u = factor.to(wide) * state, k.to(wide), v.to(wide)

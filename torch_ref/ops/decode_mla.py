@@ -8,20 +8,9 @@ from .decode_attention import dequantise, gather_pages, readable_pages, visible
 
 
 def decode_mla(
-    q_latent,
-    q_rope,
-    latent,
-    k_rope,
-    lengths,
-    *,
-    scale,
-    window=None,
-    sinks=None,
-    page_table=None,
-    latent_scale=None,
-    chunk=None,
-    out_dtype=None,
-):
+    q_latent, q_rope, latent, k_rope, lengths, *, scale, window=None, sinks=None, page_table=None, latent_scale=None,
+    chunk=None, out_dtype=None,
+):  # fmt: skip
     """out_t = sum_s p_s latent_s,  p = softmax over seen s of scale (q_latent_t . latent_s + q_rope_t . k_rope_s).
 
     This is `decode_attention` with one KV head whose key is [latent | k_rope] and whose value is latent: query t of row
@@ -38,23 +27,9 @@ def decode_mla(
     page_table on the CPU) and TypeError (dtypes).
     DeepSeek-V2 (2405.04434), the form with the up-projections absorbed into the query and the output.
     """
-    check.decode_mla(
-        q_latent,
-        q_rope,
-        latent,
-        k_rope,
-        lengths,
-        scale=scale,
-        window=window,
-        sinks=sinks,
-        page_table=page_table,
-        latent_scale=latent_scale,
-        chunk=chunk,
-        out_dtype=out_dtype,
-    )
+    check.decode_mla(**locals())
     slots = latent.shape[1] if page_table is None else page_table.shape[1] * latent.shape[1]
-    if lengths.device.type == "cpu":
-        check.length_values(lengths, slots)
+    check.length_values(lengths, slots)
     mask = visible(lengths, q_latent.shape[1], slots, window)
     if page_table is not None:
         pages = readable_pages(page_table, mask, *latent.shape[:2])

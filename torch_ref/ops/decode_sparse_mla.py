@@ -2,7 +2,7 @@
 
 import torch
 
-from . import check_sparse
+from . import check
 from .decode_block_sparse import gathered, listed_attention, listed_slots, storage_index
 
 
@@ -21,17 +21,7 @@ def decode_sparse_mla(
     a query does not name may hold NaN or Inf. Raises ValueError (shapes, ranges, devices) and TypeError (dtypes).
     DeepSeek-V3.2; FlashMLA's sparse decode.
     """
-    check_sparse.decode_sparse_mla(
-        q_latent,
-        q_rope,
-        latent,
-        k_rope,
-        indices,
-        scale=scale,
-        sinks=sinks,
-        latent_scale=latent_scale,
-        out_dtype=out_dtype,
-    )
+    check.decode_sparse_mla(**locals())
     if latent.shape[1] == 0:  # an empty cache has no slot that could stand in for an ignored entry
         indices = indices[..., :0]
     chosen, seen = listed_slots(indices[:, :, None], 1, latent.shape[1], None)

@@ -3,7 +3,7 @@
 import torch
 
 from ..core.dtypes import einsum
-from . import check, check_sparse
+from . import check
 from .decode_attention import dequantise, visible
 
 
@@ -17,9 +17,8 @@ def index_scores(q_index, k_index, weights, lengths, *, k_scale=None):
     CPU) and TypeError (dtypes).
     DeepSeek-V3.2; over entries instead of tokens, DeepSeek-V4.
     """
-    check_sparse.index_scores(q_index, k_index, weights, lengths, k_scale=k_scale)
-    if lengths.device.type == "cpu":
-        check.length_values(lengths, k_index.shape[1])
+    check.index_scores(**locals())
+    check.length_values(lengths, k_index.shape[1])
     mask = visible(lengths, q_index.shape[1], k_index.shape[1], None)
     return masked_index_scores(q_index, k_index, weights, mask, k_scale)
 

@@ -14,7 +14,7 @@ def merge_states(outs, lses):
     B T N V in outs' dtype and lse B T N in lses' dtype; sums in float32 or wider. Raises ValueError (shapes, devices)
     and TypeError (dtypes). The split-K merge of FlashDecoding.
     """
-    check.merge_states(outs, lses)
+    check.merge_states(**locals())
     acc = accumulator(outs.dtype, lses.dtype)
     wide = lses.to(acc)
     empty = wide == -torch.inf

@@ -12,7 +12,7 @@ def topk_indices(scores, k):
     is every pick past S when k > S. +inf forces a pick. 0.0 and -0.0 are equal. NaN of either sign ranks above +inf,
     all NaN equal: a broken score is picked and shows. Raises ValueError (k < 1, no dimension) and TypeError (dtypes).
     """
-    check.topk_indices(scores, k)
+    check.topk_indices(**locals())
     # torch.topk promises no order among ties; a stable sort keeps the lower index first
     ordered, index = torch.sort(scores, dim=-1, descending=True, stable=True)
     picks = index.masked_fill(ordered == -torch.inf, -1)[..., :k]

@@ -23,7 +23,13 @@ def headwise_attention(q, k, v, mask, scale, softcap=None):
     return torch.cat(outs, dim=2)
 
 
-def tokens_of_blocks(block_indices, block_size, slots):
+def tokens(block_indices, block_size, slots):
     """bool [..., S]: the slots whose block is in the list block_indices [..., L]; -1 names no block."""
     block = torch.arange(slots, device=block_indices.device) // block_size
     return (block_indices[..., None] == block).any(dim=-2)
+
+
+def visible(block_indices, block_size, positions, slots):
+    """bool [B, T, lists, S]: slot s <= t and its block is listed, for positions t: int [B, T]."""
+    causal = torch.arange(slots, device=positions.device) <= positions[..., None]
+    return tokens(block_indices, block_size, slots) & causal[:, :, None]

@@ -44,7 +44,7 @@ def entries(params, cfg, rows_k, rows_v, positions, dtype):
     return k.to(dtype), compress(params, cfg, rows_v, "v").to(dtype)
 
 
-def new_entry_rows(cfg, tail, fresh, rows):
+def new_entry_rows(cfg, tail, fresh, step):
     """(first, count, windows): the entries that a call of T tokens completes, and the raw rows under them.
 
     tail: B l' K H, the ring of the rows' last tokens before the call. fresh: B T K H, the new raw rows. first, count:
@@ -53,21 +53,21 @@ def new_entry_rows(cfg, tail, fresh, rows):
     """
     stride = cfg.kernel_stride
     batch, tokens = fresh.shape[:2]
-    first = entry_count(cfg, rows.start)
-    count = entry_count(cfg, rows.start + rows.new) - first
+    first = entry_count(cfg, step.start)
+    count = entry_count(cfg, step.start + step.new) - first
     order = torch.arange((tokens - 1) // stride + 1, device=fresh.device)
     position = ((first[:, None] + order) * stride)[..., None] + torch.arange(cfg.kernel_size, device=fresh.device)
-    is_new = position >= rows.start[:, None, None]
+    is_new = position >= step.start[:, None, None]
     slots = tail.shape[1]
     old_index = position % max(slots, 1)
-    new_index = slots + (position - rows.start[:, None, None]).clamp(0, tokens - 1)
+    new_index = slots + (position - step.start[:, None, None]).clamp(0, tokens - 1)
     source = torch.cat([tail, fresh.to(tail.dtype)], dim=1)
     batch_index = torch.arange(batch, device=fresh.device)[:, None, None]
     windows = source[batch_index, torch.where(is_new, new_index, old_index)]
     return first, count, windows
 
 
-def visible_entries(cfg, positions, slots):
+def seen(cfg, positions, slots):
     """bool B T E: entry i is complete at the query, id + l - 1 <= t, for positions t int B T and E = slots entries."""
     last = torch.arange(slots, device=positions.device) * cfg.kernel_stride + cfg.kernel_size - 1
     return last <= positions[..., None]
@@ -110,15 +110,16 @@ def check_fields(cfg):
         raise ValueError(f"compress is {cfg.compress!r}; allowed: {', '.join(COMPRESSIONS)}")
 
 
-def check_parameters(params, cfg):
-    """Raise ValueError or TypeError for a pe or phi of another shape than the config's."""
-    under, kv = cfg.kernel_size, cfg.num_key_value_heads
+def shapes(cfg):
+    """{name: shape} of the pe and phi."""
+    under, kv, named = cfg.kernel_size, cfg.num_key_value_heads, {}
     for side, width in (("k", cfg.head_dim), ("v", cfg.v_head_dim)):
-        inputs.check_parameter(params, f"{side}_pe", under, kv, width)
+        named[f"{side}_pe"] = (under, kv, width)
         if cfg.compress == "weighted":
-            inputs.check_parameter(params, f"phi_{side}", under, kv)
+            named[f"phi_{side}"] = (under, kv)
         if cfg.compress == "linear":
-            inputs.check_parameter(params, f"phi_{side}", under, kv, width, width)
+            named[f"phi_{side}"] = (under, kv, width, width)
         if cfg.compress == "mlp":
-            inputs.check_parameter(params, f"phi_{side}_in", under, kv, width, cfg.compress_hidden_size)
-            inputs.check_parameter(params, f"phi_{side}_out", kv, cfg.compress_hidden_size, width)
+            named[f"phi_{side}_in"] = (under, kv, width, cfg.compress_hidden_size)
+            named[f"phi_{side}_out"] = (kv, cfg.compress_hidden_size, width)
+    return named

@@ -1,4 +1,4 @@
-"""The rows of one call: which tokens are real, where they stand, which rows have no room."""
+"""What every call does before and after the attention: positions, pads, rows without room."""
 
 from typing import NamedTuple
 
@@ -8,7 +8,7 @@ from ..core.append import room
 from . import inputs
 
 
-class Rows(NamedTuple):
+class Step(NamedTuple):
     """T tokens on top of caches of `start` tokens; the row index is b.
 
     x: B T D, 0 at pads, so that a NaN there meets no weight. start: int32 B. new: int32 B, the tokens to write: 0 in a
@@ -23,13 +23,18 @@ class Rows(NamedTuple):
     fits: torch.Tensor
 
     @property
-    def queries(self):
-        """bool B T: the tokens that attend, which are those that were written."""
+    def keep(self):
+        """bool B T: the tokens that are written, which are those that attend."""
         return self.token & self.fits[:, None]
+
+    def causal(self, slots):
+        """bool B T S: the slots up to each query that attends; slot s of the cache holds the token at position s."""
+        slot = torch.arange(slots, device=self.x.device)
+        return (slot <= self.positions[..., None]) & self.keep[..., None]
 
 
 def begin(x, cache, capacity, lengths=None):
-    """The Rows of x B T D whose row b brings lengths[b] tokens (int32 B, default T) to a cache of `capacity` slots.
+    """The Step of x B T D whose row b brings lengths[b] tokens (int32 B, default T) to a cache of `capacity` slots.
 
     capacity None: the cache never overflows. Raises ValueError on the CPU for a row without room.
     """
@@ -41,7 +46,7 @@ def begin(x, cache, capacity, lengths=None):
     fits = torch.ones_like(start, dtype=torch.bool) if capacity is None else room(start, lengths, capacity)
     order = torch.arange(tokens, dtype=torch.int32, device=x.device)
     token = order < lengths[:, None]
-    return Rows(
+    return Step(
         x=x.masked_fill(~token[..., None], 0.0),
         start=start,
         new=torch.where(fits, lengths, 0),
@@ -51,14 +56,15 @@ def begin(x, cache, capacity, lengths=None):
     )
 
 
-def finish(y, rows):
+def end(step, y):
     """y B T D with 0 at pads and NaN in all of a row without room."""
-    return y.masked_fill(~rows.token[..., None], 0.0).masked_fill(~rows.fits[:, None, None], torch.nan)
+    return y.masked_fill(~step.token[..., None], 0.0).masked_fill(~step.fits[:, None, None], torch.nan)
 
 
-def given_positions(x, positions):
-    """The positions for RoPE of `forward`: int B T, checked; by default 0..T-1 in each row."""
-    if positions is None:
-        return torch.arange(x.shape[1], device=x.device).expand(x.shape[:2])
-    inputs.check_positions(positions, x)
-    return positions
+def in_order(x, positions):
+    """(order, positions) of `forward`: 0..T-1 in each row, int B T, and the positions for RoPE, checked, by default the
+    same."""
+    order = torch.arange(x.shape[1], device=x.device).expand(x.shape[:2])
+    if positions is not None:
+        inputs.check_positions(positions, x)
+    return order, order if positions is None else positions

@@ -22,9 +22,8 @@ import torch
 from ..core.append import append
 from ..core.dtypes import accumulator, einsum
 from ..core.norm import rms_norm
+from ..ops.check import WIDE
 from . import inputs, v4_window
-
-WIDE = (torch.float32, torch.float64)
 
 
 class Compressor(NamedTuple):
@@ -61,13 +60,13 @@ def init_cache(compressors, cfg, batch, capacity, dtype):
     return cache
 
 
-def visible(cfg, positions, entries):
+def seen(cfg, positions, entries):
     """bool B T E: entry w is complete at the query, (w + 1) m <= t + 1, for positions t int B T."""
     last = (torch.arange(entries, device=positions.device) + 1) * cfg.compress_rate - 1
     return last <= positions[..., None]
 
 
-def entries_of(one, params, cfg, x, positions):
+def compress(one, params, cfg, x, positions):
     """B (T // m) H in x's dtype: the entries of whole rows x B T D; entry w turns at positions[b, w m]."""
     blocks, m = x.shape[1] // cfg.compress_rate, cfg.compress_rate
     u, z = gates(one, params, cfg, x, torch.arange(x.shape[1], device=x.device).expand(x.shape[:2]))
@@ -77,20 +76,20 @@ def entries_of(one, params, cfg, x, positions):
     return entry(one, params, cfg, pool(one, (u, z), before, first), positions[:, : blocks * m : m], x.dtype)
 
 
-def appended(one, params, cfg, cache, rows):
-    """The entries and the state of one compressor after the rows' new tokens; the given cache is not changed."""
+def extend(one, params, cfg, cache, step):
+    """The entries and the state of one compressor after the step's new tokens; the given cache is not changed."""
     m = cfg.compress_rate
-    fresh = gates(one, params, cfg, rows.x, rows.positions)
-    lines = [timeline(one, cfg, cache[name], z, rows) for name, z in zip((one.kv, one.score), fresh, strict=True)]
-    opened, open_after = rows.start // m, (rows.start + rows.new) // m
-    blocks, skip = (rows.x.shape[1] + m - 1) // m, one.rows(cfg) - m
+    fresh = gates(one, params, cfg, step.x, step.positions)
+    lines = [timeline(one, cfg, cache[name], z, step) for name, z in zip((one.kv, one.score), fresh, strict=True)]
+    opened, open_after = step.start // m, (step.start + step.new) // m
+    blocks, skip = (step.x.shape[1] + m - 1) // m, one.rows(cfg) - m
     own = [line[:, skip : skip + blocks * m].unflatten(1, (blocks, m)) for line in lines]
     before = [line[:, : blocks * m].unflatten(1, (blocks, m)) for line in lines]
     block = opened[:, None] + torch.arange(blocks, dtype=torch.int32, device=opened.device)
     new = entry(one, params, cfg, pool(one, own, before, block), block * m, cache[one.entries].dtype)
     after = {one.entries: append(cache[one.entries], new, opened, open_after - opened)}
     for name, line in zip((one.kv, one.score), lines, strict=True):
-        after[name] = next_state(one, cfg, cache[name], line, rows)
+        after[name] = next_state(one, cfg, cache[name], line, step)
     return after
 
 
@@ -117,13 +116,13 @@ def entry(one, params, cfg, pooled, positions, dtype):
     return v4_window.rotate(cfg, normed[:, :, None], positions)[:, :, 0].to(dtype)
 
 
-def timeline(one, cfg, state, fresh, rows):
+def timeline(one, cfg, state, fresh, step):
     """B (rows - 1 + T) X in state's dtype: the rows of the state, then those of the new tokens without a gap.
 
     Row 0 is the first token of the open block or, with overlap, of the block before it.
     """
     m, tokens = cfg.compress_rate, fresh.shape[1]
-    filled = one.rows(cfg) - m + rows.start % m
+    filled = one.rows(cfg) - m + step.start % m
     place = torch.arange(one.rows(cfg) - 1 + tokens, device=fresh.device).expand(len(fresh), -1)
     row = torch.arange(len(fresh), device=fresh.device)[:, None]
     old = state[row, place.clamp(max=state.shape[1] - 1)]
@@ -131,16 +130,27 @@ def timeline(one, cfg, state, fresh, rows):
     return torch.where((place < filled[:, None])[..., None], old, new)
 
 
-def next_state(one, cfg, state, line, rows):
-    """The state after the rows' new tokens; a row without any keeps its own."""
-    m, length = cfg.compress_rate, rows.start + rows.new
+def next_state(one, cfg, state, line, step):
+    """The state after the step's new tokens; a row without any keeps its own."""
+    m, length = cfg.compress_rate, step.start + step.new
     place = torch.arange(one.rows(cfg), device=line.device).expand(len(line), -1)
     position = (length // m * m - (one.rows(cfg) - m))[:, None] + place
-    moved = (length // m - rows.start // m)[:, None] * m + place
+    moved = (length // m - step.start // m)[:, None] * m + place
     row = torch.arange(len(line), device=line.device)[:, None]
     held = (position >= 0) & (position < length[:, None])
     fresh = line[row, moved.clamp(max=line.shape[1] - 1)].masked_fill(~held[..., None], 0.0)
-    return torch.where((rows.new > 0)[:, None, None], fresh, state)
+    return torch.where((step.new > 0)[:, None, None], fresh, state)
+
+
+def attend_both(params, cfg, q, recent, near, entries, far):
+    """One softmax over the window's vectors, seen where `near`, and the entries, seen where `far`: B T N H."""
+    keys, mask = torch.cat([recent, entries], dim=1), torch.cat([near, far], dim=-1)
+    return v4_window.attend_shared(params, cfg, q, keys, mask)
+
+
+def merge(ops, *parts):
+    """B 1 N H: the softmax over all keys from the (out, lse) of each part."""
+    return ops.merge_states(*(torch.stack(part) for part in zip(*parts, strict=True)))[0]
 
 
 def shapes(one, cfg):
@@ -159,12 +169,10 @@ def checked_room(compressors, cfg, x, cache):
 
     A ring shorter than the window was made for fewer tokens and ends the row at its slots.
     """
-    ring, m = v4_window.checked_ring(cfg, x, cache), cfg.compress_rate
-    sizes = {}
+    ring, m, sizes = v4_window.checked_room(cfg, x, cache), cfg.compress_rate, {}
     for one in compressors:
-        inputs.check_buffer(
-            cache, x, one.entries, "B entries width", sizes | {"width": getattr(cfg, one.width)}, (cache["kv"].dtype,)
-        )
+        entries = sizes | {"width": getattr(cfg, one.width)}
+        inputs.check_buffer(cache, x, one.entries, "B entries width", entries, (cache["kv"].dtype,))
         sizes["entries"] = cache[one.entries].shape[1]
         state = {"rows": one.rows(cfg), "X": one.channels(cfg)}
         for name in (one.kv, one.score):
