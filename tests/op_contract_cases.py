@@ -1,7 +1,7 @@
 """Calls that every package must refuse: op -> [(what changes of a good call, the error, how the message begins)].
 
-Arrays are NumPy's, so that each package converts them. The beginnings are torch_ref's; their first three words (the
-argument, "has shape", "is 0" ...) are what all packages say. What only torch can be asked stands apart.
+Arrays are NumPy's, so that each package converts them. The beginnings are torch_ref's; the argument and the error are
+what all packages say. What only torch can be asked stands apart.
 """
 
 import numpy as np
@@ -37,7 +37,7 @@ LENGTHS, KEY_LENGTHS = {"lengths": int32(9, 2, 5)}, {"lengths": int32(9, 6, 1, 0
 GOOD = {
     "decode_attention": CACHE | LENGTHS | {"scale": 0.4},
     "decode_mla": LATENTS | LENGTHS | {"scale": 0.4},
-    "decode_block_sparse": CACHE | {"block_indices": lists(3, 2, 2, 3)} | LENGTHS | {"block_size": 4, "scale": 0.4},
+    "decode_block_sparse": CACHE | {"block_indices": lists(3, 2, 2, 3)} | LENGTHS | {"block_size": 8, "scale": 0.4},
     "decode_sparse_mla": LATENTS | {"indices": lists(3, 2, 4), "scale": 0.4},
     "index_scores": KEYS | {"weights": f32(4, 2, 3)} | KEY_LENGTHS,
     "block_index_scores": KEYS | KEY_LENGTHS | {"block_size": 4},
@@ -49,6 +49,7 @@ GOOD = {
 }
 
 ALL_LENGTHS = [
+    ({"lengths": f32(3)}, T, "lengths has dtype torch.float32; allowed: int32"),
     ({"lengths": np.array([9, 2, 5])}, T, "lengths has dtype torch.int64; allowed: int32"),
     ({"lengths": int32(9, 2)}, V, "lengths has shape [2]; allowed: [B=3]"),
     ({"lengths": int32(9, -1, 5)}, V, "lengths[1] is -1; allowed: 0 to "),
@@ -59,6 +60,8 @@ ALL_PAGES = [
     ({"page_table": int32(0, 3, 0)[:, None]}, V, "page_table[1, 0] is 3; allowed: 0 to 2, the pages of the pool"),
 ]
 ALL_SCALES = [
+    ({"scale": None}, T, "scale is "),
+    ({"scale": np.complex64(1)}, T, "scale is "),
     ({"scale": NAN}, V, "scale is nan; allowed: a finite number"),
     ({"scale": INF}, V, "scale is inf; allowed: a finite number"),
 ]
@@ -84,6 +87,7 @@ OVER_A_CACHE = [
     ({"v": f32(3, 8, 2, 3)}, V, "v has shape [3, 8, 2, 3]; allowed: [B=3 S=11 K=2 V]"),
     ({"softcap": 0.0}, V, "softcap is 0.0; allowed: a finite number > 0"),
     ({"softcap": -1.0}, V, "softcap is -1.0; allowed: a finite number > 0"),
+    ({"softcap": INF}, V, "softcap is inf; allowed: a finite number > 0"),
     ({"sinks": f32(2)}, V, "sinks has shape [2]; allowed: [N=4]"),
     ({"k_scale": f32(3, 11, 2)}, T, "k_scale is given for k and v of dtype torch.float32; allowed: with int8, "),
     (CODES, T, "k_scale is None; allowed: a float32 tensor, because k and v have dtype torch.int8"),
@@ -115,6 +119,7 @@ OVER_KEYS = [
     (KEY_CODES, T, "k_scale is None; allowed: a float32 tensor, because k_index has dtype torch.int8"),
     (KEY_CODES | {"k_scale": f32(4, 8)}, V, "k_scale has shape [4, 8]; allowed: [B=4 S=9]"),
     (KEY_CODES | {"k_scale": f16(4, 9)}, T, "k_scale has dtype torch.float16; allowed: float32"),
+    ({"lengths": f32(4)}, T, "lengths has dtype torch.float32; allowed: int32"),
     ({"lengths": np.array([1, 2, 3, 4])}, T, "lengths has dtype torch.int64; allowed: int32"),
     ({"lengths": int32(1, 2, 3)}, V, "lengths has shape [3]; allowed: [B=4]"),
     ({"lengths": int32(1, 10, 3, 4)}, V, "lengths[1] is 10; allowed: 0 to 9, the number of slots"),
@@ -162,18 +167,20 @@ CASES = {
         ({"k_scale": f32(4, 9)}, T, "k_scale is given for a k_index" + UNSCALED),
     ],
     "topk_indices": [
-        ({"k": 0}, V, "k is 0; allowed: an int >= 1"),
+        *(({"k": k}, V, f"k is {k}; allowed: an int >= 1") for k in (0, -1)),
+        *(({"k": k}, T, "k is ") for k in (2.0, True, None)),
         ({"scores": int32(3)}, T, "scores has dtype torch.int32; allowed: float16, bfloat16, float32, float64"),
         ({"scores": f32()}, V, "scores has shape []; allowed: [..., S], at least one dimension"),
     ],
     "decode_linear": [
-        ({"q": int32(1)}, T, "q has dtype torch.int32; allowed: float16, bfloat16, float32, float64"),
+        ({"q": lists(3, 2, 5)}, T, "q has dtype torch.int32; allowed: float16, bfloat16, float32, float64"),
         ({"k": f32(3, 2, 4)}, V, "k has shape [3, 2, 4]; allowed: [B=3 N=2 H=5]"),
         ({"k": f16(3, 2, 5)}, T, "k has dtype torch.float16; allowed: float32"),
         ({"v": f32(3, 1, 4)}, V, "v has shape [3, 1, 4]; allowed: [B=3 N=2 V]"),
         ({"v": f16(3, 2, 4)}, T, "v has dtype torch.float16; allowed: float32"),
         ({"state": f32(3, 2, 4, 5)}, V, "state has shape [3, 2, 4, 5]; allowed: [B=3 N=2 H=5 V=4]"),
         ({"state": f16(3, 2, 5, 4)}, T, "state has dtype torch.float16; allowed: float32, float64"),
+        ({"decay": 0.5}, T, "decay is "),
         ({"decay": f32()}, V, "decay has shape []; allowed: [N], [B N], [B N H]"),
         ({"decay": f32(3, 2, 5, 4)}, V, "decay has shape [3, 2, 5, 4]; allowed: [N], [B N], [B N H]"),
         ({"decay": f32(3)}, V, "decay has shape [3]; allowed: [N=2]"),

@@ -4,6 +4,8 @@ The checks look at shapes and dtypes only, so they cost nothing under jit; `leng
 they are concrete.
 """
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -81,6 +83,8 @@ def _options(sizes: dict[str, int], scale, sinks, out_dtype, softcap=None, **int
         dtype("sinks", sinks, FLOATS)
     if isinstance(scale, bool) or not isinstance(scale, NUMBERS):
         raise TypeError(f"scale is {scale!r}; it must be a number")
+    if not math.isfinite(scale):
+        raise ValueError(f"scale is {scale!r}; it must be finite")
     for name, value in integers.items():
         if value is not None:
             positive(name, value, integer=True)
