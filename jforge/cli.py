@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 import jforge
-from jforge import hf_config
+from jforge import hf
 from jforge.harness import bench, equiv, records
 from jforge.harness.backends import for_programs_that_run_once
 from jforge.harness.ops import BY_NAME
@@ -138,9 +138,9 @@ def _layers(name: str, path: str | None) -> tuple[list, str]:
             raise ValueError(f"{name} has no shipped model; give one with --config FILE")
         model, cfg = next(iter(att.models.items()))
         return [(name, cfg)], f"{model}, one layer"
-    config = hf_config.load(path)
+    config = hf.load(path)
     try:
-        found = hf_config.layers(config)
+        found = hf.layers(config)
     except (ValueError, TypeError, NotImplementedError) as problem:
         raise type(problem)(f"--config {path}: {problem}") from None
     others = sorted({mechanism for mechanism, _ in found})

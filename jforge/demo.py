@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import jforge
-from jforge import hf_config, report
+from jforge import hf, report
 from jforge.harness import equiv
 from jforge.harness.timing import time_cpu
 
@@ -17,7 +17,7 @@ DEMO_CONTEXT = 4096
 
 def run() -> dict:
     """Llama-3.1-8B from its config.json: bytes, laws, the four backends, decode times of one layer on this machine."""
-    layers = hf_config.layers(hf_config.load(CONFIG))
+    layers = hf.layers(hf.load(CONFIG))
     name, cfg = layers[0]
     att = jforge.get(name)
     context = 131072

@@ -2,8 +2,8 @@
 
     x_{i+1} = block(x_i, i, attend_i)          attend_i(h): what the attention of layer i makes of h
 
-`layers` is what hf_config.layers(config) returns: (mechanism name or Attention, Config) of every layer; as a tuple it
-is hashable, so static under jit. `params` holds the layers' parameters, the cache is the tuple of their caches.
+`layers` is what hf.layers(config) returns: (mechanism name or Attention, Config) of every layer; as a tuple it is
+hashable, so static under jit. `params` holds the layers' parameters, the cache is the tuple of their caches.
 What stands around the attention belongs to the block, any function that calls `attend` once: norms, a residual, an MLP.
 Its own weights are bound to it where it is traced:
 

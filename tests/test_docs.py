@@ -12,7 +12,7 @@ import jforge
 import pallas_kernels
 import triton_kernels
 from jforge import cli
-from jforge.hf_families import FAMILIES
+from jforge.hf import FAMILIES
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")

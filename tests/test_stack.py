@@ -2,6 +2,7 @@
 
 import functools
 from functools import partial
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 
 import jforge
-from jforge import hf_config, stack
+from jforge import hf, stack
 from jforge.attention import dense, lightning, sliding_window
 from jforge.core import compare
 from jforge.cost import Cost
@@ -224,8 +225,8 @@ def test_stored_bytes_are_those_of_the_cache():
 
 def test_cost_of_minimax_01():
     """80 layers at 1M tokens: 70 states of 4 MiB and 10 caches of 4096 bytes a token."""
-    path = hf_config.__file__.replace("hf_config.py", "configs/minimax-text-01.json")
-    got = stack.cost(hf_config.layers(hf_config.load(path)), context=2**20)
+    path = Path(jforge.__file__).parent / "configs/minimax-text-01.json"
+    got = stack.cost(hf.layers(hf.load(path)), context=2**20)
     assert got.stored == {"state": 70 * 2**22, "k": 10 * 2**31, "v": 10 * 2**31}
     assert got.written == {"state": 70 * 2**22, "k": 10 * 2048, "v": 10 * 2048}
     assert (got.fixed, got.per_token) == (70 * 2**22, 10 * 4096)

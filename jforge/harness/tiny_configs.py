@@ -8,57 +8,50 @@ import torch
 import transformers
 
 VOCAB, WINDOW = 97, 4
-PLAIN = {"rope_type": "default", "rope_theta": 1e4}
-LLAMA3 = {
-    "rope_type": "llama3",
-    "rope_theta": 5e5,
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 32,
-}
-YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 64}
-LINEAR = {"rope_type": "linear", "rope_theta": 1e6, "factor": 8.0}
-MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
-GEMMA = {
-    "layer_types": ["sliding_attention", "full_attention"] * 2,
-    "query_pre_attn_scalar": 24,
-    "sliding_window": WINDOW,
-}
-GEMMA3 = GEMMA | {"rope_parameters": {"full_attention": LINEAR, "sliding_attention": PLAIN}}
-GPT_OSS = {
-    "sliding_window": WINDOW,
-    "max_position_embeddings": 131072,
-    "num_local_experts": 4,
-    "num_experts_per_tok": 2,
-}
-QWEN_WINDOW = {"use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 1}
 LINEAR_FULL = ["linear_attention", "full_attention"] * 2
 LIGHTNING_FULL = ["linear_attention"] * 3 + ["full_attention"]
-MINIMAX = {
-    "rope_parameters": PLAIN | {"rope_theta": 1e7, "partial_rotary_factor": 0.5},  # it turns all channels even so
+
+# RoPE
+PLAIN = {"rope_type": "default", "rope_theta": 1e4}
+HALF = PLAIN | {"rope_theta": 5e6, "partial_rotary_factor": 0.5}
+LLAMA3 = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+LLAMA3 |= {"original_max_position_embeddings": 32}
+YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 64}
+LINEAR = {"rope_type": "linear", "rope_theta": 1e6, "factor": 8.0}
+
+# experts, as few as there can be
+EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
+ROUTED = {"n_routed_experts": 4, "num_experts_per_tok": 2}
+MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+
+# families
+GEMMA = {"layer_types": ["sliding_attention", "full_attention"] * 2, "sliding_window": WINDOW}
+GEMMA |= {"query_pre_attn_scalar": 24}
+GEMMA2 = GEMMA | {"attn_logit_softcapping": 2.0}
+GEMMA3 = GEMMA | {"rope_parameters": {"full_attention": LINEAR, "sliding_attention": PLAIN}}
+GPT_OSS = EXPERTS | {"sliding_window": WINDOW, "max_position_embeddings": 131072}
+QWEN_WINDOW = {"use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 1}
+MINIMAX = EXPERTS | {
+    "rope_parameters": HALF | {"rope_theta": 1e7},  # it turns all channels even so
     "block_size": 4,
-    "num_local_experts": 4,
-    "num_experts_per_tok": 2,
     "linear_attn_alpha_factor": 1.7,
     "linear_attn_beta_factor": 0.8,
     "full_attn_alpha_factor": 1.3,
     "full_attn_beta_factor": 0.6,
 }
-MINIMAX_M3 = {
+TEXT_01 = MINIMAX | {"layer_types": LIGHTNING_FULL}
+MINIMAX_M3 = EXPERTS | {
     "layer_types": ["full_attention", "minimax_m3_sparse", "minimax_m3_sparse"],
     "mlp_layer_types": ["dense", "sparse", "sparse"],
-    "rope_parameters": PLAIN | {"rope_theta": 5e6, "partial_rotary_factor": 0.5},
+    "rope_parameters": HALF,
     "dense_intermediate_size": 64,
     "shared_intermediate_size": 32,
-    "num_local_experts": 4,
-    "num_experts_per_tok": 2,
     "index_n_heads": 2,
     "index_head_dim": 12,
     "index_block_size": 2,
     "index_topk_blocks": 2,  # of the 5 blocks of 10 tokens
 }
-MLA = {
+MLA = ROUTED | {
     "q_lora_rank": 24,
     "kv_lora_rank": 32,
     "qk_nope_head_dim": 16,
@@ -66,20 +59,14 @@ MLA = {
     "head_dim": 8,  # of the rotary tables: a head_dim that is given wins over the rope slice's
     "v_head_dim": 12,
     "num_key_value_heads": 4,
-    "n_routed_experts": 4,
-    "n_shared_experts": 1,
-    "num_experts_per_tok": 2,
-    "moe_intermediate_size": 32,
-    "n_group": 1,
-    "topk_group": 1,
-    "first_k_dense_replace": 1,
 }
+MLA |= {"n_shared_experts": 1, "moe_intermediate_size": 32, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1}
+WHOLE = MLA | {"q_lora_rank": None}  # queries of full rank
 APART = {"k_rope": MLA["qk_rope_head_dim"]}
 DSA = MLA | {"index_topk": 4, "index_n_heads": 8, "index_head_dim": 12}  # 4 of 10 tokens; few heads make ties
 GLM_APART = APART | {"k_index": MLA["qk_rope_head_dim"]}
-KIMI = MLA | {"q_lora_rank": None, "layer_types": LINEAR_FULL, "linear_head_dim": 16, "linear_num_heads": 4}
-
-DEEPSEEK_V4 = {
+KIMI = WHOLE | {"layer_types": LINEAR_FULL, "linear_head_dim": 16, "linear_num_heads": 4}
+DEEPSEEK_V4 = ROUTED | {
     "layer_types": ["sliding_attention", "compressed_sparse_attention", "heavily_compressed_attention"] * 2,
     "compress_rates": {"compressed_sparse_attention": 4, "heavily_compressed_attention": 8},
     "mlp_layer_types": ["moe"] * 6,
@@ -93,12 +80,10 @@ DEEPSEEK_V4 = {
     "index_head_dim": 12,
     "index_topk": 1,  # of the 2 entries of 10 tokens
     "rope_parameters": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64},
-    "n_routed_experts": 4,
-    "num_experts_per_tok": 2,
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # hashed by identity: what is built from it is kept
 class Model:
     """A transformers model of 64 dimensions, 4 query and 2 key/value heads of 16 channels, unless `kwargs` differ."""
 
@@ -151,15 +136,13 @@ MODELS = {
     "qwen3, biases": Model("Qwen3", {"attention_bias": True}),
     "qwen3_moe": Model("Qwen3Moe", MOE),
     "mistral": Model("Mistral", {"sliding_window": None}),
-    "gemma2": Model("Gemma2", GEMMA | {"attn_logit_softcapping": 2.0}, layers=(1, 3)),
+    "gemma2": Model("Gemma2", GEMMA2, layers=(1, 3)),
     "gemma3": Model("Gemma3", GEMMA3, layers=(1, 3)),
     "qwen2, window": Model("Qwen2", QWEN_WINDOW, layers=(1,), mechanism="sliding_window"),
     "qwen3, window": Model("Qwen3", QWEN_WINDOW, layers=(1,), mechanism="sliding_window"),
     "qwen3_moe, window": Model("Qwen3Moe", MOE | QWEN_WINDOW, mechanism="sliding_window"),
     "mistral, window": Model("Mistral", {"sliding_window": WINDOW}, mechanism="sliding_window"),
-    "gemma2, window": Model(
-        "Gemma2", GEMMA | {"attn_logit_softcapping": 2.0}, layers=(0, 2), mechanism="sliding_window"
-    ),
+    "gemma2, window": Model("Gemma2", GEMMA2, layers=(0, 2), mechanism="sliding_window"),
     "gemma3, window": Model("Gemma3", GEMMA3, layers=(0, 2), mechanism="sliding_window"),
     "gpt_oss": Model("GptOss", GPT_OSS, mechanism="sinks"),
     "gpt_oss, no biases, mha": Model(
@@ -173,10 +156,8 @@ MODELS = {
     "falcon, multi-query": Model("Falcon", {}, mechanism="mqa"),
     "falcon, new architecture": Model("Falcon", {"new_decoder_architecture": True, "num_kv_heads": 2, "bias": True}),
     "falcon, a key per query": Model("Falcon", {"multi_query": False, "bias": True}, mechanism="mha"),
-    "minimax, lightning": Model(
-        "MiniMax", MINIMAX | {"layer_types": LIGHTNING_FULL}, layers=(0, 1, 2), mechanism="lightning"
-    ),
-    "minimax": Model("MiniMax", MINIMAX | {"layer_types": LIGHTNING_FULL}, layers=(3,)),
+    "minimax, lightning": Model("MiniMax", TEXT_01, layers=(0, 1, 2), mechanism="lightning"),
+    "minimax": Model("MiniMax", TEXT_01, layers=(3,)),
     "minimax, softmax first": Model(
         "MiniMax",
         MINIMAX | {"layer_types": ["full_attention", "linear_attention"] * 2, "head_dim": None},
@@ -191,14 +172,7 @@ MODELS = {
         layers=(1, 2),
         mechanism="msa",
     ),
-    "minimax_m2": Model(
-        "MiniMaxM2",
-        {
-            "rope_parameters": PLAIN | {"rope_theta": 5e6, "partial_rotary_factor": 0.5},
-            "num_local_experts": 4,
-            "num_experts_per_tok": 2,
-        },
-    ),
+    "minimax_m2": Model("MiniMaxM2", EXPERTS | {"rope_parameters": HALF}),
     "qwen3_next": Model(
         "Qwen3Next",
         MOE
@@ -214,9 +188,7 @@ MODELS = {
     ),
     "deepseek_v2": Model("DeepseekV2", MLA, mechanism="mla"),
     "deepseek_v2, yarn, whole queries": Model(
-        "DeepseekV2",
-        MLA | {"q_lora_rank": None, "rope_parameters": YARN | {"mscale": 0.707, "mscale_all_dim": 0.707}},
-        mechanism="mla",
+        "DeepseekV2", WHOLE | {"rope_parameters": YARN | {"mscale": 0.707, "mscale_all_dim": 0.707}}, mechanism="mla"
     ),
     "deepseek_v3": Model("DeepseekV3", MLA, mechanism="mla", pairs_apart=APART),
     "deepseek_v3, yarn, biases": Model(
@@ -227,12 +199,7 @@ MODELS = {
     ),
     "deepseek_v3, two mscales, whole queries, biases": Model(
         "DeepseekV3",
-        MLA
-        | {
-            "q_lora_rank": None,
-            "rope_parameters": YARN | {"mscale": 0.7, "mscale_all_dim": 1.3},
-            "attention_bias": True,
-        },
+        WHOLE | {"rope_parameters": YARN | {"mscale": 0.7, "mscale_all_dim": 1.3}, "attention_bias": True},
         mechanism="mla",
         pairs_apart=APART,
     ),

@@ -1,6 +1,6 @@
 """Tiny random transformers models, and what their attention modules saw, returned and cached, step by step."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -109,58 +109,93 @@ def run(model: Any, layers: tuple[int, ...], sizes: tuple[int, ...], use_cache: 
 SPLITS = {  # of a window of 4 they meet every length, and a chunk of 5 in a ring that is full and turned
     "prefill 1, decode": (1,) * TOKENS,
     "prefill 5, decode": (5,) + (1,) * (TOKENS - 5),
-    "chunks": (5, 5),  # a size that another mode has: every new one is a compilation
+    "chunks": (5, 5),
 }
 
 
+Layer = tuple[Any, Any, Mapping[str, Any]]  # Attention, Config, params
+
+
 @cache
-def _jitted(function):
+def built(spec: Model) -> Any:
+    return spec.build()
+
+
+@cache
+def layer(spec: Model, index: int) -> Layer:
+    """The converted layer."""
+    return hf.convert(built(spec).config, built(spec).state_dict(), index)
+
+
+@cache
+def seen(spec: Model, sizes: tuple[int, ...], use_cache: bool = True) -> list[dict[int, Step]]:
+    """`run` of the layers that spec names."""
+    return run(built(spec), spec.layers, sizes, use_cache)
+
+
+@cache
+def jitted(function):
     return jax.jit(function, static_argnames="cfg")
 
 
-def against_transformers(name: str, splits: dict[str, tuple[int, ...]] = SPLITS) -> tuple[str, dict[str, float]]:
-    """(mechanism, {mode: worst relative error}) of the converted layers of MODELS[name], float32.
+def against_transformers(
+    name: str | Model,
+    splits: Mapping[str, tuple[int, ...]] = SPLITS,
+    layers: tuple[int, ...] = (),
+    change: Callable[..., Layer] | None = None,
+) -> tuple[str, dict[str, float]]:
+    """(mechanism, {mode: worst relative error}) of the converted layers of a model, float32.
 
     Modes: a full forward without cache; each of `splits`, where a chunk of one token after the first goes through
     decode; and "cache", the contents after every chunk. jforge is fed the hidden states that transformers' attention
     module saw, so the errors are those of that module alone.
+    layers: some of those that the model names. change: (Attention, Config, params) -> those to compare instead.
     """
-    spec = MODELS[name]
-    model = spec.build()
-    weights = model.state_dict()
-    layers = {index: hf.convert(model.config, weights, index) for index in spec.layers}
+    spec = MODELS[name] if isinstance(name, str) else name
     errors = dict.fromkeys(("forward", *splits, "cache"), 0.0)
-    (seen,) = run(model, spec.layers, (max(map(sum, splits.values())),), use_cache=False)
-    for index, (att, cfg, params) in layers.items():
-        got = _jitted(att.forward)(params, cfg, seen[index].x, **_picks(cfg, seen[index]))
-        errors["forward"] = max(errors["forward"], compare.worst_vector(got, seen[index].y))
-    for split, sizes in splits.items():
-        steps = run(model, spec.layers, sizes, use_cache=True)
-        for index, layer in layers.items():
-            output, cached = _follow(*layer, [step[index] for step in steps], spec)
-            errors[split] = max(errors[split], output)
-            errors["cache"] = max(errors["cache"], cached)
+    pad, total = max(map(max, splits.values())), max(map(sum, splits.values()))
+    for index in layers or spec.layers:
+        own = change(*layer(spec, index)) if change else layer(spec, index)
+        errors["forward"] = max(errors["forward"], forward_error(spec, index, own, total))
+        for split, sizes in splits.items():
+            for step, y, ours in follow(own, [step[index] for step in seen(spec, sizes)], pad, total + 2):
+                errors[split] = max(errors[split], compare.worst_vector(y, step.y))
+                held = cache_error(own[0].cache_spec(own[1]), ours, step.stored, spec.pairs_apart)
+                errors["cache"] = max(errors["cache"], held)
     return spec.mechanism, errors
 
 
-def _picks(cfg, step: Step) -> dict[str, np.ndarray]:
+def forward_error(spec: Model, index: int, own: Layer, count: int = TOKENS, **given) -> float:
+    """The worst relative error of one forward over `count` tokens."""
+    att, cfg, params = own
+    step = seen(spec, (count,), use_cache=False)[0][index]
+    got = jitted(att.forward)(params, cfg, step.x, **(given or _picks(cfg, step)))
+    return compare.worst_vector(got, step.y)
+
+
+def _picks(cfg, step: Step, pad: int = 0) -> dict[str, np.ndarray]:
     """What a layer without an indexer of its own is given: an earlier layer's picks, as many in every step."""
     if not getattr(cfg, "index_shared", False):
         return {}
     missing = cfg.index_topk - step.indices.shape[-1]
-    return {"indices": np.pad(step.indices, [(0, 0), (0, 0), (0, missing)], constant_values=-1)}
+    return {"indices": np.pad(step.indices, [(0, 0), (0, pad), (0, missing)], constant_values=-1)}
 
 
-def _follow(att, cfg, params, steps: list[Step], spec: Model) -> tuple[float, float]:
-    """(worst error of y, worst error of the cache) while feeding jforge the chunks that transformers saw."""
-    ours = att.init_cache(cfg, BATCH, sum(step.x.shape[1] for step in steps) + 2, jnp.float32)
-    output = cached = 0.0
+def follow(own: Layer, steps: Sequence[Step], pad: int, capacity: int) -> Iterator[tuple[Step, np.ndarray, Any]]:
+    """(their step, our y, our cache) of every chunk that transformers saw. What goes through prefill is padded to `pad`
+    tokens with NaN: all prefills are one program.
+    """
+    att, cfg, params = own
+    cache = att.init_cache(cfg, BATCH, capacity, jnp.float32)
     for i, step in enumerate(steps):
-        function = att.decode if i > 0 and step.x.shape[1] == 1 else att.prefill
-        got, ours = _jitted(function)(params, cfg, step.x, ours, **_picks(cfg, step))
-        output = max(output, compare.worst_vector(got, step.y))
-        cached = max(cached, cache_error(att.cache_spec(cfg), ours, step.stored, spec.pairs_apart))
-    return output, cached
+        count = step.x.shape[1]
+        if i > 0 and count == 1:
+            y, cache = jitted(att.decode)(params, cfg, step.x, cache, **_picks(cfg, step))
+        else:
+            x = np.pad(step.x, [(0, 0), (0, pad - count), (0, 0)], constant_values=np.nan)
+            picks, lengths = _picks(cfg, step, pad - count), np.full(BATCH, count, np.int32)
+            y, cache = jitted(att.prefill)(params, cfg, x, cache, lengths=lengths, **picks)
+        yield step, np.asarray(y)[:, :count], cache
 
 
 def cache_error(buffers, ours, theirs: tuple[np.ndarray, ...], pairs_apart: Mapping[str, int] = {}) -> float:

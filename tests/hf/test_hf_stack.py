@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import jforge
-from jforge import hf, hf_config, stack
+from jforge import hf, stack
 from jforge.core import compare
 from jforge.harness import tiny_models
 from jforge.harness.tiny_configs import MINIMAX, MINIMAX_M3, Model
@@ -58,7 +58,7 @@ class Both:
     def __init__(self, model, bind):
         self.model, self.bind = model, bind
         self.model.norm = torch.nn.Identity()
-        self.layers = tuple(hf_config.layers(self.model.config))
+        self.layers = tuple(hf.layers(self.model.config))
         weights = self.model.state_dict()
         self.params = [hf.convert(self.model.config, weights, i)[2] for i in range(len(self.layers))]
         self.norms = [jnp.asarray(layer.input_layernorm.weight.detach().numpy()) for layer in self.model.layers]
@@ -95,7 +95,7 @@ def both(request):
 
 
 def test_the_pattern_of_minimax_01():
-    names = [name for name, _ in hf_config.layers(minimax()[0].config)]
+    names = [name for name, _ in hf.layers(minimax()[0].config)]
     assert names == ["lightning"] * 7 + ["gqa"]
 
 

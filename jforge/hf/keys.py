@@ -35,10 +35,11 @@ def section(config: Mapping, key: str) -> Mapping:
     return value or {}
 
 
-def only(config: Mapping, key: str, value: Any) -> None:
-    """Refuse a file that gives `key` another value than the one the mechanism has; a missing key or null is fine."""
-    if config.get(key) not in (None, value):
-        raise NotImplementedError(f"{key} is {config[key]!r}: only {value!r} has a mechanism in this model family")
+def only(config: Mapping, **values: Any) -> None:
+    """Refuse a file that gives a key another value than the one the mechanism has; a missing key or null is fine."""
+    for key, value in values.items():
+        if config.get(key) not in (None, value):
+            raise NotImplementedError(f"{key} is {config[key]!r}: only {value!r} has a mechanism in this model family")
 
 
 def rope_of(config: dict, kind: str, *, theta: float = 1e4, partial: float | None = None) -> dict | None:

@@ -2,8 +2,7 @@
 
     layers(load("config.json"))[0]  ->  ("gqa", Config(hidden_size=4096, ...))
 
-What a model family's attention has is said in hf_families, where its layers of each kind sit in hf_kinds. Neither
-transformers nor torch is imported.
+What a model family's attention has is said in families. Neither transformers nor torch is imported.
 """
 
 import json
@@ -13,8 +12,9 @@ from typing import Any
 
 from jforge.attention import REGISTRY
 from jforge.core.config import reject
-from jforge.hf_families import FAMILIES, Family
-from jforge.hf_keys import integer, need, section
+from jforge.hf.families import FAMILIES
+from jforge.hf.family import Layer
+from jforge.hf.keys import integer, need, section
 
 
 def load(path: str | Path) -> dict:
@@ -32,6 +32,45 @@ def load(path: str | Path) -> dict:
     return config
 
 
+def layers(config: Any) -> list[tuple[str, Any]]:
+    """(mechanism name, Config) of every layer, in order.
+
+    config: a parsed config.json or a transformers config. Raises NotImplementedError at the first layer whose kind
+    has no mechanism (`layer` raises for that layer alone), and for an unknown model_type; ValueError for a required
+    key that is missing and for values that no Config accepts.
+    """
+    config = text_config(config)
+    return [layer(config, index) for index in range(integer(config, "num_hidden_layers"))]
+
+
+def layer(config: Any, index: int) -> tuple[str, Any]:
+    """(mechanism name, Config) of layer `index`; errors as `layers`, and ValueError for an index outside the model."""
+    return read(config, index)[1:]
+
+
+def read(config: Any, index: int) -> tuple[Layer, str, Any]:
+    """What `layer` returns, and what its family says of layers of that kind."""
+    config = text_config(config)
+    model = config["model_type"]
+    if model not in FAMILIES:
+        raise NotImplementedError(f"model_type {model!r} is not known; known are {', '.join(sorted(FAMILIES))}")
+    family, count = FAMILIES[model], integer(config, "num_hidden_layers")
+    if isinstance(index, bool) or not isinstance(index, int) or not 0 <= index < count:
+        reject("layer", index, f"in 0..{count - 1}, the layers of this model")
+    config = {**family.defaults, **config}
+    kind = family.kind(config, index)
+    if kind not in family.layers:
+        known = " and ".join(family.layers)
+        raise NotImplementedError(f"layer {index} of {model} is {kind}; only its {known} layers have a mechanism")
+    fields = {name: value for name, value in family.fields(config, kind).items() if value is not None}
+    found = family.layers[kind]
+    name = found.mechanism or _dense_name(fields["num_attention_heads"], fields["num_key_value_heads"])
+    config_class = REGISTRY[name].Config
+    if hasattr(config_class, "layer_index"):  # heads of lightning forget the slower the deeper their layer
+        fields["layer_index"] = index
+    return found, name, config_class(**fields)
+
+
 def text_config(config: Any) -> dict:
     """The language model's part of `config`, a dict or an object with to_dict(); it always has a model_type.
 
@@ -41,53 +80,10 @@ def text_config(config: Any) -> dict:
         config = config.to_dict()
     if not isinstance(config, Mapping):
         raise TypeError(f"config is a {type(config).__name__}; it must be a dict or a transformers config")
-    inner = section(config, "text_config")
-    if inner and config.get("hidden_size") is None:
+    while (inner := section(config, "text_config")) and config.get("hidden_size") is None:
         config = {**inner, "model_type": inner.get("model_type") or config.get("model_type")}
     need(config, "model_type")
     return dict(config)
-
-
-def layers(config: Any) -> list[tuple[str, Any]]:
-    """(mechanism name, Config) of every layer, in order.
-
-    config: a parsed config.json or a transformers config. Raises NotImplementedError at the first layer whose kind
-    has no mechanism (`layer` raises for that layer alone), and for an unknown model_type; ValueError for a required
-    key that is missing and for values that no Config accepts.
-    """
-    config = text_config(config)
-    return [layer(config, index) for index in range(num_layers(config))]
-
-
-def layer(config: Any, index: int) -> tuple[str, Any]:
-    """(mechanism name, Config) of layer `index`; errors as `layers`, and ValueError for an index outside the model."""
-    config = text_config(config)
-    family = _family(config)
-    count = num_layers(config)
-    if isinstance(index, bool) or not isinstance(index, int) or not 0 <= index < count:
-        reject("layer", index, f"in 0..{count - 1}, the layers of this model")
-    kind = family.kind(config, index)
-    if kind not in family.mechanisms:
-        known, model = " and ".join(family.mechanisms), config["model_type"]
-        raise NotImplementedError(f"layer {index} of {model} is {kind}; only its {known} layers have a mechanism")
-    fields = {name: value for name, value in family.fields(config, kind).items() if value is not None}
-    name = family.mechanisms[kind] or _dense_name(fields["num_attention_heads"], fields["num_key_value_heads"])
-    config_class = REGISTRY[name].Config
-    if hasattr(config_class, "layer_index"):  # heads of lightning forget the slower the deeper their layer
-        fields["layer_index"] = index
-    return name, config_class(**fields)
-
-
-def num_layers(config: Any) -> int:
-    """How many layers the language model has."""
-    return integer(text_config(config), "num_hidden_layers")
-
-
-def _family(config: dict) -> Family:
-    kind = config["model_type"]
-    if kind not in FAMILIES:
-        raise NotImplementedError(f"model_type {kind!r} is not known; known are {', '.join(sorted(FAMILIES))}")
-    return FAMILIES[kind]
 
 
 def _dense_name(heads: int, kv_heads: int) -> str:

@@ -1,4 +1,4 @@
-"""DeepSeek-V4 in config.json: which kind each layer is, and the fields of its Config.
+"""DeepSeek-V4: windows, each alone or beside entries of compressed blocks.
 
 What a layer compresses and how it turns is spelled in two ways, which may be mixed:
 
@@ -9,20 +9,21 @@ What a layer compresses and how it turns is spelled in two ways, which may be mi
     qk_rope_head_dim                                        partial_rotary_factor
 
 Hash layers, experts and hyper-connections are not attention, and prediction heads are no layers: none is looked at.
-Source: configuration_deepseek_v4.py and modeling_deepseek_v4.py of transformers 5.23.0.
 """
 
 from collections.abc import Mapping
 from typing import Any
 
-from jforge.core.config import positive, reject
-from jforge.hf_keys import integer, only, rope_of, section
-from jforge.hf_kinds import SLIDING, listed
+import numpy as np
 
-SPARSE, HEAVY = "compressed_sparse_attention", "heavily_compressed_attention"
-MECHANISMS = {SLIDING: "v4_window", SPARSE: "csa", HEAVY: "hca"}
-_KINDS = {0: SLIDING, 4: SPARSE, 128: HEAVY}  # by ratio
-_RATES = {SPARSE: ("compress_rate_csa", 4), HEAVY: ("compress_rate_hca", 128)}  # old key, default
+from jforge.core.config import positive, reject
+from jforge.hf.family import SLIDING, Family, Layer, listed
+from jforge.hf.keys import integer, only, rope_of, section
+from jforge.hf.weights import Weights
+
+_SPARSE, _HEAVY = "compressed_sparse_attention", "heavily_compressed_attention"
+_KINDS = {0: SLIDING, 4: _SPARSE, 128: _HEAVY}  # by ratio
+_RATES = {_SPARSE: ("compress_rate_csa", 4), _HEAVY: ("compress_rate_hca", 128)}  # old key, default
 _NESTED = ("main", "compress")
 RELEASED = {  # names of weights in transformers: those of the released files
     "q_a_proj.weight": "wq_a.weight",
@@ -46,7 +47,7 @@ RELEASED = {  # names of weights in transformers: those of the released files
 }
 
 
-def kind(config: dict, index: int) -> str:
+def _kind(config: dict, index: int) -> str:
     """The layer type; both spellings must agree. The order that the class of transformers makes up is no model's."""
     named, ratio = listed(config, index), _ratio(config, index)
     if ratio is None:
@@ -76,14 +77,15 @@ def _ratio(config: dict, index: int) -> int | None:
     return ratio
 
 
-def fields(config: dict, kind: str) -> dict:
+def _fields(config: dict, kind: str) -> dict:
     """Keyword arguments of the Config of a layer of this kind."""
-    only(config, "attention_bias", False)
+    only(config, attention_bias=False)
     if (kv_heads := integer(config, "num_key_value_heads", 1)) != 1:
         reject("num_key_value_heads", kv_heads, "1, since all heads share one vector a token")
-    head_dim, eps = integer(config, "head_dim", 512), config.get("rms_norm_eps", 1e-6)
+    head_dim, eps = integer(config, "head_dim", 512), config["rms_norm_eps"]
     positive("rms_norm_eps", eps)
     rope, turning = _rope(config, kind, head_dim)
+    del rope["partial_rotary_factor"]  # of head_dim; jforge counts the channels that turn
     out = {
         "hidden_size": integer(config, "hidden_size"),
         "num_attention_heads": integer(config, "num_attention_heads"),
@@ -92,14 +94,14 @@ def fields(config: dict, kind: str) -> dict:
         "q_lora_rank": integer(config, "q_lora_rank", 1024),
         "o_groups": integer(config, "o_groups", 8),
         "o_lora_rank": integer(config, "o_lora_rank", 1024),
-        "sliding_window": integer({"sliding_window": 128} | config, "sliding_window"),
+        "sliding_window": integer(config, "sliding_window"),
         "rms_norm_eps": eps,
         "rope_parameters": rope,
     }
     if kind == SLIDING:
         return out
     out["compress_rate"] = _rate(config, kind)
-    if kind == HEAVY:
+    if kind == _HEAVY:
         return out
     index = {"index_n_heads": 64, "index_head_dim": 128, "index_topk": 512}
     return out | {key: integer(config, key, default) for key, default in index.items()}
@@ -141,7 +143,7 @@ def _rope(config: dict, kind: str, head_dim: int) -> tuple[dict, int]:
     rope = rope_of(config | {"rope_scaling": None, "rope_parameters": {kind: own}}, kind, partial=1.0)
     if rope["rope_type"] == "yarn" and "attention_factor" not in rope:
         raise ValueError(f"rope_parameters.{label} has no attention_factor: transformers would not take it as 1")
-    return _without_share(rope), _turning(head_dim, partial)
+    return rope, _turning(head_dim, partial)
 
 
 def _flat_rope(config: dict, kind: str, given: Mapping, head_dim: int) -> tuple[dict, int]:
@@ -161,7 +163,7 @@ def _flat_rope(config: dict, kind: str, given: Mapping, head_dim: int) -> tuple[
     turning = _turning(head_dim, partial)
     if width not in (None, turning):
         reject("qk_rope_head_dim", width, f"{turning}, partial_rotary_factor={partial} of head_dim={head_dim}")
-    return _without_share(rope), turning
+    return rope, turning
 
 
 def _turning(head_dim: int, partial: Any) -> int:
@@ -170,5 +172,54 @@ def _turning(head_dim: int, partial: Any) -> int:
     return int(head_dim * partial)
 
 
-def _without_share(rope: dict) -> dict:
-    return {key: value for key, value in rope.items() if key != "partial_rotary_factor"}
+def _window(w: Weights, cfg: Any) -> dict[str, np.ndarray]:
+    """o_a holds, group by group, its [rank, heads * H]; released files have names of their own."""
+    if not w.prefix.endswith("self_attn."):
+        w.names = RELEASED
+    D, N, H, L = cfg.hidden_size, cfg.num_attention_heads, cfg.head_dim, cfg.q_lora_rank
+    g, rank = cfg.o_groups, cfg.o_lora_rank
+    down = w.take("o_a_proj.weight", g * rank, N // g * H).reshape(g, rank, N // g, H)
+    return {
+        "wq_a": w.linear("q_a_proj", D, L),
+        "q_norm": w.take("q_a_norm.weight", L),
+        "wq_b": w.linear("q_b_proj", L, N, H),
+        "wkv": w.linear("kv_proj", D, H),
+        "kv_norm": w.take("kv_norm.weight", H),
+        "sinks": w.take("sinks", N),
+        "wo_a": down.transpose(0, 2, 3, 1),
+        "wo_b": w.linear("o_b_proj", g * rank, D).reshape(g, rank, D),
+    }
+
+
+def _heavy(w: Weights, cfg: Any) -> dict[str, np.ndarray]:
+    return _window(w, cfg) | _compressor(w, cfg, "compressor.", "c", cfg.head_dim, series=1)
+
+
+def _sparse(w: Weights, cfg: Any) -> dict[str, np.ndarray]:
+    """Channels of a compressor: the series for the next entry, then that for the entry of the token's own block."""
+    D, L, heads, J = cfg.hidden_size, cfg.q_lora_rank, cfg.index_n_heads, cfg.index_head_dim
+    branch = "compressor.indexer."
+    return (
+        _window(w, cfg)
+        | _compressor(w, cfg, "compressor.", "c", cfg.head_dim, series=2)
+        | _compressor(w, cfg, branch, "ic", J, series=2)
+        | {
+            "wq_index": w.linear(f"{branch}q_b_proj", L, heads, J),
+            "ww_index": w.linear(f"{branch}scorer.weights_proj", D, heads),
+        }
+    )
+
+
+def _compressor(w: Weights, cfg: Any, path: str, name: str, width: int, series: int) -> dict[str, np.ndarray]:
+    D, X = cfg.hidden_size, series * width
+    return {
+        f"w{name}_kv": w.linear(f"{path}kv_proj", D, X),
+        f"w{name}_gate": w.linear(f"{path}gate_proj", D, X),
+        f"{name}_bias": w.take(f"{path}position_bias", cfg.compress_rate, X),
+        f"{name}_norm": w.take(f"{path}kv_norm.weight", width),
+    }
+
+
+_LAYERS = {SLIDING: Layer("v4_window", _window), _SPARSE: Layer("csa", _sparse), _HEAVY: Layer("hca", _heavy)}
+
+FAMILIES = {"deepseek_v4": Family(_fields, _kind, _LAYERS, {"sliding_window": 128, "rms_norm_eps": 1e-6})}
