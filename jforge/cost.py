@@ -1,6 +1,6 @@
 """Bytes and flops of one decode step, and their algebra."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -47,21 +47,24 @@ def _add(a: Mapping[str, int], b: Mapping[str, int]) -> dict[str, int]:
     return {name: a.get(name, 0) + b.get(name, 0) for name in {**a, **b}}
 
 
-def step_cost(
-    spec: CacheSpec,
-    *,
-    context: int,
-    batch: int,
-    capacity: int | None,
-    dtype,
-    read: Mapping[str, int],
-    written: Mapping[str, int],
-    flops: int,
-    entries_read: int,
-) -> Cost:
-    """The Cost of a step that reads `read` and writes `written` slots of each buffer in every row.
+@dataclass(frozen=True)
+class Work:
+    """What one decode step of one row reads and writes, in slots of each buffer, and computes; a buffer that has no
+    slots counts as one, and a row of it as the Fraction that it is.
+    """
 
-    flops and entries_read are those of one row. Raises ValueError for sizes below 1 or context above capacity.
+    read: Mapping[str, int | Fraction]
+    written: Mapping[str, int | Fraction]
+    flops: int
+    entries_read: int
+
+
+def step_cost(
+    spec: CacheSpec, work: Callable[..., Work], context: int, batch: int, capacity: int | None, dtype, closing: bool
+) -> Cost:
+    """The Cost of a step over `batch` rows, each of which does work(context, capacity, closing).
+
+    Raises ValueError for sizes below 1 or context above capacity.
     """
     capacity = context if capacity is None else capacity
     for name, size in (("context", context), ("batch", batch), ("capacity", capacity)):
@@ -69,22 +72,22 @@ def step_cost(
             raise ValueError(f"{name} is {size!r}; it must be a positive integer")
     if context > capacity:
         raise ValueError(f"context is {context}; the capacity of {capacity} holds no more")
-    dtype = jnp.dtype(dtype)
+    dtype, row = jnp.dtype(dtype), work(context, capacity, closing)
+
+    def count(slots: Mapping[str, int | Fraction]) -> dict[str, int]:
+        return {name: int(batch * n * spec[name].slot_bytes(dtype)) for name, n in slots.items()}
+
     stored = spec.stored(batch, capacity, dtype)
     per_token = spec.per_token(batch, capacity, dtype)
     return Cost(
         stored=stored,
-        written=_bytes(spec, written, batch, dtype),
-        read=_bytes(spec, read, batch, dtype),
-        flops=batch * flops,
-        entries_read=batch * entries_read,
+        written=count(row.written),
+        read=count(row.read),
+        flops=batch * row.flops,
+        entries_read=batch * row.entries_read,
         fixed=_plain(sum(stored.values()) - per_token * capacity),
         per_token=_plain(per_token),
     )
-
-
-def _bytes(spec: CacheSpec, slots: Mapping[str, int], batch: int, dtype) -> dict[str, int]:
-    return {name: batch * count * spec[name].slot_bytes(dtype) for name, count in slots.items()}
 
 
 def _plain(value: int | Fraction) -> int | Fraction:

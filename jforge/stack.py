@@ -21,41 +21,30 @@ from operator import add
 from typing import Any
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array
 
 import jforge
 from jforge.core.attention import Attention
 from jforge.core.norm import rms_norm
-from jforge.core.step import Step, begin, end, one_token
+from jforge.core.step import Step, Token, Tokens, end, one_token, place
 from jforge.cost import Cost
 
 Layers = Sequence[tuple[str | Attention, Any]]
 Attend = Callable[[Array], Array]
+Scales = Sequence[tuple[float, float]]
 Block = Callable[[Array, int, Attend], Array]
 
 
 def pre_norm(
-    norms: Sequence[Array],
-    x: Float[Array, "B T D"],
-    layer: int,
-    attend: Attend,
-    *,
-    eps: float = 1e-6,
-    offset: float = 0.0,
-) -> Float[Array, "B T D"]:
+    norms: Sequence[Array], x: Tokens, layer: int, attend: Attend, *, eps: float = 1e-6, offset: float = 0.0
+) -> Tokens:
     """x + attend(rms(x)), as in Llama and most models since. norms: a weight [D] a layer; offset 1 is Gemma's."""
     return x + attend(rms_norm(x, norms[layer], eps=eps, offset=offset))
 
 
 def scaled_post_norm(
-    norms: Sequence[Array],
-    scales: Sequence[tuple[float, float]],
-    x: Float[Array, "B T D"],
-    layer: int,
-    attend: Attend,
-    *,
-    eps: float = 1e-5,
-) -> Float[Array, "B T D"]:
+    norms: Sequence[Array], scales: Scales, x: Tokens, layer: int, attend: Attend, *, eps: float = 1e-5
+) -> Tokens:
     """h = rms(x); alpha h + beta attend(h): the residual is the normed input (MiniMax-01, after DeepNorm).
 
     norms: a weight [D] a layer. scales: (alpha, beta) a layer; MiniMax-01 has one pair for each kind of layer, with
@@ -71,9 +60,7 @@ def init_cache(layers: Layers, batch: int, capacity: int, dtype=jnp.bfloat16) ->
     return tuple(att.init_cache(cfg, batch, capacity, dtype) for att, cfg in _resolve(layers))
 
 
-def forward(
-    params: Sequence, layers: Layers, x: Float[Array, "B T D"], block: Block, positions=None
-) -> Float[Array, "B T D"]:
+def forward(params: Sequence, layers: Layers, x: Tokens, block: Block, positions=None) -> Tokens:
     """The definition, without a cache. `positions` (int B T) feed RoPE only."""
 
     def call(att, params, cfg, h, _):
@@ -83,8 +70,8 @@ def forward(
 
 
 def prefill(
-    params: Sequence, layers: Layers, x: Float[Array, "B T D"], cache: tuple, block: Block, lengths=None
-) -> tuple[Float[Array, "B T D"], tuple]:
+    params: Sequence, layers: Layers, x: Tokens, cache: tuple, block: Block, lengths=None
+) -> tuple[Tokens, tuple]:
     """Append T tokens (row b its first lengths[b]) in every layer; at pads the result is 0 and x may be anything."""
 
     def call(att, params, cfg, h, cache):
@@ -94,8 +81,8 @@ def prefill(
 
 
 def decode(
-    params: Sequence, layers: Layers, x: Float[Array, "B 1 D"], cache: tuple, block: Block, ops=jforge.ops
-) -> tuple[Float[Array, "B 1 D"], tuple]:
+    params: Sequence, layers: Layers, x: Token, cache: tuple, block: Block, ops=jforge.ops
+) -> tuple[Token, tuple]:
     """Append one token a row in every layer, each through `ops`."""
 
     def call(att, params, cfg, h, cache):
@@ -104,18 +91,9 @@ def decode(
     return _step(params, layers, one_token(x), cache, block, None, call)
 
 
-def cost(
-    layers: Layers,
-    *,
-    context: int,
-    batch: int = 1,
-    capacity: int | None = None,
-    dtype=jnp.bfloat16,
-    closing: bool = False,
-) -> Cost:
-    """The sum of the layers' costs; buffers of one name add up."""
-    sizes = {"context": context, "batch": batch, "capacity": capacity, "dtype": dtype, "closing": closing}
-    return reduce(add, (att.cost(cfg, **sizes) for att, cfg in _resolve(layers)))
+def cost(layers: Layers, *, context: int, **sizes) -> Cost:
+    """The sum of the layers' costs, of the sizes that `Attention.cost` takes; buffers of one name add up."""
+    return reduce(add, (att.cost(cfg, context=context, **sizes) for att, cfg in _resolve(layers)))
 
 
 def _resolve(layers: Layers) -> list[tuple[Attention, Any]]:
@@ -136,7 +114,7 @@ def _step(params, layers: Layers, x, cache: tuple, block: Block, lengths, call: 
     """A prefill or decode: pads are blank inside, so that no norm or MLP ever sees their NaN."""
     (_, first), *_ = _resolve(layers)
     _one_each("cache", cache, layers)
-    step = begin(x, cache[0].length, lengths, first.hidden_size, None)
+    step = place(x, cache[0].length, lengths, first.hidden_size, None)
     y, after = _run(layers, params, step.x, cache, block, call)
     return end(_refused(step, after), y, x.dtype), after
 

@@ -3,7 +3,7 @@
 Weights and tokens come from NumPy: drawing them with JAX would compile more than the judged functions do.
 """
 
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +15,38 @@ from jforge.attention import dense
 from jforge.core import compare
 from jforge.harness.backends import BACKENDS, judge, passes, to_torch
 from jforge.harness.ops import BY_NAME, CASES
+
+# Plants: each takes monkeypatch and returns the Attention that has the bug.
+
+
+def patch(att, owner, name: str, value):
+    """`att`, once the function (or constant) `name` of a module or class is replaced."""
+
+    def plant(monkeypatch):
+        monkeypatch.setattr(owner, name, value)
+        return att
+
+    return plant
+
+
+def replaced(att, **functions):
+    return lambda monkeypatch: att._replace(**functions)
+
+
+def recount(att, **changes):
+    """`att` whose cost has some fields made from the right one."""
+
+    def cost(cfg, **sizes):
+        right = att.cost(cfg, **sizes)
+        return replace(right, **{field: change(right) for field, change in changes.items()})
+
+    return replaced(att, cost=cost)
+
+
+def unread(att, name: str):
+    """`att` whose cost forgets that a buffer is read."""
+    return recount(att, read=lambda cost: {n: size for n, size in cost.read.items() if n != name})
+
 
 # Verdicts: each takes an Attention and says whether it noticed something wrong.
 

@@ -1,11 +1,12 @@
 """Bugs of the dense family and of what every mechanism shares; test_mutants.py plants them."""
 
 import importlib
-from types import ModuleType, SimpleNamespace
+from dataclasses import replace
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
-from judges import case, law, torch_forward
+from judges import case, law, patch, recount, replaced, torch_forward
 
 import jforge
 from jforge.attention import dense
@@ -15,18 +16,6 @@ from jforge.core import masks, rope, step
 op_module = importlib.import_module("jforge.ops.decode_attention")
 GQA = jforge.get("gqa")
 ROPED, NORMED, FLAT = GQA.examples
-
-
-def patch(owner: ModuleType, name: str, value):
-    def plant(monkeypatch):
-        monkeypatch.setattr(owner, name, value)
-        return GQA
-
-    return plant
-
-
-def replace(**functions):
-    return lambda monkeypatch: GQA._replace(**functions)
 
 
 def _op_with(**changes):
@@ -41,25 +30,15 @@ def _op_with(**changes):
     return lambda params, cfg, x, cache: GQA.decode(params, cfg, x, cache, ops=ops)
 
 
-def _cost(**changes):
-    """cost with some fields computed from the right ones."""
-
-    def cost(cfg, **sizes):
-        right = GQA.cost(cfg, **sizes)
-        fields = {f: getattr(right, f) for f in right.__dataclass_fields__}
-        return type(right)(**{**fields, **{name: change(right) for name, change in changes.items()}})
-
-    return cost
-
-
-def _append_masked(buffer, new, at):
+def _append_masked(cache, at, **new):
     """The whole buffer through a select, as a mask over the cache would do it."""
-    hit = jnp.arange(buffer.shape[1])[None, :] == at.positions[:, :1]
-    return jnp.where(hit[..., None, None], new[:, :1].astype(buffer.dtype), buffer)
+    hit = (jnp.arange(cache.k.shape[1]) == at.positions[:, :1])[..., None, None]
+    whole = {n: jnp.where(hit, a[:, :1].astype(cache.k.dtype), getattr(cache, n)) for n, a in new.items()}
+    return replace(cache, **whole, length=at.length)
 
 
-def _append_late(buffer, new, at):
-    return step.append(buffer, new, at._replace(positions=at.positions + 1))
+def _append_late(cache, at, **new):
+    return step.append(cache, at._replace(positions=at.positions + 1), **new)
 
 
 def _attend_unblanked(q, k, v, visible, *, scale, softcap=None, sinks=None):
@@ -154,37 +133,38 @@ def _merge_counts_empty_parts(outs, lses):
 
 
 MUTANTS = {
-    "decode forgets the new token": (replace(decode=_op_with(lengths=lambda n, k: n - 1)), law("L2", ROPED)),
+    "decode forgets the new token": (replaced(GQA, decode=_op_with(lengths=lambda n, k: n - 1)), law("L2", ROPED)),
     "decode reads the whole buffer, not the row's length": (
-        replace(decode=_op_with(lengths=lambda n, k: jnp.full_like(n, k.shape[1]))), law("L2", ROPED)),
-    "decode rotates by the next position": (replace(decode=_decode_late), law("L4", ROPED)),
-    "the new token lands one slot late": (patch(dense, "append", _append_late), law("L1", ROPED)),
-    "forward sees the future": (replace(forward=_forward_noncausal), law("L7", ROPED)),
-    "prefill ignores lengths": (replace(prefill=_prefill_ignores_lengths), law("L6", ROPED)),
-    "values are not blanked: 0 * NaN": (patch(dense, "attend", _attend_unblanked), law("L5", ROPED)),
+        replaced(GQA, decode=_op_with(lengths=lambda n, k: jnp.full_like(n, k.shape[1]))), law("L2", ROPED)),
+    "decode rotates by the next position": (replaced(GQA, decode=_decode_late), law("L4", ROPED)),
+    "the new token lands one slot late": (patch(GQA, dense, "append", _append_late), law("L1", ROPED)),
+    "forward sees the future": (replaced(GQA, forward=_forward_noncausal), law("L7", ROPED)),
+    "prefill ignores lengths": (replaced(GQA, prefill=_prefill_ignores_lengths), law("L6", ROPED)),
+    "values are not blanked: 0 * NaN": (patch(GQA, dense, "attend", _attend_unblanked), law("L5", ROPED)),
     "the mask of visible leaves out the token itself": (
-        replace(visible=lambda cfg, q_pos, k_pos: k_pos < q_pos), law("L7", ROPED)),
-    "the append masks the whole cache": (patch(dense, "append", _append_masked), law("L8", ROPED)),
+        replaced(GQA, visible=lambda cfg, q_pos, k_pos: k_pos < q_pos), law("L7", ROPED)),
+    "the append masks the whole cache": (patch(GQA, dense, "append", _append_masked), law("L8", ROPED)),
     "K and V are counted twice": (
-        replace(cost=_cost(stored=lambda c: {n: 2 * b for n, b in c.stored.items()})), law("L8", ROPED)),
-    "the bytes of v are forgotten": (replace(cost=_cost(read=lambda c: {"k": c.read["k"]})), law("L8", ROPED)),
-    "the write is forgotten": (replace(cost=_cost(written=lambda c: {})), law("L8", ROPED)),
-    "length changes its dtype": (replace(decode=_decode_wide_length), law("L9", ROPED)),
+        recount(GQA, stored=lambda c: {n: 2 * b for n, b in c.stored.items()}), law("L8", ROPED)),
+    "the bytes of v are forgotten": (recount(GQA, read=lambda c: {"k": c.read["k"]}), law("L8", ROPED)),
+    "the write is forgotten": (recount(GQA, written=lambda c: {}), law("L8", ROPED)),
+    "length changes its dtype": (replaced(GQA, decode=_decode_wide_length), law("L9", ROPED)),
     "RoPE by absolute slot parity is not relative": (
-        patch(rope, "apply_rope", lambda a, positions, *rest: right_rope(a, positions**2, *rest)), law("L10", ROPED)),
+        patch(GQA, rope, "apply_rope", lambda a, positions, *rest: right_rope(a, positions**2, *rest)),
+        law("L10", ROPED)),
     "the RoPE layouts are swapped": (
-        patch(rope, "apply_rope", lambda a, n, p, layout: right_rope(a, n, p, "interleaved")),
+        patch(GQA, rope, "apply_rope", lambda a, n, p, layout: right_rope(a, n, p, "interleaved")),
         torch_forward("gqa", ROPED)),
-    "llama3 bands are swapped": (patch(rope, "_llama3", _llama3_swapped), torch_forward("gqa", ROPED)),
-    "QK-norm comes after RoPE": (patch(dense, "project", _project_norm_after_rope), torch_forward("gqa", NORMED)),
+    "llama3 bands are swapped": (patch(GQA, rope, "_llama3", _llama3_swapped), torch_forward("gqa", ROPED)),
+    "QK-norm comes after RoPE": (patch(GQA, dense, "project", _project_norm_after_rope), torch_forward("gqa", NORMED)),
     "query head n reads KV head n % K": (
-        patch(dense, "attend", _attend(_interleave_heads)), torch_forward("gqa", ROPED)),
-    "softcap on unscaled logits": (patch(dense, "attend", _attend(_cap_unscaled)), torch_forward("gqa", FLAT)),
+        patch(GQA, dense, "attend", _attend(_interleave_heads)), torch_forward("gqa", ROPED)),
+    "softcap on unscaled logits": (patch(GQA, dense, "attend", _attend(_cap_unscaled)), torch_forward("gqa", FLAT)),
     "a window of W + 1": (
-        patch(masks, "window", lambda q, k, size: (k <= q) & (k >= q - size)), case("window")),
-    "the sink is scaled": (patch(op_module, "attend", _attend(_sinks_scaled)), case("sinks")),
-    "the LSE is in base 2": (patch(op_module, "attend", _attend(_lse_base_2)), case("llama")),
-    "an empty part has weight in a merge": (patch(jforge.ops, "merge_states", _merge_counts_empty_parts),
+        patch(GQA, masks, "window", lambda q, k, size: (k <= q) & (k >= q - size)), case("window")),
+    "the sink is scaled": (patch(GQA, op_module, "attend", _attend(_sinks_scaled)), case("sinks")),
+    "the LSE is in base 2": (patch(GQA, op_module, "attend", _attend(_lse_base_2)), case("llama")),
+    "an empty part has weight in a merge": (patch(GQA, jforge.ops, "merge_states", _merge_counts_empty_parts),
                                             case("merge_many")),
 }  # fmt: skip
 

@@ -1,12 +1,10 @@
 """Bugs of DeepSeek-V4's layers (v4_window, csa, hca); test_mutants.py plants them."""
 
-from dataclasses import replace
-
 import jax.numpy as jnp
-from judges import law, torch_forward, walks
+from judges import law, patch, replaced, torch_forward, unread, walks
 
 import jforge
-from jforge.attention import csa, v4, v4_compress
+from jforge.attention import v4_compress, v4_window
 from jforge.attention.v4_compress import Compressor
 from jforge.core.norm import rms_norm
 
@@ -17,14 +15,6 @@ SMALL = {"hidden_size": 8, "num_attention_heads": 4, "head_dim": 6, "qk_rope_hea
 NEAR = WINDOW.Config(**SMALL)
 PICKED = CSA.Config(**SMALL, compress_rate=4, index_n_heads=4, index_head_dim=5, index_topk=2)
 ALL = HCA.Config(**SMALL, compress_rate=4)
-
-
-def patch(att, owner, name: str, value):
-    def plant(monkeypatch):
-        monkeypatch.setattr(owner, name, value)
-        return att
-
-    return plant
 
 
 def _series_swapped(self, params, cfg, u, z, held, positions):
@@ -87,13 +77,8 @@ def _sink_in_both_parts(params, cfg, x, cache, ops=jforge.ops):
     return HCA.decode(params, cfg, x, cache, Twice())
 
 
-def _cost_without_index(cfg, **sizes):
-    right = csa.cost(cfg, **sizes)
-    return replace(right, read={name: b for name, b in right.read.items() if name != "k_index"})
-
-
 right_pool, right_rows, right_extend = Compressor.pool, Compressor.rows, Compressor.extend
-right_project_out = v4.project_out
+right_project_out = v4_window.project_out
 in_csa, in_hca = torch_forward("csa", PICKED), torch_forward("hca", ALL)
 
 MUTANTS = {
@@ -103,18 +88,18 @@ MUTANTS = {
     "CSA: the block before is lost when one closes": (
         patch(CSA, Compressor, "_base", _half_of_the_state), walks(PICKED)),
     "CSA: the scan of the index keys is not counted": (
-        lambda monkeypatch: CSA._replace(cost=_cost_without_index), law("L8", PICKED)),
+        unread(CSA, "k_index"), law("L8", PICKED)),
     "HCA: a token takes the gate bias of the next": (patch(HCA, Compressor, "rows", _bias_of_the_next_token), in_hca),
     "HCA: entries are turned before their norm": (patch(HCA, Compressor, "pool", _rope_before_norm), in_hca),
     "HCA: an entry stands at its last token": (patch(HCA, Compressor, "pool", _position_of_the_last_token), in_hca),
     "HCA: the token that completes an entry does not see it": (
         patch(HCA, v4_compress, "seen", _blind_to_its_own_entry), in_hca),
     "HCA: pads enter the state": (patch(HCA, Compressor, "extend", _pads_in_the_state), walks(ALL)),
-    "HCA: the sink enters both parts": (lambda monkeypatch: HCA._replace(decode=_sink_in_both_parts), walks(ALL)),
+    "HCA: the sink enters both parts": (replaced(HCA, decode=_sink_in_both_parts), walks(ALL)),
     "V4: the output is not turned back": (
-        patch(WINDOW, v4, "project_out", _not_turned_back), torch_forward("v4_window", NEAR)),
+        patch(WINDOW, v4_window, "project_out", _not_turned_back), torch_forward("v4_window", NEAR)),
     "V4: queries are not normed": (
-        patch(WINDOW, v4, "rms_norm", _query_without_norm), torch_forward("v4_window", NEAR)),
+        patch(WINDOW, v4_window, "rms_norm", _query_without_norm), torch_forward("v4_window", NEAR)),
 }  # fmt: skip
 
 JUDGES = {

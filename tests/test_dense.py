@@ -25,39 +25,10 @@ def cache(batch: int = 2, capacity: int = 8, dtype=jnp.float32):
     return ATT.init_cache(CFG, batch, capacity, dtype)
 
 
-@pytest.mark.parametrize(
-    "fields,named",
-    [
-        ({"num_key_value_heads": 3}, "num_attention_heads is 4; it must be a multiple of num_key_value_heads=3"),
-        ({"hidden_size": 0}, "hidden_size is 0"),
-        ({"hidden_size": 18}, "head_dim is None"),
-        ({"head_dim": 2.5}, "head_dim is 2.5"),
-        ({"qk_norm": "layer"}, "qk_norm is 'layer'"),
-        ({"rope_layout": "neox"}, "rope_layout is 'neox'; it must be one of 'half', 'interleaved'"),
-        ({"scaling": -1.0}, "scaling is -1.0"),
-        ({"attn_logit_softcapping": 0}, "attn_logit_softcapping is 0"),
-        ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4}}, "rope_type is 'dynamic'"),
-        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "rope_parameters has no factor"),
-        ({"rope_parameters": {}}, "rope_parameters has no rope_theta"),
-        ({"rope_parameters": [1]}, r"rope_parameters is \[1\]"),
-        ({"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.8}}, "partial_rotary_factor is 0.8"),
-        ({"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 2}}, "partial_rotary_factor is 2"),
-    ],
-)
-def test_config_names_the_bad_field(fields, named, untyped):
-    with pytest.raises(ValueError, match=named):
-        ATT.Config(**{**BASE, **fields})
-
-
-def test_variants_fix_their_heads(untyped):
+def test_variants_fix_their_heads():
     assert jforge.get("mqa").Config(**BASE).num_key_value_heads == 1
     assert jforge.get("mha").Config(**BASE).num_key_value_heads == 4
     assert jforge.get("single_head").Config(hidden_size=16).num_attention_heads == 1
-    for name, bad in (("mqa", {"num_key_value_heads": 2}), ("mha", {"num_key_value_heads": 2})):
-        with pytest.raises(ValueError, match="num_key_value_heads is 2"):
-            jforge.get(name).Config(**{**BASE, **bad})
-    with pytest.raises(ValueError, match="num_attention_heads is 4"):
-        jforge.get("single_head").Config(**BASE)
 
 
 def test_config_is_hashable_with_its_rope_dict():
@@ -100,20 +71,12 @@ def test_bad_lengths_are_named(lengths, named, untyped):
         ATT.prefill(params(), CFG, x(), cache(), lengths=jnp.array([1.0, 2.0]))
 
 
-def test_cache_of_another_shape_is_named(untyped):
-    with pytest.raises(ValueError, match="cache.k has shape"):
-        ATT.decode(params(), CFG, x(tokens=1), ATT.init_cache(ATT.examples[1], 2, 8, jnp.float32))
+def test_bad_sizes_of_a_cache_are_named(untyped):
     for bad in ({"batch": 0, "capacity": 8}, {"batch": 2, "capacity": -1}):
         with pytest.raises(ValueError, match="must be a positive integer"):
             ATT.init_cache(CFG, **bad)
     with pytest.raises(TypeError, match="dtype is int8"):
         ATT.init_cache(CFG, 2, 8, jnp.int8)
-
-
-def test_eager_overflow_names_the_row_and_writes_nothing():
-    _, full = ATT.prefill(params(), CFG, x(), cache(), lengths=jnp.array([6, 3]))
-    with pytest.raises(ValueError, match="row 0 would hold 10 tokens; the cache has capacity 8"):
-        ATT.prefill(params(), CFG, x(tokens=4), full, lengths=jnp.array([4, 4]))
 
 
 @pytest.mark.parametrize("lengths", [(4, 4), (-1, 4), (9, 4)], ids=["overflow", "negative", "more than T"])
@@ -128,16 +91,6 @@ def test_jitted_overflow_is_atomic_and_per_row(lengths):
     np.testing.assert_array_equal(after.k[0], full.k[0])
     alone, _ = ATT.prefill(params(), CFG, new[1:], jax.tree.map(lambda a: a[1:], full))
     assert compare.relative(y[1:], alone) <= compare.OUT["float32"]
-
-
-def test_jitted_decode_overflow():
-    _, full = ATT.prefill(params(), CFG, x(tokens=8), cache(), lengths=jnp.array([8, 2]))
-    y, after = jax.jit(lambda p, x, c: ATT.decode(p, CFG, x, c))(params(), x(tokens=1), full)
-    assert np.isnan(y[0]).all() and np.isfinite(y[1]).all()
-    np.testing.assert_array_equal(after.length, [8, 3])
-    np.testing.assert_array_equal(after.v[0], full.v[0])
-    with pytest.raises(ValueError, match="row 0 would hold 9 tokens"):
-        ATT.decode(params(), CFG, x(tokens=1), full)
 
 
 @pytest.mark.parametrize("x_dtype,cache_dtype", [(jnp.bfloat16, jnp.bfloat16), (jnp.float32, jnp.bfloat16),

@@ -197,8 +197,6 @@ def test_overflow_with_concrete_lengths_raises():
     store, block = stack.init_cache(layers, 2, 4, jnp.float32), pre_norm(norms("float32"))
     with pytest.raises(ValueError, match="row 0 would hold 5 tokens; the cache has capacity 4"):
         stack.prefill(p, layers, x, store, block)
-    with pytest.raises(ValueError, match=r"lengths\[1\] is 6; it must lie in 0..5"):
-        stack.prefill(p, layers, x, store, block, np.array([1, 6], np.int32))
 
 
 # Costs
@@ -214,13 +212,6 @@ def test_cost_is_the_sum_of_the_layers(sizes):
     for field in ("stored", "written", "read"):
         assert sum(getattr(got, field).values()) == sum(sum(getattr(part, field).values()) for part in parts)
     assert set(got.stored) == {"state", "k", "v"}
-
-
-def test_stored_bytes_are_those_of_the_cache():
-    cache = stack.init_cache(LAYERS, 2, 16)
-    lengths = sum(own.length.nbytes for own in cache)
-    held = sum(leaf.nbytes for leaf in jax.tree.leaves(cache)) - lengths
-    assert sum(stack.cost(LAYERS, context=16, batch=2).stored.values()) == held
 
 
 def test_cost_of_minimax_01():
@@ -270,9 +261,5 @@ def test_bad_inputs(untyped):
     p, block, store = params("float32"), pre_norm(norms("float32")), stack.init_cache(LAYERS, 2, 4, jnp.float32)
     with pytest.raises(ValueError, match="decode takes one token a row"):
         stack.decode(p, LAYERS, tokens(2, dtype="float32"), store, block)
-    with pytest.raises(ValueError, match="its last axis must be hidden_size=12"):
-        stack.prefill(p, LAYERS, tokens(2, dtype="float32")[..., :7], store, block)
-    with pytest.raises(ValueError, match="x has 3 rows and the cache 2"):
-        stack.prefill(p, LAYERS, tokens(2, 3, dtype="float32"), store, block)
     with pytest.raises(TypeError, match="^cache is a KVCache; it must be a State$"):
         stack.decode(p, LAYERS, tokens(1, dtype="float32"), store[::-1], block)

@@ -14,7 +14,7 @@ from jforge.attention import (
     sinks,
     sliding_window,
     streaming,
-    v4,
+    v4_window,
 )
 
 REGISTRY = {
@@ -32,7 +32,7 @@ REGISTRY = {
     "lightning": lightning.lightning,
     "msa": msa.msa,
     "dsa": dsa.dsa,
-    "v4_window": v4.v4_window,
+    "v4_window": v4_window.v4_window,
     "csa": csa.csa,
     "hca": hca.hca,
 }

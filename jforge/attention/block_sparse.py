@@ -14,21 +14,22 @@ of them ships a causal form with this cache; the judge is a dense softmax under 
 """
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Int
 
 import jforge.ops as jax_ops
 from jforge.attention import dense
-from jforge.attention.dense import KVCache, Params
+from jforge.attention.dense import PLAIN, KVCache
 from jforge.core import blocks, masks
 from jforge.core.attend import attend
-from jforge.core.attention import Attention, init_cache_from
-from jforge.core.config import FrozenDict, positive_int, reject
-from jforge.core.step import append, begin, end, one_token
-from jforge.cost import Cost, step_cost
+from jforge.core.attention import Attention
+from jforge.core.config import FrozenDict, natural, positive_int, positive_ints
+from jforge.core.params import Params
+from jforge.core.step import Token, Tokens, append, begin, end, in_order, one_token
+from jforge.cost import Work
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,12 +46,9 @@ class Config(dense.Config):
 
     def __post_init__(self):
         super().__post_init__()
-        positive_int("block_size", self.block_size)
-        positive_int("num_local_blocks", self.num_local_blocks)
+        positive_ints(self, "block_size", "num_local_blocks")
         for name in ("num_global_blocks", "num_random_blocks", "seed"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-                reject(name, value, "an integer of at least 0")
+            natural(name, getattr(self, name))
         if self.vert_stride is not None:
             positive_int("vert_stride", self.vert_stride)
 
@@ -116,9 +114,9 @@ def visible(cfg: Config, q_pos: Array, k_pos: Array) -> Bool[Array, "..."]:
     return masks.causal(q_pos, k_pos) & jnp.asarray(seen)[q_block, k_block]
 
 
-def forward(params: Params, cfg: Config, x: Float[Array, "B T D"], positions=None) -> Float[Array, "B T D"]:
+def forward(params: Params, cfg: Config, x: Tokens, positions=None) -> Tokens:
     """The definition: a dense softmax under the pattern. `positions` (int B T) feed RoPE only."""
-    order, positions = dense.in_order(cfg, x, positions)
+    order, positions = in_order(cfg, x, positions)
     q, k, v = dense.project(params, cfg, x, positions)
     T = x.shape[1]
     mask = blocks.visible(_lists(cfg, order, T), cfg.block_size, order, T, cfg.num_attention_heads)
@@ -126,15 +124,11 @@ def forward(params: Params, cfg: Config, x: Float[Array, "B T D"], positions=Non
     return dense.project_out(params, cfg, x, out).astype(x.dtype)
 
 
-def prefill(
-    params: Params, cfg: Config, x: Float[Array, "B T D"], cache: KVCache, lengths=None
-) -> tuple[Array, KVCache]:
+def prefill(params: Params, cfg: Config, x: Tokens, cache: KVCache, lengths=None) -> tuple[Tokens, KVCache]:
     """Append T tokens (row b its first lengths[b]) and attend under the pattern over what is stored then."""
-    dense.cache_spec(cfg).check(cache)
-    S = cache.k.shape[1]
-    step = begin(x, cache.length, lengths, cfg.hidden_size, S)
+    step, S = begin(cfg, dense.cache_spec(cfg), x, cache, lengths), cache.k.shape[1]
     q, k, v = dense.project(params, cfg, step.x, step.positions)
-    cache = KVCache(append(cache.k, k, step), append(cache.v, v, step), step.length)
+    cache = append(cache, step, k=k, v=v)
     lists = _lists(cfg, step.positions, S)
     mask = blocks.visible(lists, cfg.block_size, step.positions, S, cfg.num_attention_heads)
     mask &= step.keep[..., None, None]
@@ -142,70 +136,40 @@ def prefill(
     return end(step, dense.project_out(params, cfg, step.x, out), x.dtype), cache
 
 
-def decode(
-    params: Params, cfg: Config, x: Float[Array, "B 1 D"], cache: KVCache, ops=jax_ops
-) -> tuple[Float[Array, "B 1 D"], KVCache]:
+def decode(params: Params, cfg: Config, x: Token, cache: KVCache, ops=jax_ops) -> tuple[Token, KVCache]:
     """Append one token a row and gather the blocks of its list through `ops.decode_block_sparse`."""
-    dense.cache_spec(cfg).check(cache)
-    S = cache.k.shape[1]
-    step = begin(one_token(x), cache.length, None, cfg.hidden_size, S)
+    step, S = begin(cfg, dense.cache_spec(cfg), one_token(x), cache), cache.k.shape[1]
     q, k, v = dense.project(params, cfg, step.x, step.positions)
-    cache = KVCache(append(cache.k, k, step), append(cache.v, v, step), step.length)
+    cache = append(cache, step, k=k, v=v)
     lists, q = _lists(cfg, step.positions, S), q.astype(cache.k.dtype)
     more = {"block_size": cfg.block_size, "out_dtype": x.dtype, **dense.options(params, cfg)}
     out, _ = ops.decode_block_sparse(q, cache.k, cache.v, lists, cache.length, **more)
     return end(step, dense.project_out(params, cfg, step.x, out), x.dtype), cache
 
 
-def select(params: Params, cfg: Config, x: Float[Array, "B 1 D"], cache: KVCache) -> Int[Array, "B 1 X L"]:
+def select(params: Params, cfg: Config, x: Token, cache: KVCache) -> Int[Array, "B 1 X L"]:
     """The list of the next token; it depends on the position alone."""
     return _lists(cfg, cache.length[:, None], cache.k.shape[1])
 
 
 def tokens_of(cfg: Config, selection, S: int) -> Bool[Array, "B T S"]:
     """All tokens of the listed blocks, over all heads; nothing is read beside them."""
-    if selection is None:
-        return jnp.zeros((1, S, S), bool)
-    return blocks.tokens(selection, cfg.block_size, S).any(axis=2)
+    return blocks.tokens_of(selection, cfg.block_size, S)
 
 
-def cost(
-    cfg: Config, *, context: int, batch: int = 1, capacity: int | None = None, dtype=jnp.bfloat16, closing: bool = False
-) -> Cost:
-    """One step writes a slot and gathers L blocks for each list, L the longest list of this context."""
-    S = context if capacity is None else capacity
-    gathered = longest_list(cfg, -(-S // cfg.block_size)) * cfg.block_size
+def work(cfg: Config, context: int, capacity: int, closing: bool) -> Work:
+    """One step writes a slot and gathers L blocks for each list, L the longest list of this capacity."""
+    gathered = longest_list(cfg, -(-capacity // cfg.block_size)) * cfg.block_size
     lists = 1 if cfg.homo_head_pattern else cfg.num_attention_heads // cfg.num_key_value_heads
-    slots = min(context, lists * gathered)
-    return step_cost(
-        dense.cache_spec(cfg),
-        context=context,
-        batch=batch,
-        capacity=capacity,
-        dtype=dtype,
-        read={"k": slots, "v": slots},
-        written={"k": 1, "v": 1},
-        flops=2 * cfg.num_attention_heads * (cfg.head_dim + cfg.v_head_dim) * min(context, gathered),
-        entries_read=slots,
-    )
+    return replace(dense.work_on(cfg, min(context, lists * gathered)), flops=dense.flops(cfg, min(context, gathered)))
 
 
-_PLAIN = {"rope_type": "default", "rope_theta": 1e4}
 _LLAMA = {"hidden_size": 4096, "num_attention_heads": 32, "num_key_value_heads": 8}
 
 block_sparse = Attention(
     summary="a fixed pattern of blocks: global, local, random, strided (BigBird, Longformer, Phi-3-small, causal)",
-    Config=Config,
-    init_params=dense.init_params,
-    init_cache=init_cache_from(dense.cache_spec),
-    forward=forward,
-    prefill=prefill,
-    decode=decode,
-    visible=visible,
-    select=select,
-    tokens_of=tokens_of,
-    cache_spec=dense.cache_spec,
-    cost=cost,
+    Config=Config, shapes=dense.shapes, cache_spec=dense.cache_spec, work=work,
+    forward=forward, prefill=prefill, decode=decode, visible=visible, select=select, tokens_of=tokens_of,
     models=FrozenDict({
         "BigBird pattern on Llama-3.1-8B": Config(**_LLAMA, block_size=64, num_global_blocks=2, num_local_blocks=3,
                                                   num_random_blocks=3),
@@ -213,9 +177,9 @@ block_sparse = Attention(
                               num_local_blocks=16, vert_stride=8, homo_head_pattern=False),
     }),
     examples=(
-        Config(hidden_size=12, num_attention_heads=4, num_key_value_heads=2, head_dim=6, rope_parameters=_PLAIN,
+        Config(hidden_size=12, num_attention_heads=4, num_key_value_heads=2, head_dim=6, rope_parameters=PLAIN,
                block_size=2, num_global_blocks=1, num_local_blocks=1, num_random_blocks=1, seed=3),
-        Config(hidden_size=12, num_attention_heads=4, num_key_value_heads=2, head_dim=4, rope_parameters=_PLAIN,
+        Config(hidden_size=12, num_attention_heads=4, num_key_value_heads=2, head_dim=4, rope_parameters=PLAIN,
                block_size=3, num_local_blocks=1, vert_stride=2, homo_head_pattern=False),
     ),
 )  # fmt: skip

@@ -17,24 +17,26 @@ Sources: DeepSeek-V4 (arXiv 2606.19348), its inference code, transformers' deeps
 and keys are neither multiplied by a Hadamard matrix, which changes no product, nor rounded to fp4.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 import jforge.ops as jax_ops
-from jforge.attention import v4, v4_compress
-from jforge.attention.v4 import Params
+from jforge.attention import v4_compress, v4_window
+from jforge.attention.dsa import choose
 from jforge.attention.v4_compress import Compressor
-from jforge.core import masks, ring
+from jforge.attention.v4_window import FLASH, LONG, ODD, PRO, TINY, TINY_YARN
+from jforge.core import blocks, masks, ring
 from jforge.core.attend import einsum
-from jforge.core.attention import Attention, init_cache_from
-from jforge.core.config import FrozenDict, positive_int, reject
+from jforge.core.attention import Attention
+from jforge.core.config import FrozenDict, positive_ints, reject
+from jforge.core.params import Params
 from jforge.core.softmax import accumulation_dtype
 from jforge.core.spec import CacheSpec, cache_class
-from jforge.core.step import Step, begin, end, one_token
-from jforge.cost import Cost
+from jforge.core.step import Step, Token, Tokens, begin, end, in_order, one_token
+from jforge.cost import Work
 from jforge.ops.index_scores import token_scores
 
 
@@ -48,8 +50,7 @@ class Config(v4_compress.Config):
 
     def __post_init__(self):
         super().__post_init__()
-        for name in ("index_n_heads", "index_head_dim", "index_topk"):
-            positive_int(name, getattr(self, name))
+        positive_ints(self, "index_n_heads", "index_head_dim", "index_topk")
         if self.index_head_dim < self.qk_rope_head_dim:
             allowed = f"at least qk_rope_head_dim={self.qk_rope_head_dim}, the channels that turn"
             reject("index_head_dim", self.index_head_dim, allowed)
@@ -81,90 +82,72 @@ def compressors(cfg: Config) -> tuple[Compressor, Compressor]:
 def shapes(cfg: Config) -> dict[str, tuple[int, ...]]:
     """{parameter: shape} of a Config."""
     D, I, J = cfg.hidden_size, cfg.index_n_heads, cfg.index_head_dim  # noqa: E741
-    out = v4.shapes(cfg) | {"wq_index": (cfg.q_lora_rank, I, J), "ww_index": (D, I)}
+    out = v4_window.shapes(cfg) | {"wq_index": (cfg.q_lora_rank, I, J), "ww_index": (D, I)}
     for compressor in compressors(cfg):
         out |= compressor.shapes(D)
     return out
 
 
-def init_params(key: Array, cfg: Config, dtype=jnp.float32) -> Params:
-    return v4.draw(key, cfg, shapes(cfg), dtype)
-
-
 def index_queries(
-    params: Params, cfg: Config, x: Float[Array, "B T D"], latent: Float[Array, "B T Lq"], positions
+    params: Params, cfg: Config, x: Tokens, latent: Float[Array, "B T Lq"], positions
 ) -> tuple[Float[Array, "B T I J"], Float[Array, "B T I"]]:
     """(q_I, a) of the new tokens; the weights of the index heads are float32 or wider."""
-    q_index = v4.rotate(cfg, einsum("btl,lij->btij", latent, params["wq_index"]), positions)
+    q_index = v4_window.rotate(cfg, einsum("btl,lij->btij", latent, params["wq_index"]), positions)
     weights = einsum("btd,di->bti", x, params["ww_index"]).astype(accumulation_dtype(x))
     return q_index, weights * (cfg.index_n_heads * cfg.index_head_dim) ** -0.5
-
-
-def choose(cfg: Config, scores: Float[Array, "B T E"], ops=jax_ops) -> Int[Array, "B T L"]:
-    """The L entries of top score; -1 where fewer are seen."""
-    return ops.topk_indices(scores, min(cfg.index_topk, max(1, scores.shape[-1])))
 
 
 def _picked(
     cfg: Config, q_index, k_index: Float[Array, "B E J"], weights, seen: Bool[Array, "B T E"]
 ) -> Bool[Array, "B T E"]:
     """The picks of every query as a mask, for forward and prefill."""
-    picks = choose(cfg, token_scores(q_index, k_index, weights, seen))
-    (B, T, E), none = seen.shape, seen.shape[-1]
-    rows, columns = jnp.arange(B)[:, None, None], jnp.arange(T)[:, None]
-    return jnp.zeros((B, T, E), bool).at[rows, columns, jnp.where(picks < 0, none, picks)].set(True, mode="drop")
+    return blocks.tokens_of(choose(cfg, token_scores(q_index, k_index, weights, seen)), 1, seen.shape[-1])
 
 
-def forward(params: Params, cfg: Config, x: Float[Array, "B T D"], positions=None) -> Float[Array, "B T D"]:
+def forward(params: Params, cfg: Config, x: Tokens, positions=None) -> Tokens:
     """The definition. `positions` (int B T) feed RoPE only; blocks follow the order of x."""
-    order, positions = v4.in_order(cfg, x, positions)
-    q, latent, kv = v4.project(params, cfg, x, positions)
+    order, positions = in_order(cfg, x, positions)
+    q, latent, kv = v4_window.project(params, cfg, x, positions)
     q_index, weights = index_queries(params, cfg, x, latent, positions)
     entries, k_index = (c.compress(params, cfg, x, order, positions) for c in compressors(cfg))
     near = masks.window(order[..., None], order[:, None], cfg.sliding_window)
     far = _picked(cfg, q_index, k_index, weights, v4_compress.seen(cfg, order, k_index.shape[1]))
     out = v4_compress.attend_both(params, cfg, q, kv, near, entries, far)
-    return v4.project_out(params, cfg, out, positions).astype(x.dtype)
+    return v4_window.project_out(params, cfg, out, positions).astype(x.dtype)
 
 
-def prefill(
-    params: Params, cfg: Config, x: Float[Array, "B T D"], cache: CSACache, lengths=None
-) -> tuple[Float[Array, "B T D"], CSACache]:
+def prefill(params: Params, cfg: Config, x: Tokens, cache: CSACache, lengths=None) -> tuple[Tokens, CSACache]:
     """Make the entries that the new tokens complete; attend over the old ring, the new tokens and each one's picks."""
-    cache_spec(cfg).check(cache)
-    step = begin(x, cache.length, lengths, cfg.hidden_size, v4_compress.capacity(cfg, cache))
-    q, latent, kv = v4.project(params, cfg, step.x, step.positions)
+    step = begin(cfg, cache_spec(cfg), x, cache, lengths)
+    q, latent, kv = v4_window.project(params, cfg, step.x, step.positions)
     q_index, weights = index_queries(params, cfg, step.x, latent, step.positions)
-    recent, near = v4.recent(cfg, cache.kv, cache.length, kv, step)
+    recent, near = v4_window.recent(cfg, cache, kv, step)
     main, index = (c.extend(params, cfg, cache, step) for c in compressors(cfg))
-    cache = CSACache(kv=ring.write(cache.kv, kv, step), **main, **index, length=step.length)
+    cache = replace(ring.write(cache, step, kv=kv), **main, **index)
     q, q_index = q.astype(recent.dtype), q_index.astype(recent.dtype)
     seen = v4_compress.seen(cfg, step.positions, cache.k_index.shape[1]) & step.keep[..., None]
     far = _picked(cfg, q_index, cache.k_index, weights, seen)
     out = v4_compress.attend_both(params, cfg, q, recent, near, cache.c_kv, far)
-    return end(step, v4.project_out(params, cfg, out, step.positions), x.dtype), cache
+    return end(step, v4_window.project_out(params, cfg, out, step.positions), x.dtype), cache
 
 
-def decode(
-    params: Params, cfg: Config, x: Float[Array, "B 1 D"], cache: CSACache, ops=jax_ops
-) -> tuple[Float[Array, "B 1 D"], CSACache]:
+def decode(params: Params, cfg: Config, x: Token, cache: CSACache, ops=jax_ops) -> tuple[Token, CSACache]:
     """One token a row: the ring, a scan of the index keys, and a gather of the picked entries."""
-    cache_spec(cfg).check(cache)
-    step = begin(one_token(x), cache.length, None, cfg.hidden_size, v4_compress.capacity(cfg, cache))
+    step = begin(cfg, cache_spec(cfg), one_token(x), cache)
     q, latent, cache = _append(params, cfg, step, cache)
     picks = _select(params, cfg, step, latent, cache, ops)
-    near = v4.attend_ring(params, cfg, q, cache.kv, step, ops)
+    near = v4_window.attend_ring(params, cfg, q, cache.kv, step, ops)
     more = {"block_size": 1, "scale": cfg.scaling, "out_dtype": accumulation_dtype(x)}
     far = ops.decode_block_sparse(q, cache.c_kv[:, :, None], None, picks, None, **more)
     out = v4_compress.merge(ops, near, far)
-    return end(step, v4.project_out(params, cfg, out, step.positions), x.dtype), cache
+    return end(step, v4_window.project_out(params, cfg, out, step.positions), x.dtype), cache
 
 
 def _append(params: Params, cfg: Config, step: Step, cache: CSACache) -> tuple[Array, Array, CSACache]:
     """(q in the cache's dtype, the query latent, the cache with one more token a row)."""
-    q, latent, kv = v4.project(params, cfg, step.x, step.positions)
+    q, latent, kv = v4_window.project(params, cfg, step.x, step.positions)
     main, index = (c.extend_by_one(params, cfg, cache, step) for c in compressors(cfg))
-    cache = CSACache(kv=ring.write(cache.kv, kv, step), **main, **index, length=step.length)
+    cache = replace(ring.write(cache, step, kv=kv), **main, **index)
     return q.astype(cache.kv.dtype), latent, cache
 
 
@@ -175,9 +158,9 @@ def _select(params: Params, cfg: Config, step: Step, latent, cache: CSACache, op
     return choose(cfg, scores, ops)[:, :, None]
 
 
-def select(params: Params, cfg: Config, x: Float[Array, "B 1 D"], cache: CSACache) -> Int[Array, "B 1 1 L"]:
+def select(params: Params, cfg: Config, x: Token, cache: CSACache) -> Int[Array, "B 1 1 L"]:
     """The entries that decode would gather for x; the one that x completes takes part in the choice."""
-    step = begin(one_token(x), cache.length, None, cfg.hidden_size, v4_compress.capacity(cfg, cache))
+    step = begin(cfg, cache_spec(cfg), one_token(x), cache)
     _, latent, cache = _append(params, cfg, step, cache)
     return _select(params, cfg, step, latent, cache, jax_ops)
 
@@ -194,57 +177,33 @@ def tokens_of(cfg: Config, selection, S: int) -> Bool[Array, "B T S"]:
 
 def cache_spec(cfg: Config) -> CacheSpec:
     main, index = (c.buffers(axis) for c, axis in zip(compressors(cfg), "HJ", strict=True))
-    return CacheSpec(CSACache, {"kv": v4.window_buffer(cfg)} | main | index)
+    return CacheSpec(CSACache, {"kv": v4_window.window_buffer(cfg)} | main | index)
 
 
-def cost(
-    cfg: Config, *, context: int, batch: int = 1, capacity: int | None = None, dtype=jnp.bfloat16, closing: bool = False
-) -> Cost:
+def work(cfg: Config, context: int, capacity: int, closing: bool) -> Work:
     """One step reads the ring, all index keys and min(L, their number) entries; every m-th the states as well."""
-    spec = cache_spec(cfg)
-    entries = spec["k_index"].slots(context)
+    entries = cache_spec(cfg)["k_index"].slots(context)
     picks = min(cfg.index_topk, entries)
     attended = 2 * cfg.num_attention_heads * cfg.head_dim * picks
-    return v4_compress.layer_cost(
-        spec,
-        cfg,
-        compressors(cfg),
-        read={"c_kv": picks, "k_index": entries},
-        flops=2 * (attended + cfg.index_n_heads * (cfg.index_head_dim + 1) * entries),
-        context=context,
-        batch=batch,
-        capacity=capacity,
-        dtype=dtype,
-        closing=closing,
-    )
+    scored = cfg.index_n_heads * (cfg.index_head_dim + 1) * entries  # + 1: the sum over heads
+    read = {"c_kv": picks, "k_index": entries}
+    return v4_compress.layer_work(cfg, compressors(cfg), read, 2 * (attended + scored), context, closing)
 
 
-_YARN = {"rope_type": "yarn", "rope_theta": 1.6e5, "factor": 4.0, "original_max_position_embeddings": 32}
 _INDEX = {"index_n_heads": 64, "index_head_dim": 128}
 
 csa = Attention(
     summary="the last W tokens and, of one entry for every 4 before, those an indexer picks (DeepSeek-V4)",
-    Config=Config,
-    init_params=init_params,
-    init_cache=init_cache_from(cache_spec),
-    forward=forward,
-    prefill=prefill,
-    decode=decode,
-    visible=v4_compress.visible,
-    select=select,
-    tokens_of=tokens_of,
-    cache_spec=cache_spec,
-    cost=cost,
+    Config=Config, shapes=shapes, cache_spec=cache_spec, work=work,
+    forward=forward, prefill=prefill, decode=decode, visible=v4_compress.visible, select=select, tokens_of=tokens_of,
     models=FrozenDict({
-        "DeepSeek-V4-Flash": Config(**v4.FLASH, **_INDEX, rope_parameters=v4.LONG, compress_rate=4, index_topk=512),
-        "DeepSeek-V4-Pro": Config(**v4.PRO, **_INDEX, rope_parameters=v4.LONG, compress_rate=4, index_topk=1024),
+        "DeepSeek-V4-Flash": Config(**FLASH, **_INDEX, rope_parameters=LONG, compress_rate=4, index_topk=512),
+        "DeepSeek-V4-Pro": Config(**PRO, **_INDEX, rope_parameters=LONG, compress_rate=4, index_topk=1024),
     }),
     examples=(
-        Config(hidden_size=14, num_attention_heads=6, head_dim=10, qk_rope_head_dim=6, q_lora_rank=7, o_groups=2,
-               o_lora_rank=5, sliding_window=3, compress_rate=2, index_n_heads=8, index_head_dim=7, index_topk=2,
-               rope_parameters=_YARN),
-        Config(hidden_size=9, num_attention_heads=2, head_dim=6, qk_rope_head_dim=2, q_lora_rank=5, o_groups=1,
-               o_lora_rank=3, sliding_window=5, compress_rate=3, index_n_heads=3, index_head_dim=4, index_topk=3,
+        Config(**TINY, sliding_window=3, compress_rate=2, index_n_heads=8, index_head_dim=7, index_topk=2,
+               rope_parameters=TINY_YARN),
+        Config(**ODD, sliding_window=5, compress_rate=3, index_n_heads=3, index_head_dim=4, index_topk=3,
                rope_parameters={"rope_theta": 1e4}),
     ),
 )  # fmt: skip

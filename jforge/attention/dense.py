@@ -21,15 +21,13 @@ from jaxtyping import Array, Float, Int
 from jforge import ops as jax_ops
 from jforge.core import masks, rope
 from jforge.core.attend import attend, einsum
-from jforge.core.attention import Attention, init_cache_from, no_selection, no_tokens
-from jforge.core.config import FrozenDict, one_of, positive, positive_int, reject
+from jforge.core.attention import Attention
+from jforge.core.config import FrozenDict, one_of, positive, positive_ints, reject
 from jforge.core.norm import rms_norm
-from jforge.core.params import random_params
+from jforge.core.params import Drawn, Params
 from jforge.core.spec import Buffer, CacheSpec, cache_class
-from jforge.core.step import append, begin, check_input, end, one_token
-from jforge.cost import Cost, step_cost
-
-Params = dict[str, Array]
+from jforge.core.step import Token, Tokens, append, begin, end, in_order, one_token
+from jforge.cost import Work
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,8 +51,7 @@ class Config:
     attn_output_gate: bool = False  # Qwen3-Next
 
     def __post_init__(self):
-        positive_int("hidden_size", self.hidden_size)
-        positive_int("num_attention_heads", self.num_attention_heads)
+        positive_ints(self, "hidden_size", "num_attention_heads")
         heads = self.num_attention_heads
         if self.head_dim is None and self.hidden_size % heads:
             reject(
@@ -63,8 +60,7 @@ class Config:
         self._default("num_key_value_heads", heads)
         self._default("head_dim", self.hidden_size // heads)
         self._default("v_head_dim", self.head_dim)
-        for name in ("num_key_value_heads", "head_dim", "v_head_dim"):
-            positive_int(name, getattr(self, name))
+        positive_ints(self, "num_key_value_heads", "head_dim", "v_head_dim")
         self._default("scaling", self.head_dim**-0.5)
         if heads % self.num_key_value_heads:
             reject("num_attention_heads", heads, f"a multiple of num_key_value_heads={self.num_key_value_heads}")
@@ -134,19 +130,20 @@ def shapes(cfg: Config) -> dict[str, tuple[int, ...]]:
     if cfg.attention_output_bias:
         out |= {"bo": (D,)}
     if cfg.qk_norm == "head":
-        out |= {"q_norm": (H,), "k_norm": (H,)}
+        out |= {"q_norm": norm_weight(cfg, H), "k_norm": norm_weight(cfg, H)}
     if cfg.qk_norm == "flat":
-        out |= {"q_norm": (N, H), "k_norm": (K, H)}
+        out |= {"q_norm": norm_weight(cfg, N, H), "k_norm": norm_weight(cfg, K, H)}
     if cfg.attn_output_gate:
         out |= {"wg": (D, N, V)}
     return out
 
 
-def init_params(key: Array, cfg: Config, dtype=jnp.float32) -> Params:
-    return random_params(key, shapes(cfg), dtype, norm_center=1 - cfg.norm_offset)
+def norm_weight(cfg: Config, *shape: int) -> Drawn:
+    """The shape of a norm's weight, drawn about what leaves a normed vector as it is."""
+    return Drawn(*shape, mean=1 - cfg.norm_offset)
 
 
-def qkv(params: Params, cfg: Config, x: Float[Array, "B T D"]) -> tuple[Array, Array, Array]:
+def qkv(params: Params, cfg: Config, x: Tokens) -> tuple[Array, Array, Array]:
     """q: B T N H, k: B T K H, v: B T K V of the new tokens, normed, before RoPE."""
     q, k, v = (einsum("btd,dnh->btnh", x, params[w]) for w in ("wq", "wk", "wv"))
     if cfg.attention_bias:
@@ -162,13 +159,13 @@ def rotate(cfg: Config, x: Float[Array, "B T N H"], positions: Int[Array, "B T"]
     return rope.apply_rope(x, positions, cfg.rope_parameters, cfg.rope_layout)
 
 
-def project(params: Params, cfg: Config, x: Float[Array, "B T D"], positions) -> tuple[Array, Array, Array]:
+def project(params: Params, cfg: Config, x: Tokens, positions) -> tuple[Array, Array, Array]:
     """q: B T N H, k: B T K H, v: B T K V of the new tokens, normed and rotated."""
     q, k, v = qkv(params, cfg, x)
     return rotate(cfg, q, positions), rotate(cfg, k, positions), v
 
 
-def project_out(params: Params, cfg: Config, x: Float[Array, "B T D"], out: Float[Array, "B T N V"]) -> Array:
+def project_out(params: Params, cfg: Config, x: Tokens, out: Float[Array, "B T N V"]) -> Array:
     """Gate, output projection, bias: B T D."""
     if cfg.attn_output_gate:
         out = out * jax.nn.sigmoid(einsum("btd,dnv->btnv", x, params["wg"]))
@@ -181,19 +178,12 @@ def visible(cfg: Config, q_pos: Array, k_pos: Array) -> Array:
     return masks.causal(q_pos, k_pos)
 
 
-def in_order(cfg: Config, x: Float[Array, "B T D"], positions) -> tuple[Int[Array, "B T"], Int[Array, "B T"]]:
-    """(the index of each token in its row, the position RoPE gives it) of an x without a cache, checked."""
-    check_input(x, cfg.hidden_size)
-    order = jnp.broadcast_to(jnp.arange(x.shape[1], dtype=jnp.int32), x.shape[:2])
-    return order, order if positions is None else positions
-
-
-def forward(params: Params, cfg: Config, x: Float[Array, "B T D"], positions=None) -> Float[Array, "B T D"]:
+def forward(params: Params, cfg: Config, x: Tokens, positions=None) -> Tokens:
     """The definition: causal attention of x over itself. `positions` (int B T, default 0..T-1) feed RoPE only."""
     return forward_under(visible, params, cfg, x, positions)
 
 
-def forward_under(visible: Callable, params: Params, cfg: Config, x: Float[Array, "B T D"], positions) -> Array:
+def forward_under(visible: Callable, params: Params, cfg: Config, x: Tokens, positions) -> Array:
     """Attention of x over itself under the mask visible(cfg, q_pos, k_pos); `sinks` in params join the softmax."""
     order, positions = in_order(cfg, x, positions)
     q, k, v = project(params, cfg, x, positions)
@@ -207,83 +197,62 @@ def options(params: Params, cfg: Config) -> dict[str, Any]:
     return {"scale": cfg.scaling, "softcap": cfg.attn_logit_softcapping, "sinks": params.get("sinks")}
 
 
-def prefill(
-    params: Params, cfg: Config, x: Float[Array, "B T D"], cache: KVCache, lengths=None
-) -> tuple[Array, KVCache]:
+def prefill(params: Params, cfg: Config, x: Tokens, cache: KVCache, lengths=None) -> tuple[Tokens, KVCache]:
     """Append T tokens (row b its first lengths[b]) and attend over what is stored then, so after its rounding."""
-    cache_spec(cfg).check(cache)
-    S = cache.k.shape[1]
-    step = begin(x, cache.length, lengths, cfg.hidden_size, S)
+    step = begin(cfg, cache_spec(cfg), x, cache, lengths)
     q, k, v = project(params, cfg, step.x, step.positions)
-    cache = KVCache(append(cache.k, k, step), append(cache.v, v, step), step.length)
-    mask = visible(cfg, step.positions[..., None], jnp.arange(S)) & step.keep[..., None]
+    cache = append(cache, step, k=k, v=v)
+    mask = visible(cfg, step.positions[..., None], jnp.arange(cache.k.shape[1])) & step.keep[..., None]
     out, _ = attend(q.astype(cache.k.dtype), cache.k, cache.v, mask, **options(params, cfg))
     return end(step, project_out(params, cfg, step.x, out), x.dtype), cache
 
 
-def decode(
-    params: Params, cfg: Config, x: Float[Array, "B 1 D"], cache: KVCache, ops=jax_ops
-) -> tuple[Float[Array, "B 1 D"], KVCache]:
+def decode(params: Params, cfg: Config, x: Token, cache: KVCache, ops=jax_ops) -> tuple[Token, KVCache]:
     """Append one token a row and attend through `ops.decode_attention`; the same numbers as prefill with T = 1."""
-    cache_spec(cfg).check(cache)
-    step = begin(one_token(x), cache.length, None, cfg.hidden_size, cache.k.shape[1])
+    step = begin(cfg, cache_spec(cfg), one_token(x), cache)
     q, k, v = project(params, cfg, step.x, step.positions)
-    cache = KVCache(append(cache.k, k, step), append(cache.v, v, step), step.length)
+    cache = append(cache, step, k=k, v=v)
     q = q.astype(cache.k.dtype)
     out, _ = ops.decode_attention(q, cache.k, cache.v, cache.length, out_dtype=x.dtype, **options(params, cfg))
     return end(step, project_out(params, cfg, step.x, out), x.dtype), cache
 
 
+def kv_buffers(cfg: Config, window: int | None = None) -> dict[str, Buffer]:
+    """k and v, with a slot a token or as a ring of `window` slots."""
+    K, axis = cfg.num_key_value_heads, "S" if window is None else "W"
+    k = Buffer(("B", axis, "K", "H"), (K, cfg.head_dim), limit=window)
+    return {"k": k, "v": Buffer(("B", axis, "K", "V"), (K, cfg.v_head_dim), limit=window)}
+
+
 def cache_spec(cfg: Config) -> CacheSpec:
-    K = cfg.num_key_value_heads
-    return CacheSpec(
-        KVCache,
-        {"k": Buffer(("B", "S", "K", "H"), (K, cfg.head_dim)), "v": Buffer(("B", "S", "K", "V"), (K, cfg.v_head_dim))},
-    )
+    return CacheSpec(KVCache, kv_buffers(cfg))
 
 
-def cost(
-    cfg: Config, *, context: int, batch: int = 1, capacity: int | None = None, dtype=jnp.bfloat16, closing: bool = False
-) -> Cost:
-    """One step writes a slot of k and v, reads all `context` of them, and spends 2 N (H + V) flops on each."""
-    return step_cost(
-        cache_spec(cfg),
-        context=context,
-        batch=batch,
-        capacity=capacity,
-        dtype=dtype,
-        read={"k": context, "v": context},
-        written={"k": 1, "v": 1},
-        flops=2 * cfg.num_attention_heads * (cfg.head_dim + cfg.v_head_dim) * context,
-        entries_read=context,
-    )
+def flops(cfg: Config, keys: int) -> int:
+    """2 N (H + V) for each key that the query of every head meets."""
+    return 2 * cfg.num_attention_heads * (cfg.head_dim + cfg.v_head_dim) * keys
 
 
-_LLAMA3 = {
-    "rope_type": "llama3",
-    "rope_theta": 5e5,
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 32,
-}
+def work_on(cfg: Config, slots: int) -> Work:
+    """One step writes a slot of k and v and reads `slots` of them."""
+    return Work({"k": slots, "v": slots}, {"k": 1, "v": 1}, flops(cfg, slots), slots)
+
+
+def work(cfg: Config, context: int, capacity: int, closing: bool) -> Work:
+    """All `context` slots are read."""
+    return work_on(cfg, context)
+
+
+_LLAMA3 = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+           "original_max_position_embeddings": 32}  # fmt: skip
 _YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 64}
-_PLAIN = {"rope_type": "default", "rope_theta": 1e4}
-_HALF = {**_PLAIN, "partial_rotary_factor": 0.5}
+PLAIN = {"rope_type": "default", "rope_theta": 1e4}
+_HALF = {**PLAIN, "partial_rotary_factor": 0.5}
 
 gqa = Attention(
     summary="grouped queries: G query heads share a key/value head (Llama 3, Qwen3, MiniMax-M2)",
-    Config=Config,
-    init_params=init_params,
-    init_cache=init_cache_from(cache_spec),
-    forward=forward,
-    prefill=prefill,
-    decode=decode,
-    visible=visible,
-    select=no_selection,
-    tokens_of=no_tokens,
-    cache_spec=cache_spec,
-    cost=cost,
+    Config=Config, shapes=shapes, cache_spec=cache_spec, work=work,
+    forward=forward, prefill=prefill, decode=decode, visible=visible,
     models=FrozenDict({
         "Llama-3.1-8B": Config(hidden_size=4096, num_attention_heads=32, num_key_value_heads=8),
         "Qwen3-235B-A22B": Config(hidden_size=4096, num_attention_heads=64, num_key_value_heads=4, head_dim=128),
@@ -301,20 +270,14 @@ mha = gqa._replace(
     summary="multi-head: every query head has its own keys and values (Vaswani et al. 2017, OLMo-2)",
     Config=MHAConfig,
     models=FrozenDict({"Llama-2-7B": MHAConfig(hidden_size=4096, num_attention_heads=32)}),
-    examples=(
-        MHAConfig(
-            hidden_size=21,
-            num_attention_heads=3,
-            head_dim=6,
-            rope_parameters={**_PLAIN, "rope_type": "linear", "factor": 2.0},
-        ),
-    ),
-)
+    examples=(MHAConfig(hidden_size=21, num_attention_heads=3, head_dim=6,
+                        rope_parameters={**PLAIN, "rope_type": "linear", "factor": 2.0}),),
+)  # fmt: skip
 mqa = gqa._replace(
     summary="multi-query: all query heads share one key/value head (Shazeer 2019, Falcon-7B)",
     Config=MQAConfig,
     models=FrozenDict({"Falcon-7B": MQAConfig(hidden_size=4544, num_attention_heads=71)}),
-    examples=(MQAConfig(hidden_size=30, num_attention_heads=5, rope_parameters=_PLAIN),),
+    examples=(MQAConfig(hidden_size=30, num_attention_heads=5, rope_parameters=PLAIN),),
 )
 single_head = gqa._replace(
     summary="one head: softmax(q k) v and nothing else; here without positions (NoPE)",

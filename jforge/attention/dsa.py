@@ -27,17 +27,17 @@ from jaxtyping import Array, Bool, Float, Int
 
 import jforge.ops as jax_ops
 from jforge.attention import mla
-from jforge.attention.mla import LatentCache, Params
+from jforge.attention.mla import LatentCache
 from jforge.core import blocks, masks, quant, rope
 from jforge.core.attend import einsum
-from jforge.core.attention import Attention, init_cache_from
-from jforge.core.config import FrozenDict, one_of, positive_int, reject
+from jforge.core.attention import Attention
+from jforge.core.config import FrozenDict, one_of, positive_ints, reject
 from jforge.core.norm import layer_norm
-from jforge.core.params import random_params
+from jforge.core.params import Params
 from jforge.core.softmax import accumulation_dtype
 from jforge.core.spec import Buffer, CacheSpec, cache_class
-from jforge.core.step import Step, append, begin, check_input, end, one_token
-from jforge.cost import Cost, step_cost
+from jforge.core.step import Step, Token, Tokens, append, begin, end, in_order, one_token
+from jforge.cost import Work
 from jforge.ops.index_scores import token_scores
 
 LAYER_NORM_EPS = 1e-6
@@ -58,8 +58,7 @@ class Config(mla.Config):
         super().__post_init__()
         if self.q_lora_rank is None:
             reject("q_lora_rank", None, "a positive integer: the indexer reads the query latent")
-        for name in ("index_n_heads", "index_head_dim", "index_topk"):
-            positive_int(name, getattr(self, name))
+        positive_ints(self, "index_n_heads", "index_head_dim", "index_topk")
         one_of("index_rope_layout", self.index_rope_layout, rope.LAYOUTS)
         J = self.index_head_dim
         if self.rope_parameters is not None and J < self.qk_rope_head_dim:
@@ -91,11 +90,7 @@ def shapes(cfg: Config) -> dict[str, tuple[int, ...]]:
     return mla.shapes(cfg) | index | {"k_index_norm": (J,), "k_index_bias": (J,)}
 
 
-def init_params(key: Array, cfg: Config, dtype=jnp.float32) -> Params:
-    return random_params(key, shapes(cfg), dtype)
-
-
-def project_index(params: Params, cfg: Config, x: Float[Array, "B T D"], positions) -> tuple[Array, Array, Array]:
+def project_index(params: Params, cfg: Config, x: Tokens, positions) -> tuple[Array, Array, Array]:
     """q_index: B T I J and k_index: B T J, rotated; weights: B T I, float32 or wider, with both scales in them."""
 
     def turn(heads):
@@ -120,18 +115,9 @@ def _stored(cfg: Config, q, k, weights, dtype) -> tuple[Array, Array, dict[str, 
     return q8.astype(dtype), weights * q_scale, {"k_index": k8, "k_index_scale": k_scale}
 
 
-def choose(cfg: Config, scores: Float[Array, "B T S"], ops=jax_ops) -> Int[Array, "B T L"]:
-    """The tokens of the highest scores; -1 where a query sees fewer."""
+def choose(cfg, scores: Float[Array, "B T S"], ops=jax_ops) -> Int[Array, "B T L"]:
+    """The tokens (in csa entries) of the highest scores; -1 where a query sees fewer."""
     return ops.topk_indices(scores, min(cfg.index_topk, max(1, scores.shape[-1])))
-
-
-def visible(cfg: Config, q_pos: Array, k_pos: Array) -> Array:
-    """Any token up to the query's own may be picked."""
-    return masks.causal(q_pos, k_pos)
-
-
-def _picked(indices: Int[Array, "B T L"], seen: Bool[Array, "B T S"]) -> Bool[Array, "B T S"]:
-    return blocks.tokens(indices[:, :, None], 1, seen.shape[-1])[:, :, 0] & seen
 
 
 def _check_indices(cfg: Config, indices, x: Array) -> None:
@@ -147,22 +133,19 @@ def _check_indices(cfg: Config, indices, x: Array) -> None:
         raise TypeError(f"indices has dtype {indices.dtype}; it must be int32")
 
 
-def forward(
-    params: Params, cfg: Config, x: Float[Array, "B T D"], positions=None, indices=None
-) -> Float[Array, "B T D"]:
+def forward(params: Params, cfg: Config, x: Tokens, positions=None, indices=None) -> Tokens:
     """The definition, MLA's naive form under the mask of the picks. `positions` (int B T) feed RoPE only.
 
     indices: int32 B T L, for a layer with index_shared alone.
     """
-    check_input(x, cfg.hidden_size)
+    order, positions = in_order(cfg, x, positions)
     _check_indices(cfg, indices, x)
-    order = jnp.broadcast_to(jnp.arange(x.shape[1], dtype=jnp.int32), x.shape[:2])
-    positions = order if positions is None else positions
     seen = masks.causal(order[..., None], order[:, None])
     if indices is None:
         q, weights, index = _stored(cfg, *project_index(params, cfg, x, positions), x.dtype)
         indices = choose(cfg, _scores(q, weights, index, seen))
-    out = mla.attend_naive(params, cfg, *mla.project(params, cfg, x, positions), _picked(indices, seen))
+    picked = blocks.tokens_of(indices, 1, x.shape[1]) & seen
+    out = mla.attend_naive(params, cfg, *mla.project(params, cfg, x, positions), picked)
     return mla.project_out(params, cfg, out).astype(x.dtype)
 
 
@@ -178,41 +161,32 @@ def _append(params: Params, cfg: Config, step: Step, cache):
         parts = project_index(params, cfg, step.x, step.positions)
         q_index, weights, index = _stored(cfg, *parts, cache.latent.dtype)
         new |= index
-    leaves = {name: append(getattr(cache, name), a, step) for name, a in new.items()}
-    return q_nope, q_rope, q_index, weights, type(cache)(**leaves, length=step.length)
+    return q_nope, q_rope, q_index, weights, append(cache, step, **new)
 
 
-def prefill(params: Params, cfg: Config, x: Float[Array, "B T D"], cache, lengths=None, indices=None):
+def prefill(params: Params, cfg: Config, x: Tokens, cache, lengths=None, indices=None):
     """Append T tokens (row b its first lengths[b]); each attends, in the naive form, to its picks of what is stored."""
-    cache_spec(cfg).check(cache)
-    S, dtype = cache.latent.shape[1], cache.latent.dtype
-    step = begin(x, cache.length, lengths, cfg.hidden_size, S)
+    step, S, dtype = begin(cfg, cache_spec(cfg), x, cache, lengths), cache.latent.shape[1], cache.latent.dtype
     _check_indices(cfg, indices, x)
     q_nope, q_rope, q_index, weights, cache = _append(params, cfg, step, cache)
     seen = masks.causal(step.positions[..., None], jnp.arange(S)) & step.keep[..., None]
     if indices is None:
         indices = choose(cfg, _scores(q_index, weights, _index_leaves(cache), seen))
     parts = q_nope.astype(dtype), q_rope.astype(dtype), cache.latent, cache.k_rope
-    out = mla.attend_naive(params, cfg, *parts, _picked(indices, seen))
+    out = mla.attend_naive(params, cfg, *parts, blocks.tokens_of(indices, 1, S) & seen)
     return end(step, mla.project_out(params, cfg, out), x.dtype), cache
 
 
-def decode(params: Params, cfg: Config, x: Float[Array, "B 1 D"], cache, ops=jax_ops, indices=None):
+def decode(params: Params, cfg: Config, x: Token, cache, ops=jax_ops, indices=None):
     """One token a row: a scan of the index keys, a top-k, and the absorbed form over a gather of the picks."""
-    cache_spec(cfg).check(cache)
-    step = begin(one_token(x), cache.length, None, cfg.hidden_size, cache.latent.shape[1])
+    step = begin(cfg, cache_spec(cfg), one_token(x), cache)
     _check_indices(cfg, indices, x)
     q_nope, q_rope, q_index, weights, cache = _append(params, cfg, step, cache)
     if indices is None:
         indices = _select(cfg, q_index, weights, cache, ops)
     else:  # another layer's picks: none of a token that is not there
         indices = jnp.where(indices < cache.length[:, None, None], indices, -1)
-    dtype = cache.latent.dtype
-    q_latent = einsum("btnh,cnh->btnc", q_nope, params["wk_b"]).astype(dtype)
-    out, _ = ops.decode_sparse_mla(
-        q_latent, q_rope.astype(dtype), cache.latent, cache.k_rope, indices, scale=cfg.scaling, out_dtype=x.dtype
-    )
-    out = einsum("btnc,cnv->btnv", out, params["wv_b"])
+    out = mla.attend_absorbed(params, cfg, q_nope, q_rope, cache, ops.decode_sparse_mla, indices, x.dtype)
     return end(step, mla.project_out(params, cfg, out), x.dtype), cache
 
 
@@ -230,32 +204,28 @@ def _has_indexer(cfg: Config) -> None:
         raise ValueError("index_shared is True; such a layer has no indexer, ask the layer whose picks it takes")
 
 
-def index(params: Params, cfg: Config, x: Float[Array, "B T D"], cache, lengths=None) -> Int[Array, "B T L"]:
+def index(params: Params, cfg: Config, x: Tokens, cache, lengths=None) -> Int[Array, "B T L"]:
     """The picks of the new tokens x (row b its first lengths[b]) given the cache before them, for layers that share
     them; -1 at pads.
     """
-    cache_spec(cfg).check(cache)
     _has_indexer(cfg)
-    S = cache.latent.shape[1]
-    step = begin(x, cache.length, lengths, cfg.hidden_size, S)
+    step = begin(cfg, cache_spec(cfg), x, cache, lengths)
     *_, q_index, weights, cache = _append(params, cfg, step, cache)
-    seen = masks.causal(step.positions[..., None], jnp.arange(S)) & step.keep[..., None]
+    seen = masks.causal(step.positions[..., None], jnp.arange(cache.latent.shape[1])) & step.keep[..., None]
     return choose(cfg, _scores(q_index, weights, _index_leaves(cache), seen))
 
 
-def select(params: Params, cfg: Config, x: Float[Array, "B 1 D"], cache) -> Int[Array, "B 1 L"]:
+def select(params: Params, cfg: Config, x: Token, cache) -> Int[Array, "B 1 L"]:
     """The tokens that decode would gather for x."""
     _has_indexer(cfg)
-    step = begin(one_token(x), cache.length, None, cfg.hidden_size, cache.latent.shape[1])
+    step = begin(cfg, cache_spec(cfg), one_token(x), cache)
     *_, q_index, weights, cache = _append(params, cfg, step, cache)
     return _select(cfg, q_index, weights, cache, jax_ops)
 
 
 def tokens_of(cfg: Config, selection, S: int) -> Bool[Array, "B T S"]:
     """The picked tokens; nothing is attended beside them."""
-    if selection is None:
-        return jnp.zeros((1, S, S), bool)
-    return blocks.tokens(selection[:, :, None], 1, S)[:, :, 0]
+    return blocks.tokens_of(selection, 1, S)
 
 
 def cache_spec(cfg: Config) -> CacheSpec:
@@ -269,23 +239,15 @@ def cache_spec(cfg: Config) -> CacheSpec:
     return CacheSpec(QuantisedCache, buffers | {"k_index_scale": Buffer(("B", "S"), (), dtype="float32")})
 
 
-def cost(
-    cfg: Config, *, context: int, batch: int = 1, capacity: int | None = None, dtype=jnp.bfloat16, closing: bool = False
-) -> Cost:
+def work(cfg: Config, context: int, capacity: int, closing: bool) -> Work:
     """One step scans the index keys of all tokens and gathers index_topk latents and rotary keys."""
     spec, slots = cache_spec(cfg), min(cfg.index_topk, context)
     scanned = [name for name in spec if name.startswith("k_index")]
-    attended = cfg.num_attention_heads * (2 * cfg.kv_lora_rank + cfg.qk_rope_head_dim) * slots
     scored = cfg.index_n_heads * (cfg.index_head_dim + 1) * context if scanned else 0  # + 1: the sum over heads
-    return step_cost(
-        spec,
-        context=context,
-        batch=batch,
-        capacity=capacity,
-        dtype=dtype,
+    return Work(
         read={"latent": slots, "k_rope": slots} | dict.fromkeys(scanned, context),
         written=dict.fromkeys(spec, 1),
-        flops=2 * (attended + scored),
+        flops=mla.flops(cfg, slots) + 2 * scored,
         entries_read=slots + (context if scanned else 0),
     )
 
@@ -299,17 +261,8 @@ _TINY = {
 
 dsa = Attention(
     summary="MLA over the tokens that a lightning indexer picks (DeepSeek-V3.2, GLM-5)",
-    Config=Config,
-    init_params=init_params,
-    init_cache=init_cache_from(cache_spec),
-    forward=forward,
-    prefill=prefill,
-    decode=decode,
-    visible=visible,
-    select=select,
-    tokens_of=tokens_of,
-    cache_spec=cache_spec,
-    cost=cost,
+    Config=Config, shapes=shapes, cache_spec=cache_spec, work=work,
+    forward=forward, prefill=prefill, decode=decode, select=select, tokens_of=tokens_of,
     models=FrozenDict({
         "DeepSeek-V3.2": Config(**_V32_FIELDS),
         "DeepSeek-V3.2, e4m3 index": Config(**_V32_FIELDS, index_quantised=True),

@@ -10,21 +10,22 @@ Cache: a ring of W vectors, the entries, and float32 rows u and z of the open bl
 Sources: DeepSeek-V4 (arXiv 2606.19348), its inference code, transformers' deepseek_v4.
 """
 
+from dataclasses import replace
+
 import jax
-import jax.numpy as jnp
-from jaxtyping import Array, Float
 
 import jforge.ops as jax_ops
-from jforge.attention import v4, v4_compress
-from jforge.attention.v4 import Params
+from jforge.attention import v4_compress, v4_window
 from jforge.attention.v4_compress import Compressor, Config
+from jforge.attention.v4_window import FLASH, LONG, ODD, PRO, TINY, TINY_YARN
 from jforge.core import masks, ring
-from jforge.core.attention import Attention, init_cache_from, no_selection, no_tokens
+from jforge.core.attention import Attention
 from jforge.core.config import FrozenDict
+from jforge.core.params import Params
 from jforge.core.softmax import accumulation_dtype
 from jforge.core.spec import CacheSpec, cache_class
-from jforge.core.step import begin, end, one_token
-from jforge.cost import Cost
+from jforge.core.step import Token, Tokens, begin, end, in_order, one_token
+from jforge.cost import Work
 
 
 @cache_class
@@ -44,103 +45,67 @@ def compressor(cfg: Config) -> Compressor:
 
 def shapes(cfg: Config) -> dict[str, tuple[int, ...]]:
     """{parameter: shape} of a Config."""
-    return v4.shapes(cfg) | compressor(cfg).shapes(cfg.hidden_size)
+    return v4_window.shapes(cfg) | compressor(cfg).shapes(cfg.hidden_size)
 
 
-def init_params(key: Array, cfg: Config, dtype=jnp.float32) -> Params:
-    return v4.draw(key, cfg, shapes(cfg), dtype)
-
-
-def forward(params: Params, cfg: Config, x: Float[Array, "B T D"], positions=None) -> Float[Array, "B T D"]:
+def forward(params: Params, cfg: Config, x: Tokens, positions=None) -> Tokens:
     """The definition. `positions` (int B T) feed RoPE only; blocks follow the order of x."""
-    order, positions = v4.in_order(cfg, x, positions)
-    q, _, kv = v4.project(params, cfg, x, positions)
+    order, positions = in_order(cfg, x, positions)
+    q, _, kv = v4_window.project(params, cfg, x, positions)
     entries = compressor(cfg).compress(params, cfg, x, order, positions)
     near = masks.window(order[..., None], order[:, None], cfg.sliding_window)
     far = v4_compress.seen(cfg, order, entries.shape[1])
     out = v4_compress.attend_both(params, cfg, q, kv, near, entries, far)
-    return v4.project_out(params, cfg, out, positions).astype(x.dtype)
+    return v4_window.project_out(params, cfg, out, positions).astype(x.dtype)
 
 
-def prefill(
-    params: Params, cfg: Config, x: Float[Array, "B T D"], cache: HCACache, lengths=None
-) -> tuple[Float[Array, "B T D"], HCACache]:
+def prefill(params: Params, cfg: Config, x: Tokens, cache: HCACache, lengths=None) -> tuple[Tokens, HCACache]:
     """Make the entries that the new tokens complete; attend over the old ring, the new tokens and all entries."""
-    cache_spec(cfg).check(cache)
-    step = begin(x, cache.length, lengths, cfg.hidden_size, v4_compress.capacity(cfg, cache))
-    q, _, kv = v4.project(params, cfg, step.x, step.positions)
-    recent, near = v4.recent(cfg, cache.kv, cache.length, kv, step)
+    step = begin(cfg, cache_spec(cfg), x, cache, lengths)
+    q, _, kv = v4_window.project(params, cfg, step.x, step.positions)
+    recent, near = v4_window.recent(cfg, cache, kv, step)
     leaves = compressor(cfg).extend(params, cfg, cache, step)
-    cache = HCACache(kv=ring.write(cache.kv, kv, step), **leaves, length=step.length)
+    cache = replace(ring.write(cache, step, kv=kv), **leaves)
     far = v4_compress.seen(cfg, step.positions, cache.c_kv.shape[1]) & step.keep[..., None]
     out = v4_compress.attend_both(params, cfg, q.astype(recent.dtype), recent, near, cache.c_kv, far)
-    return end(step, v4.project_out(params, cfg, out, step.positions), x.dtype), cache
+    return end(step, v4_window.project_out(params, cfg, out, step.positions), x.dtype), cache
 
 
-def decode(
-    params: Params, cfg: Config, x: Float[Array, "B 1 D"], cache: HCACache, ops=jax_ops
-) -> tuple[Float[Array, "B 1 D"], HCACache]:
+def decode(params: Params, cfg: Config, x: Token, cache: HCACache, ops=jax_ops) -> tuple[Token, HCACache]:
     """One token a row: `ops.decode_attention` over the ring and over the entries, merged."""
-    cache_spec(cfg).check(cache)
-    step = begin(one_token(x), cache.length, None, cfg.hidden_size, v4_compress.capacity(cfg, cache))
-    q, _, kv = v4.project(params, cfg, step.x, step.positions)
+    step = begin(cfg, cache_spec(cfg), one_token(x), cache)
+    q, _, kv = v4_window.project(params, cfg, step.x, step.positions)
     leaves = compressor(cfg).extend_by_one(params, cfg, cache, step)
-    cache = HCACache(kv=ring.write(cache.kv, kv, step), **leaves, length=step.length)
+    cache = replace(ring.write(cache, step, kv=kv), **leaves)
     q, entries, complete = q.astype(cache.kv.dtype), cache.c_kv[:, :, None], step.length // cfg.compress_rate
-    near = v4.attend_ring(params, cfg, q, cache.kv, step, ops)
+    near = v4_window.attend_ring(params, cfg, q, cache.kv, step, ops)
     more = {"scale": cfg.scaling, "out_dtype": accumulation_dtype(x)}
     far = ops.decode_attention(q, entries, entries, complete, **more)
     out = v4_compress.merge(ops, near, far)
-    return end(step, v4.project_out(params, cfg, out, step.positions), x.dtype), cache
+    return end(step, v4_window.project_out(params, cfg, out, step.positions), x.dtype), cache
 
 
 def cache_spec(cfg: Config) -> CacheSpec:
-    return CacheSpec(HCACache, {"kv": v4.window_buffer(cfg)} | compressor(cfg).buffers("H"))
+    return CacheSpec(HCACache, {"kv": v4_window.window_buffer(cfg)} | compressor(cfg).buffers("H"))
 
 
-def cost(
-    cfg: Config, *, context: int, batch: int = 1, capacity: int | None = None, dtype=jnp.bfloat16, closing: bool = False
-) -> Cost:
+def work(cfg: Config, context: int, capacity: int, closing: bool) -> Work:
     """One step reads the ring and all entries; every m-th reads the open block's rows as well."""
-    spec = cache_spec(cfg)
-    entries = spec["c_kv"].slots(context)
-    return v4_compress.layer_cost(
-        spec,
-        cfg,
-        (compressor(cfg),),
-        read={"c_kv": entries},
-        flops=4 * cfg.num_attention_heads * cfg.head_dim * entries,
-        context=context,
-        batch=batch,
-        capacity=capacity,
-        dtype=dtype,
-        closing=closing,
-    )
+    entries = cache_spec(cfg)["c_kv"].slots(context)
+    flops = 4 * cfg.num_attention_heads * cfg.head_dim * entries
+    return v4_compress.layer_work(cfg, (compressor(cfg),), {"c_kv": entries}, flops, context, closing)
 
-
-_YARN = {"rope_type": "yarn", "rope_theta": 1.6e5, "factor": 4.0, "original_max_position_embeddings": 32}
 
 hca = Attention(
     summary="the last W tokens and one entry for every 128 before (DeepSeek-V4)",
-    Config=Config,
-    init_params=init_params,
-    init_cache=init_cache_from(cache_spec),
-    forward=forward,
-    prefill=prefill,
-    decode=decode,
-    visible=v4_compress.visible,
-    select=no_selection,
-    tokens_of=no_tokens,
-    cache_spec=cache_spec,
-    cost=cost,
+    Config=Config, shapes=shapes, cache_spec=cache_spec, work=work,
+    forward=forward, prefill=prefill, decode=decode, visible=v4_compress.visible,
     models=FrozenDict({
-        "DeepSeek-V4-Flash": Config(**v4.FLASH, rope_parameters=v4.LONG, compress_rate=128),
-        "DeepSeek-V4-Pro": Config(**v4.PRO, rope_parameters=v4.LONG, compress_rate=128),
+        "DeepSeek-V4-Flash": Config(**FLASH, rope_parameters=LONG, compress_rate=128),
+        "DeepSeek-V4-Pro": Config(**PRO, rope_parameters=LONG, compress_rate=128),
     }),
     examples=(
-        Config(hidden_size=14, num_attention_heads=6, head_dim=10, qk_rope_head_dim=6, q_lora_rank=7, o_groups=2,
-               o_lora_rank=5, sliding_window=3, compress_rate=4, rope_parameters=_YARN),
-        Config(hidden_size=9, num_attention_heads=2, head_dim=6, qk_rope_head_dim=2, q_lora_rank=5, o_groups=1,
-               o_lora_rank=3, sliding_window=5, compress_rate=3, rope_parameters={"rope_theta": 1e4}),
+        Config(**TINY, sliding_window=3, compress_rate=4, rope_parameters=TINY_YARN),
+        Config(**ODD, sliding_window=5, compress_rate=3, rope_parameters={"rope_theta": 1e4}),
     ),
 )  # fmt: skip

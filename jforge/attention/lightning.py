@@ -23,18 +23,15 @@ import numpy as np
 from jaxtyping import Array, Bool, Float
 
 import jforge.ops as jax_ops
-from jforge.core import masks
 from jforge.core.attend import einsum
-from jforge.core.attention import Attention, init_cache_from, no_selection, no_tokens
-from jforge.core.config import FrozenDict, positive, positive_int, reject
+from jforge.core.attention import Attention
+from jforge.core.config import FrozenDict, positive, positive_int, positive_ints, reject
 from jforge.core.norm import rms_norm
-from jforge.core.params import random_params
+from jforge.core.params import Params
 from jforge.core.softmax import accumulation_dtype
 from jforge.core.spec import Buffer, CacheSpec, cache_class
-from jforge.core.step import begin, check_input, end, one_token
-from jforge.cost import Cost, step_cost
-
-Params = dict[str, Array]
+from jforge.core.step import Token, Tokens, begin, check_input, end, one_token
+from jforge.cost import Work
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,8 +47,7 @@ class Config:
     rms_norm_eps: float = 1e-6
 
     def __post_init__(self):
-        for name in ("hidden_size", "num_attention_heads", "num_hidden_layers", "block_size"):
-            positive_int(name, getattr(self, name))
+        positive_ints(self, "hidden_size", "num_attention_heads", "num_hidden_layers", "block_size")
         if self.head_dim is None:
             if self.hidden_size % self.num_attention_heads:
                 reject("head_dim", None, "given: hidden_size is no multiple of num_attention_heads")
@@ -94,16 +90,12 @@ def shapes(cfg: Config) -> dict[str, tuple[int, ...]]:
     return {**{name: (D, N, H) for name in ("wq", "wk", "wv", "wg")}, "o_norm": (N, H), "wo": (N, H, D)}
 
 
-def init_params(key: Array, cfg: Config, dtype=jnp.float32) -> Params:
-    return random_params(key, shapes(cfg), dtype)
-
-
-def project(params: Params, x: Float[Array, "B T D"]) -> list[Float[Array, "B T N H"]]:
+def project(params: Params, x: Tokens) -> list[Float[Array, "B T N H"]]:
     """q, k, v of the new tokens."""
     return [jax.nn.silu(einsum("btd,dnh->btnh", x, params[w])) for w in ("wq", "wk", "wv")]
 
 
-def project_out(params: Params, cfg: Config, x: Float[Array, "B T D"], out: Float[Array, "B T N H"]) -> Array:
+def project_out(params: Params, cfg: Config, x: Tokens, out: Float[Array, "B T N H"]) -> Array:
     gate = jax.nn.sigmoid(einsum("btd,dnh->btnh", x, params["wg"]))
     return einsum("btnh,nhd->btd", gate * rms_norm(out, params["o_norm"], eps=cfg.rms_norm_eps), params["wo"])
 
@@ -162,12 +154,7 @@ def blockwise(
     return jnp.moveaxis(outs, 0, 1).reshape(B, -1, *outs.shape[3:])[:, :T], state
 
 
-def visible(cfg: Config, q_pos: Array, k_pos: Array) -> Array:
-    """Every token up to the query's own, if ever more faintly."""
-    return masks.causal(q_pos, k_pos)
-
-
-def forward(params: Params, cfg: Config, x: Float[Array, "B T D"], positions=None) -> Float[Array, "B T D"]:
+def forward(params: Params, cfg: Config, x: Tokens, positions=None) -> Tokens:
     """The definition, in the quadratic form. There is no RoPE, so `positions` change nothing."""
     check_input(x, cfg.hidden_size)
     q, k, v = project(params, x)
@@ -175,22 +162,18 @@ def forward(params: Params, cfg: Config, x: Float[Array, "B T D"], positions=Non
     return project_out(params, cfg, x, out).astype(x.dtype)
 
 
-def prefill(params: Params, cfg: Config, x: Float[Array, "B T D"], cache: State, lengths=None) -> tuple[Array, State]:
+def prefill(params: Params, cfg: Config, x: Tokens, cache: State, lengths=None) -> tuple[Tokens, State]:
     """Take T tokens (row b its first lengths[b]) into the state, block by block."""
-    cache_spec(cfg).check(cache)
-    step = begin(x, cache.length, lengths, cfg.hidden_size, None)
+    step = begin(cfg, cache_spec(cfg), x, cache, lengths)
     q, k, v = project(params, step.x)
     slope = jnp.asarray(slopes(cfg), cache.state.dtype)
     out, state = blockwise(q, k, v, slope, cache.state, max(1, min(cfg.block_size, x.shape[1])), step.keep)
     return end(step, project_out(params, cfg, step.x, out.astype(x.dtype)), x.dtype), State(state, step.length)
 
 
-def decode(
-    params: Params, cfg: Config, x: Float[Array, "B 1 D"], cache: State, ops=jax_ops
-) -> tuple[Float[Array, "B 1 D"], State]:
+def decode(params: Params, cfg: Config, x: Token, cache: State, ops=jax_ops) -> tuple[Token, State]:
     """One step of the recurrence through `ops.decode_linear`, which may overwrite the state."""
-    cache_spec(cfg).check(cache)
-    step = begin(one_token(x), cache.length, None, cfg.hidden_size, None)
+    step = begin(cfg, cache_spec(cfg), one_token(x), cache)
     q, k, v = (a[:, 0] for a in project(params, step.x))
     out, state = ops.decode_linear(q, k, v, cache.state, decay_of(cfg, cache.state.dtype))
     return end(step, project_out(params, cfg, step.x, out[:, None]), x.dtype), State(state, step.length)
@@ -201,39 +184,18 @@ def cache_spec(cfg: Config) -> CacheSpec:
     return CacheSpec(State, {"state": Buffer(("B", "N", "H", "H"), (N, H, H), every=None, dtype="float32")})
 
 
-def cost(
-    cfg: Config, *, context: int, batch: int = 1, capacity: int | None = None, dtype=jnp.bfloat16, closing: bool = False
-) -> Cost:
+def work(cfg: Config, context: int, capacity: int, closing: bool) -> Work:
     """One step reads and writes the whole state: 5 flops an element (decay, k v^T and its sum, S^T q)."""
-    return step_cost(
-        cache_spec(cfg),
-        context=context,
-        batch=batch,
-        capacity=capacity,
-        dtype=dtype,
-        read={"state": 1},
-        written={"state": 1},
-        flops=5 * cfg.num_attention_heads * cfg.head_dim**2,
-        entries_read=1,
-    )
+    return Work({"state": 1}, {"state": 1}, 5 * cfg.num_attention_heads * cfg.head_dim**2, 1)
 
 
 lightning = Attention(
     summary="linear attention with a fixed decay a head: one matrix is the cache (MiniMax-Text-01, M1)",
-    Config=Config,
-    init_params=init_params,
-    init_cache=init_cache_from(cache_spec),
-    forward=forward,
-    prefill=prefill,
-    decode=decode,
-    visible=visible,
-    select=no_selection,
-    tokens_of=no_tokens,
-    cache_spec=cache_spec,
-    cost=cost,
+    Config=Config, shapes=shapes, cache_spec=cache_spec, work=work,
+    forward=forward, prefill=prefill, decode=decode,
     models=FrozenDict({"MiniMax-Text-01": Config(hidden_size=6144, num_attention_heads=64, head_dim=128)}),
     examples=(
         Config(hidden_size=12, num_attention_heads=4, head_dim=5, layer_index=1, num_hidden_layers=4, block_size=4),
         Config(hidden_size=9, num_attention_heads=3, num_hidden_layers=2, block_size=3),
     ),
-)
+)  # fmt: skip

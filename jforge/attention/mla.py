@@ -12,26 +12,24 @@ query and key; decode the absorbed one, 2(C + R) + 2C, which reads the cache as 
 Sources: DeepSeek-V2 (arXiv 2405.04434), V3 (2412.19437), Kimi-K2; without RoPE the full layers of Kimi-Linear.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from jforge import ops as jax_ops
-from jforge.core import masks, rope
+from jforge.core import rope
 from jforge.core.attend import attend, einsum
-from jforge.core.attention import Attention, init_cache_from, no_selection, no_tokens
-from jforge.core.config import FrozenDict, one_of, positive, positive_int
+from jforge.core.attention import Attention, causal
+from jforge.core.config import FrozenDict, one_of, positive, positive_int, positive_ints
 from jforge.core.norm import rms_norm
-from jforge.core.params import random_params
+from jforge.core.params import Params
 from jforge.core.spec import Buffer, CacheSpec, cache_class
-from jforge.core.step import append, begin, check_input, end, one_token
-from jforge.cost import Cost, step_cost
-
-Params = dict[str, Array]
+from jforge.core.step import Token, Tokens, append, begin, end, in_order, one_token
+from jforge.cost import Work
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,10 +50,8 @@ class Config:
     scaling: float | None = None  # (nope + R) ** -0.5 * m ** 2, m from yarn's mscale_all_dim
 
     def __post_init__(self):
-        for name in ("hidden_size", "num_attention_heads", "kv_lora_rank"):
-            positive_int(name, getattr(self, name))
-        for name in ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"):
-            positive_int(name, getattr(self, name))
+        positive_ints(self, "hidden_size", "num_attention_heads", "kv_lora_rank")
+        positive_ints(self, "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
         if self.q_lora_rank is not None:
             positive_int("q_lora_rank", self.q_lora_rank)
         positive("rms_norm_eps", self.rms_norm_eps)
@@ -99,17 +95,13 @@ def shapes(cfg: Config) -> dict[str, tuple[int, ...]]:
     return out
 
 
-def init_params(key: Array, cfg: Config, dtype=jnp.float32) -> Params:
-    return random_params(key, shapes(cfg), dtype)
-
-
-def query_latent(params: Params, cfg: Config, x: Float[Array, "B T D"]) -> Float[Array, "B T L"]:
+def query_latent(params: Params, cfg: Config, x: Tokens) -> Float[Array, "B T L"]:
     """The normed low-rank query, where there is one (DSA's indexer reads it too)."""
     down = einsum("btd,dl->btl", x, params["wq_a"]) + (params["bq_a"] if cfg.attention_bias else 0)
     return rms_norm(down, params["q_norm"], eps=cfg.rms_norm_eps)
 
 
-def project(params: Params, cfg: Config, x: Float[Array, "B T D"], positions) -> tuple[Array, Array, Array, Array]:
+def project(params: Params, cfg: Config, x: Tokens, positions) -> tuple[Array, Array, Array, Array]:
     """q_nope: B T N nope, q_rope: B T N R, latent: B T C, k_rope: B T R of the new tokens, normed and rotated."""
     if cfg.q_lora_rank is None:
         q = einsum("btd,dnq->btnq", x, params["wq"])
@@ -150,129 +142,81 @@ def attend_absorbed(
     q_nope: Float[Array, "B T N nope"],
     q_rope: Float[Array, "B T N R"],
     cache: LatentCache,
-    ops=jax_ops,
+    op: Callable,
+    which: Int[Array, "B"] | Int[Array, "B T L"],
     out_dtype=None,
 ) -> Float[Array, "B T N V"]:
-    """The same over the latents as they lie in the cache, through `ops.decode_mla`: no key or value is expanded."""
-    dtype = cache.latent.dtype
+    """The same over the latents as they lie in the cache: no key or value is expanded.
+
+    op: `decode_mla`, which = the rows' lengths, or `decode_sparse_mla`, which = the slots to read.
+    """
+    dtype, more = cache.latent.dtype, {"scale": cfg.scaling, "out_dtype": out_dtype}
     q_latent = einsum("btnh,cnh->btnc", q_nope, params["wk_b"]).astype(dtype)
-    out, _ = ops.decode_mla(
-        q_latent,
-        q_rope.astype(dtype),
-        cache.latent,
-        cache.k_rope,
-        cache.length,
-        scale=cfg.scaling,
-        out_dtype=out_dtype,
-    )
+    out, _ = op(q_latent, q_rope.astype(dtype), cache.latent, cache.k_rope, which, **more)
     return einsum("btnc,cnv->btnv", out, params["wv_b"])
 
 
-def project_out(params: Params, cfg: Config, out: Float[Array, "B T N V"]) -> Float[Array, "B T D"]:
+def project_out(params: Params, cfg: Config, out: Float[Array, "B T N V"]) -> Tokens:
     y = einsum("btnv,nvd->btd", out, params["wo"])
     return y + params["bo"] if cfg.attention_bias else y
 
 
-def visible(cfg: Config, q_pos: Array, k_pos: Array) -> Array:
-    """Every token up to the query's own."""
-    return masks.causal(q_pos, k_pos)
-
-
-def forward(params: Params, cfg: Config, x: Float[Array, "B T D"], positions=None) -> Float[Array, "B T D"]:
+def forward(params: Params, cfg: Config, x: Tokens, positions=None) -> Tokens:
     """The definition, in the naive form. `positions` (int B T, default 0..T-1) feed RoPE only."""
-    check_input(x, cfg.hidden_size)
-    B, T, _ = x.shape
-    order = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (B, T))
-    parts = project(params, cfg, x, order if positions is None else positions)
-    out = attend_naive(params, cfg, *parts, visible(cfg, order[..., None], order[:, None]))
+    order, positions = in_order(cfg, x, positions)
+    parts = project(params, cfg, x, positions)
+    out = attend_naive(params, cfg, *parts, causal(cfg, order[..., None], order[:, None]))
     return project_out(params, cfg, out).astype(x.dtype)
 
 
-def prefill(
-    params: Params, cfg: Config, x: Float[Array, "B T D"], cache: LatentCache, lengths=None
-) -> tuple[Float[Array, "B T D"], LatentCache]:
+def prefill(params: Params, cfg: Config, x: Tokens, cache: LatentCache, lengths=None) -> tuple[Tokens, LatentCache]:
     """Append T tokens (row b its first lengths[b]); naive form over the stored, so rounded, latents."""
-    cache_spec(cfg).check(cache)
-    S = cache.latent.shape[1]
-    step = begin(x, cache.length, lengths, cfg.hidden_size, S)
+    step = begin(cfg, cache_spec(cfg), x, cache, lengths)
     q_nope, q_rope, latent, k_rope = project(params, cfg, step.x, step.positions)
-    cache = LatentCache(append(cache.latent, latent, step), append(cache.k_rope, k_rope, step), step.length)
-    mask = visible(cfg, step.positions[..., None], jnp.arange(S)) & step.keep[..., None]
+    cache = append(cache, step, latent=latent, k_rope=k_rope)
+    mask = causal(cfg, step.positions[..., None], jnp.arange(cache.latent.shape[1])) & step.keep[..., None]
     q_nope, q_rope = q_nope.astype(cache.latent.dtype), q_rope.astype(cache.latent.dtype)
     out = attend_naive(params, cfg, q_nope, q_rope, cache.latent, cache.k_rope, mask)
     return end(step, project_out(params, cfg, out), x.dtype), cache
 
 
-def decode(
-    params: Params, cfg: Config, x: Float[Array, "B 1 D"], cache: LatentCache, ops=jax_ops
-) -> tuple[Float[Array, "B 1 D"], LatentCache]:
+def decode(params: Params, cfg: Config, x: Token, cache: LatentCache, ops=jax_ops) -> tuple[Token, LatentCache]:
     """Append one token a row and attend in the absorbed form through `ops.decode_mla`."""
-    cache_spec(cfg).check(cache)
-    step = begin(one_token(x), cache.length, None, cfg.hidden_size, cache.latent.shape[1])
+    step = begin(cfg, cache_spec(cfg), one_token(x), cache)
     q_nope, q_rope, latent, k_rope = project(params, cfg, step.x, step.positions)
-    cache = LatentCache(append(cache.latent, latent, step), append(cache.k_rope, k_rope, step), step.length)
-    out = attend_absorbed(params, cfg, q_nope, q_rope, cache, ops, x.dtype)
+    cache = append(cache, step, latent=latent, k_rope=k_rope)
+    out = attend_absorbed(params, cfg, q_nope, q_rope, cache, ops.decode_mla, cache.length, x.dtype)
     return end(step, project_out(params, cfg, out), x.dtype), cache
 
 
 def cache_spec(cfg: Config) -> CacheSpec:
-    return CacheSpec(
-        LatentCache,
-        {
-            "latent": Buffer(("B", "S", "C"), (cfg.kv_lora_rank,)),
-            "k_rope": Buffer(("B", "S", "R"), (cfg.qk_rope_head_dim,)),
-        },
-    )
+    latent = Buffer(("B", "S", "C"), (cfg.kv_lora_rank,))
+    return CacheSpec(LatentCache, {"latent": latent, "k_rope": Buffer(("B", "S", "R"), (cfg.qk_rope_head_dim,))})
 
 
-def cost(
-    cfg: Config, *, context: int, batch: int = 1, capacity: int | None = None, dtype=jnp.bfloat16, closing: bool = False
-) -> Cost:
-    """One step writes C + R elements, reads all of them once, and spends 2 N ((C + R) + C) flops on each token."""
-    return step_cost(
-        cache_spec(cfg),
-        context=context,
-        batch=batch,
-        capacity=capacity,
-        dtype=dtype,
-        read={"latent": context, "k_rope": context},
-        written={"latent": 1, "k_rope": 1},
-        flops=2 * cfg.num_attention_heads * (2 * cfg.kv_lora_rank + cfg.qk_rope_head_dim) * context,
-        entries_read=context,
-    )
+def flops(cfg: Config, tokens: int) -> int:
+    """2 N ((C + R) + C) for each token, in the absorbed form."""
+    return 2 * cfg.num_attention_heads * (2 * cfg.kv_lora_rank + cfg.qk_rope_head_dim) * tokens
 
 
-_YARN = {
-    "rope_type": "yarn",
-    "rope_theta": 1e4,
-    "factor": 40.0,
-    "original_max_position_embeddings": 4096,
-    "mscale": 1.0,
-    "mscale_all_dim": 1.0,
-}
+def work(cfg: Config, context: int, capacity: int, closing: bool) -> Work:
+    """One step writes C + R elements and reads those of all tokens once."""
+    return Work({"latent": context, "k_rope": context}, {"latent": 1, "k_rope": 1}, flops(cfg, context), context)
+
+
+_YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 40.0, "original_max_position_embeddings": 4096,
+         "mscale": 1.0, "mscale_all_dim": 1.0}  # fmt: skip
 _V3 = {"kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128}
 
 mla = Attention(
     summary="one latent and one rotary key a token for all heads (DeepSeek-V2/V3, Kimi-K2)",
-    Config=Config,
-    init_params=init_params,
-    init_cache=init_cache_from(cache_spec),
-    forward=forward,
-    prefill=prefill,
-    decode=decode,
-    visible=visible,
-    select=no_selection,
-    tokens_of=no_tokens,
-    cache_spec=cache_spec,
-    cost=cost,
-    models=FrozenDict(
-        {
-            "DeepSeek-V3": Config(
-                hidden_size=7168, num_attention_heads=128, q_lora_rank=1536, rope_parameters=_YARN, **_V3
-            ),
-            "Kimi-Linear": Config(hidden_size=2304, num_attention_heads=32, **_V3),
-        }
-    ),
+    Config=Config, shapes=shapes, cache_spec=cache_spec, work=work,
+    forward=forward, prefill=prefill, decode=decode,
+    models=FrozenDict({
+        "DeepSeek-V3": Config(**_V3, hidden_size=7168, num_attention_heads=128, q_lora_rank=1536,
+                              rope_parameters=_YARN),
+        "Kimi-Linear": Config(hidden_size=2304, num_attention_heads=32, **_V3),
+    }),
     examples=(
         Config(hidden_size=22, num_attention_heads=3, q_lora_rank=10, kv_lora_rank=12, qk_nope_head_dim=7,
                qk_rope_head_dim=6, v_head_dim=5, attention_bias=True,

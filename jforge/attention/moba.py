@@ -13,7 +13,7 @@ Source: Lu et al. 2025 (arXiv 2502.13189), MoonshotAI/MoBA. Its wrapper decodes 
 then decode is not what `forward` defines once there are more blocks than moba_topk.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
@@ -21,15 +21,16 @@ from jaxtyping import Array, Bool, Float, Int
 
 import jforge.ops as jax_ops
 from jforge.attention import dense
-from jforge.attention.dense import Params
-from jforge.core import blocks, masks
+from jforge.attention.dense import PLAIN
+from jforge.core import blocks
 from jforge.core.attend import attend, einsum
-from jforge.core.attention import Attention, init_cache_from
-from jforge.core.config import FrozenDict, positive_int
+from jforge.core.attention import Attention
+from jforge.core.config import FrozenDict, positive_ints
+from jforge.core.params import Params
 from jforge.core.softmax import accumulation_dtype
 from jforge.core.spec import Buffer, CacheSpec, cache_class
-from jforge.core.step import Step, append, begin, end, one_token
-from jforge.cost import Cost, step_cost
+from jforge.core.step import Step, Token, Tokens, append, begin, end, in_order, one_token
+from jforge.cost import Work
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,8 +43,7 @@ class Config(dense.Config):
 
     def __post_init__(self):
         super().__post_init__()
-        positive_int("moba_chunk_size", self.moba_chunk_size)
-        positive_int("moba_topk", self.moba_topk)
+        positive_ints(self, "moba_chunk_size", "moba_topk")
 
 
 @cache_class
@@ -87,14 +87,9 @@ def _means(cfg: Config, k: Float[Array, "B S K H"], length: Int[Array, "B"]) -> 
     return jnp.where(complete[..., None, None], whole, 0), jnp.where(is_open[..., None, None], k, 0).sum(axis=1)
 
 
-def visible(cfg: Config, q_pos: Array, k_pos: Array) -> Array:
-    """Any token up to the query's own may be picked."""
-    return masks.causal(q_pos, k_pos)
-
-
-def forward(params: Params, cfg: Config, x: Float[Array, "B T D"], positions=None) -> Float[Array, "B T D"]:
+def forward(params: Params, cfg: Config, x: Tokens, positions=None) -> Tokens:
     """The definition. `positions` (int B T) feed RoPE only; blocks follow the order of x."""
-    order, positions = dense.in_order(cfg, x, positions)
+    order, positions = in_order(cfg, x, positions)
     q, k, v = dense.project(params, cfg, x, positions)
     T = x.shape[1]
     k_mean, _ = _means(cfg, k, jnp.full((len(x),), T))
@@ -104,29 +99,22 @@ def forward(params: Params, cfg: Config, x: Float[Array, "B T D"], positions=Non
     return dense.project_out(params, cfg, x, out).astype(x.dtype)
 
 
-def prefill(
-    params: Params, cfg: Config, x: Float[Array, "B T D"], cache: MoBACache, lengths=None
-) -> tuple[Array, MoBACache]:
+def prefill(params: Params, cfg: Config, x: Tokens, cache: MoBACache, lengths=None) -> tuple[Tokens, MoBACache]:
     """Append T tokens, make the means anew from the stored keys, and attend to each query head's own blocks."""
-    cache_spec(cfg).check(cache)
-    S = cache.k.shape[1]
-    step = begin(x, cache.length, lengths, cfg.hidden_size, S)
+    step, S = begin(cfg, cache_spec(cfg), x, cache, lengths), cache.k.shape[1]
     q, k, v = dense.project(params, cfg, step.x, step.positions)
-    k, v = append(cache.k, k, step), append(cache.v, v, step)
-    k_mean, k_sum = (a.astype(cache.k_mean.dtype) for a in _means(cfg, k, step.length))
-    cache, q = MoBACache(k, v, k_mean, k_sum, step.length), q.astype(k.dtype)
+    cache, q = append(cache, step, k=k, v=v), q.astype(cache.k.dtype)
+    k_mean, k_sum = (a.astype(cache.k_mean.dtype) for a in _means(cfg, cache.k, step.length))
+    cache = replace(cache, k_mean=k_mean, k_sum=k_sum)
     lists = choose(cfg, q, k_mean, step.positions)
     mask = blocks.visible(lists, cfg.moba_chunk_size, step.positions, S, cfg.num_attention_heads)
-    out, _ = attend(q, k, v, mask & step.keep[..., None, None], **dense.options(params, cfg))
+    out, _ = attend(q, cache.k, cache.v, mask & step.keep[..., None, None], **dense.options(params, cfg))
     return end(step, dense.project_out(params, cfg, step.x, out), x.dtype), cache
 
 
-def decode(
-    params: Params, cfg: Config, x: Float[Array, "B 1 D"], cache: MoBACache, ops=jax_ops
-) -> tuple[Float[Array, "B 1 D"], MoBACache]:
+def decode(params: Params, cfg: Config, x: Token, cache: MoBACache, ops=jax_ops) -> tuple[Token, MoBACache]:
     """Append one token a row, score the means of all complete blocks, and gather the chosen blocks."""
-    cache_spec(cfg).check(cache)
-    step = begin(one_token(x), cache.length, None, cfg.hidden_size, cache.k.shape[1])
+    step = begin(cfg, cache_spec(cfg), one_token(x), cache)
     q, k, v = dense.project(params, cfg, step.x, step.positions)
     cache, q = _append(cfg, cache, k, v, step), q.astype(cache.k.dtype)
     more = {"out_dtype": x.dtype, **dense.options(params, cfg)}
@@ -152,10 +140,10 @@ def _append(cfg: Config, cache: MoBACache, k: Array, v: Array, step: Step) -> Mo
         return k_mean, jnp.where(closes[:, None, None], 0, k_sum)
 
     k_mean, k_sum = jax.lax.cond(closes.any(), publish, lambda *same: same, cache.k_mean, k_sum)
-    return MoBACache(append(cache.k, k, step), append(cache.v, v, step), k_mean, k_sum, step.length)
+    return replace(append(cache, step, k=k, v=v), k_mean=k_mean, k_sum=k_sum)
 
 
-def select(params: Params, cfg: Config, x: Float[Array, "B 1 D"], cache: MoBACache) -> Int[Array, "B 1 N L"]:
+def select(params: Params, cfg: Config, x: Token, cache: MoBACache) -> Int[Array, "B 1 N L"]:
     """The blocks that decode would gather for x."""
     positions = cache.length[:, None]
     q, _, _ = dense.project(params, cfg, x, positions)
@@ -164,72 +152,43 @@ def select(params: Params, cfg: Config, x: Float[Array, "B 1 D"], cache: MoBACac
 
 def tokens_of(cfg: Config, selection, S: int) -> Bool[Array, "B T S"]:
     """All tokens of the chosen blocks, over all heads; nothing is read beside them."""
-    if selection is None:
-        return jnp.zeros((1, S, S), bool)
-    return blocks.tokens(selection, cfg.moba_chunk_size, S).any(axis=2)
+    return blocks.tokens_of(selection, cfg.moba_chunk_size, S)
 
 
 def cache_spec(cfg: Config) -> CacheSpec:
     K, H = cfg.num_key_value_heads, cfg.head_dim
-    return CacheSpec(
-        MoBACache,
-        {
-            "k": Buffer(("B", "S", "K", "H"), (K, H)),
-            "v": Buffer(("B", "S", "K", "V"), (K, cfg.v_head_dim)),
-            "k_mean": Buffer(("B", "E", "K", "H"), (K, H), every=cfg.moba_chunk_size, dtype="float32"),
-            "k_sum": Buffer(("B", "K", "H"), (K, H), every=None, dtype="float32"),
-        },
-    )
+    k_mean = Buffer(("B", "E", "K", "H"), (K, H), every=cfg.moba_chunk_size, dtype="float32")
+    k_sum = Buffer(("B", "K", "H"), (K, H), every=None, dtype="float32")
+    return CacheSpec(MoBACache, dense.kv_buffers(cfg) | {"k_mean": k_mean, "k_sum": k_sum})
 
 
-def cost(
-    cfg: Config, *, context: int, batch: int = 1, capacity: int | None = None, dtype=jnp.bfloat16, closing: bool = False
-) -> Cost:
+def work(cfg: Config, context: int, capacity: int, closing: bool) -> Work:
     """One step scans the means and gathers, for each of G query heads on a key head, moba_topk blocks."""
-    spec, G = cache_spec(cfg), cfg.num_attention_heads // cfg.num_key_value_heads
-    entries = spec["k_mean"].slots(context)
+    G, entries = cfg.num_attention_heads // cfg.num_key_value_heads, cache_spec(cfg)["k_mean"].slots(context)
     listed = (1 + min(cfg.moba_topk - 1, entries)) * cfg.moba_chunk_size
     slots = context if cfg.dense_decode else min(context, G * listed)
-    read = {"k": slots, "v": slots, "k_sum": 1}
-    if not cfg.dense_decode and cfg.moba_topk > 1:
-        read["k_mean"] = entries
     attended = context if cfg.dense_decode else min(context, listed)
-    return step_cost(
-        spec,
-        context=context,
-        batch=batch,
-        capacity=capacity,
-        dtype=dtype,
-        read=read,
+    scanned = {} if cfg.dense_decode or cfg.moba_topk == 1 else {"k_mean": entries}
+    return Work(
+        read={"k": slots, "v": slots, "k_sum": 1} | scanned,
         written={"k": 1, "v": 1, "k_sum": 1} | ({"k_mean": 1} if closing else {}),
-        flops=2 * cfg.num_attention_heads * ((cfg.head_dim + cfg.v_head_dim) * attended + cfg.head_dim * entries),
+        flops=dense.flops(cfg, attended) + 2 * cfg.num_attention_heads * cfg.head_dim * entries,
         entries_read=slots + entries,
     )
 
 
-_PLAIN = {"rope_type": "default", "rope_theta": 1e4}
-
 moba = Attention(
     summary="each query head reads the blocks whose mean key it likes best (MoBA)",
-    Config=Config,
-    init_params=dense.init_params,
-    init_cache=init_cache_from(cache_spec),
-    forward=forward,
-    prefill=prefill,
-    decode=decode,
-    visible=visible,
-    select=select,
-    tokens_of=tokens_of,
-    cache_spec=cache_spec,
-    cost=cost,
+    Config=Config, shapes=dense.shapes, cache_spec=cache_spec, work=work,
+    forward=forward, prefill=prefill, decode=decode, select=select, tokens_of=tokens_of,
     models=FrozenDict({
         "Llama-8B-1M-MoBA": Config(hidden_size=4096, num_attention_heads=32, num_key_value_heads=8,
                                    moba_chunk_size=4096, moba_topk=12),
     }),
     examples=(
-        Config(hidden_size=12, num_attention_heads=4, num_key_value_heads=2, head_dim=6, rope_parameters=_PLAIN,
+        Config(hidden_size=12, num_attention_heads=4, num_key_value_heads=2, head_dim=6, rope_parameters=PLAIN,
                moba_chunk_size=3, moba_topk=2),
         Config(hidden_size=10, num_attention_heads=2, num_key_value_heads=1, head_dim=4, v_head_dim=6,
-               rope_parameters=_PLAIN, moba_chunk_size=2, moba_topk=3, attn_logit_softcapping=4.0),
+               rope_parameters=PLAIN, moba_chunk_size=2, moba_topk=3, attn_logit_softcapping=4.0),
     ),
 )  # fmt: skip

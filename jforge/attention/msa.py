@@ -24,16 +24,15 @@ from jaxtyping import Array, Bool, Float, Int
 
 import jforge.ops as jax_ops
 from jforge.attention import dense
-from jforge.attention.dense import Params
 from jforge.core import blocks, masks, rope
 from jforge.core.attend import attend, einsum
-from jforge.core.attention import Attention, init_cache_from
-from jforge.core.config import FrozenDict, positive_int, reject
+from jforge.core.attention import Attention
+from jforge.core.config import FrozenDict, natural, positive_ints, reject
 from jforge.core.norm import rms_norm
-from jforge.core.params import random_params
+from jforge.core.params import Params
 from jforge.core.spec import Buffer, CacheSpec, cache_class
-from jforge.core.step import append, begin, end, one_token
-from jforge.cost import Cost, step_cost
+from jforge.core.step import Token, Tokens, append, begin, end, in_order, one_token
+from jforge.cost import Work
 from jforge.ops.index_scores import block_maxima
 
 
@@ -49,12 +48,9 @@ class Config(dense.Config):
 
     def __post_init__(self):
         super().__post_init__()
-        for name in ("index_head_dim", "index_block_size", "index_topk_blocks", "index_local_blocks"):
-            positive_int(name, getattr(self, name))
-        first = self.index_init_blocks
-        if isinstance(first, bool) or not isinstance(first, int) or first < 0:
-            reject("index_init_blocks", first, "an integer of at least 0")
-        if self.index_topk_blocks < first + self.index_local_blocks:
+        positive_ints(self, "index_head_dim", "index_block_size", "index_topk_blocks", "index_local_blocks")
+        natural("index_init_blocks", self.index_init_blocks)
+        if self.index_topk_blocks < self.index_init_blocks + self.index_local_blocks:
             allowed = "at least index_init_blocks + index_local_blocks, which are always picked"
             reject("index_topk_blocks", self.index_topk_blocks, allowed)
         if self.index_head_dim < self.index_rotary_dim:
@@ -79,15 +75,11 @@ class MSACache:
 def shapes(cfg: Config) -> dict[str, tuple[int, ...]]:
     """{parameter: shape}: the dense ones and the index branch's."""
     D, K, J = cfg.hidden_size, cfg.num_key_value_heads, cfg.index_head_dim
-    index = {"wq_index": (D, K, J), "wk_index": (D, J), "q_index_norm": (J,), "k_index_norm": (J,)}
-    return dense.shapes(cfg) | index
+    norms = dict.fromkeys(("q_index_norm", "k_index_norm"), dense.norm_weight(cfg, J))
+    return dense.shapes(cfg) | {"wq_index": (D, K, J), "wk_index": (D, J)} | norms
 
 
-def init_params(key: Array, cfg: Config, dtype=jnp.float32) -> Params:
-    return random_params(key, shapes(cfg), dtype, norm_center=1 - cfg.norm_offset)
-
-
-def project_index(params: Params, cfg: Config, x: Float[Array, "B T D"], positions) -> tuple[Array, Array]:
+def project_index(params: Params, cfg: Config, x: Tokens, positions) -> tuple[Array, Array]:
     """q_index: B T K J, k_index: B T J, normed and rotated."""
 
     def finish(heads, norm):
@@ -103,15 +95,8 @@ def choose(
     cfg: Config, scores: Float[Array, "B T K E"], q_pos: Int[Array, "B T"], ops=jax_ops
 ) -> Int[Array, "B T K L"]:
     """The picked blocks of each key head, forced ones first; -1 where there are fewer."""
-    block, own = jnp.arange(scores.shape[-1]), (q_pos // cfg.index_block_size)[..., None, None]
-    forced = (block < cfg.index_init_blocks) | (block > own - cfg.index_local_blocks)
-    scores = jnp.where(block > own, -jnp.inf, jnp.where(forced, jnp.inf, scores))
-    return ops.topk_indices(scores, min(cfg.index_topk_blocks, max(1, scores.shape[-1])))
-
-
-def visible(cfg: Config, q_pos: Array, k_pos: Array) -> Array:
-    """Any token up to the query's own may be picked."""
-    return masks.causal(q_pos, k_pos)
+    forced = {"first": cfg.index_init_blocks, "local": cfg.index_local_blocks}
+    return blocks.choose(scores, q_pos // cfg.index_block_size, cfg.index_topk_blocks, **forced, ops=ops)
 
 
 def _mask(
@@ -123,9 +108,9 @@ def _mask(
     return picked & seen[:, :, None]
 
 
-def forward(params: Params, cfg: Config, x: Float[Array, "B T D"], positions=None) -> Float[Array, "B T D"]:
+def forward(params: Params, cfg: Config, x: Tokens, positions=None) -> Tokens:
     """The definition. `positions` (int B T) feed RoPE only; blocks follow the order of x."""
-    order, positions = dense.in_order(cfg, x, positions)
+    order, positions = in_order(cfg, x, positions)
     q, k, v = dense.project(params, cfg, x, positions)
     seen = masks.causal(order[..., None], order[:, None])
     mask = _mask(cfg, *project_index(params, cfg, x, positions), seen, order)
@@ -137,32 +122,23 @@ def _append(params: Params, cfg: Config, step, cache: MSACache) -> tuple[Array, 
     """(q, q_index, the cache with the new tokens), all in the cache's dtype."""
     q, k, v = dense.project(params, cfg, step.x, step.positions)
     q_index, k_index = project_index(params, cfg, step.x, step.positions)
-    new = {"k": k, "v": v, "k_index": k_index}
-    leaves = {name: append(getattr(cache, name), a, step) for name, a in new.items()}
-    dtype = cache.k.dtype
-    return q.astype(dtype), q_index.astype(dtype), MSACache(**leaves, length=step.length)
+    cache = append(cache, step, k=k, v=v, k_index=k_index)
+    return q.astype(cache.k.dtype), q_index.astype(cache.k.dtype), cache
 
 
-def prefill(
-    params: Params, cfg: Config, x: Float[Array, "B T D"], cache: MSACache, lengths=None
-) -> tuple[Array, MSACache]:
+def prefill(params: Params, cfg: Config, x: Tokens, cache: MSACache, lengths=None) -> tuple[Tokens, MSACache]:
     """Append T tokens (row b its first lengths[b]); each attends to its own picks of what is stored then."""
-    cache_spec(cfg).check(cache)
-    S = cache.k.shape[1]
-    step = begin(x, cache.length, lengths, cfg.hidden_size, S)
+    step = begin(cfg, cache_spec(cfg), x, cache, lengths)
     q, q_index, cache = _append(params, cfg, step, cache)
-    seen = masks.causal(step.positions[..., None], jnp.arange(S)) & step.keep[..., None]
+    seen = masks.causal(step.positions[..., None], jnp.arange(cache.k.shape[1])) & step.keep[..., None]
     mask = _mask(cfg, q_index, cache.k_index, seen, step.positions)
     out, _ = attend(q, cache.k, cache.v, mask, **dense.options(params, cfg))
     return end(step, dense.project_out(params, cfg, step.x, out), x.dtype), cache
 
 
-def decode(
-    params: Params, cfg: Config, x: Float[Array, "B 1 D"], cache: MSACache, ops=jax_ops
-) -> tuple[Float[Array, "B 1 D"], MSACache]:
+def decode(params: Params, cfg: Config, x: Token, cache: MSACache, ops=jax_ops) -> tuple[Token, MSACache]:
     """One token a row: a scan of the index keys, a top-k of blocks, and a gather of the picked ones."""
-    cache_spec(cfg).check(cache)
-    step = begin(one_token(x), cache.length, None, cfg.hidden_size, cache.k.shape[1])
+    step = begin(cfg, cache_spec(cfg), one_token(x), cache)
     q, q_index, cache = _append(params, cfg, step, cache)
     lists = _select(cfg, q_index, cache, step.positions, ops)
     more = {"block_size": cfg.index_block_size, "out_dtype": x.dtype, **dense.options(params, cfg)}
@@ -175,47 +151,29 @@ def _select(cfg: Config, q_index, cache: MSACache, q_pos, ops) -> Int[Array, "B 
     return choose(cfg, ops.block_index_scores(q_index, cache.k_index, cache.length, block_size=size), q_pos, ops)
 
 
-def select(params: Params, cfg: Config, x: Float[Array, "B 1 D"], cache: MSACache) -> Int[Array, "B 1 K L"]:
+def select(params: Params, cfg: Config, x: Token, cache: MSACache) -> Int[Array, "B 1 K L"]:
     """The blocks that decode would gather for x."""
-    step = begin(one_token(x), cache.length, None, cfg.hidden_size, cache.k.shape[1])
+    step = begin(cfg, cache_spec(cfg), one_token(x), cache)
     _, q_index, cache = _append(params, cfg, step, cache)
     return _select(cfg, q_index, cache, step.positions, jax_ops)
 
 
 def tokens_of(cfg: Config, selection, S: int) -> Bool[Array, "B T S"]:
     """All tokens of the picked blocks, over all heads; nothing is attended beside them."""
-    if selection is None:
-        return jnp.zeros((1, S, S), bool)
-    return blocks.tokens(selection, cfg.index_block_size, S).any(axis=2)
+    return blocks.tokens_of(selection, cfg.index_block_size, S)
 
 
 def cache_spec(cfg: Config) -> CacheSpec:
-    K = cfg.num_key_value_heads
-    return CacheSpec(
-        MSACache,
-        {
-            "k": Buffer(("B", "S", "K", "H"), (K, cfg.head_dim)),
-            "v": Buffer(("B", "S", "K", "V"), (K, cfg.v_head_dim)),
-            "k_index": Buffer(("B", "S", "J"), (cfg.index_head_dim,)),
-        },
-    )
+    return CacheSpec(MSACache, dense.kv_buffers(cfg) | {"k_index": Buffer(("B", "S", "J"), (cfg.index_head_dim,))})
 
 
-def cost(
-    cfg: Config, *, context: int, batch: int = 1, capacity: int | None = None, dtype=jnp.bfloat16, closing: bool = False
-) -> Cost:
+def work(cfg: Config, context: int, capacity: int, closing: bool) -> Work:
     """One step scans all index keys and gathers the blocks of its lists."""
     slots = min(context, cfg.index_topk_blocks * cfg.index_block_size)
-    attended = cfg.num_attention_heads * (cfg.head_dim + cfg.v_head_dim) * slots
-    return step_cost(
-        cache_spec(cfg),
-        context=context,
-        batch=batch,
-        capacity=capacity,
-        dtype=dtype,
+    return Work(
         read={"k": slots, "v": slots, "k_index": context},
         written={"k": 1, "v": 1, "k_index": 1},
-        flops=2 * (attended + cfg.num_key_value_heads * cfg.index_head_dim * context),
+        flops=dense.flops(cfg, slots) + 2 * cfg.num_key_value_heads * cfg.index_head_dim * context,
         entries_read=slots + context,
     )
 
@@ -224,17 +182,8 @@ _PLAIN = {"rope_type": "default", "rope_theta": 5e6, "partial_rotary_factor": 0.
 
 msa = Attention(
     summary="grouped queries over the blocks that an index branch picks (MiniMax-M3)",
-    Config=Config,
-    init_params=init_params,
-    init_cache=init_cache_from(cache_spec),
-    forward=forward,
-    prefill=prefill,
-    decode=decode,
-    visible=visible,
-    select=select,
-    tokens_of=tokens_of,
-    cache_spec=cache_spec,
-    cost=cost,
+    Config=Config, shapes=shapes, cache_spec=cache_spec, work=work,
+    forward=forward, prefill=prefill, decode=decode, select=select, tokens_of=tokens_of,
     models=FrozenDict({
         "MiniMax-M3": Config(hidden_size=6144, num_attention_heads=64, num_key_value_heads=4, head_dim=128,
                              qk_norm="head", norm_offset=1.0, rope_parameters=_PLAIN, index_head_dim=128),

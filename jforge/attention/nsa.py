@@ -17,26 +17,26 @@ Sources: Yuan et al. 2025 (arXiv 2502.11089) with the overlap weights that its f
 point a block back); XunhaoLai/native-sparse-attention-triton for compression before RoPE and the forced blocks.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Int
 
 import jforge.ops as jax_ops
 from jforge.attention import dense, nsa_compress
-from jforge.attention.dense import Params
+from jforge.attention.dense import PLAIN
 from jforge.attention.nsa_select import choose, entry_weights
 from jforge.core import blocks, masks, ring
 from jforge.core.attend import attend, einsum
-from jforge.core.attention import Attention, init_cache_from
-from jforge.core.config import FrozenDict, one_of, positive_int, reject
+from jforge.core.attention import Attention
+from jforge.core.config import FrozenDict, natural, one_of, positive_int, positive_ints, reject
 from jforge.core.norm import rms_norm
-from jforge.core.params import random_params
+from jforge.core.params import Params
 from jforge.core.softmax import accumulation_dtype
 from jforge.core.spec import Buffer, CacheSpec, cache_class
-from jforge.core.step import Step, append, begin, end, one_token
-from jforge.cost import Cost, step_cost
+from jforge.core.step import Step, Token, Tokens, append, begin, end, in_order, one_token
+from jforge.cost import Work
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,10 +56,8 @@ class Config(dense.Config):
 
     def __post_init__(self):
         super().__post_init__()
-        for name in ("kernel_size", "kernel_stride", "block_size", "topk", "window_size", "local_blocks"):
-            positive_int(name, getattr(self, name))
-        if isinstance(self.init_blocks, bool) or not isinstance(self.init_blocks, int) or self.init_blocks < 0:
-            reject("init_blocks", self.init_blocks, "an integer of at least 0")
+        positive_ints(self, "kernel_size", "kernel_stride", "block_size", "topk", "window_size", "local_blocks")
+        natural("init_blocks", self.init_blocks)
         l, d = self.kernel_size, self.kernel_stride  # noqa: E741
         if l % d:
             reject("kernel_size", l, f"a multiple of kernel_stride={d}")
@@ -103,10 +101,6 @@ def shapes(cfg: Config) -> dict[str, tuple[int, ...]]:
     return out
 
 
-def init_params(key: Array, cfg: Config, dtype=jnp.float32) -> Params:
-    return nsa_compress.unit_gain(random_params(key, shapes(cfg), dtype, norm_center=1 - cfg.norm_offset))
-
-
 def _branch(params: Params, cfg: Config, x, shared: tuple[Array, Array], branch: str) -> tuple[Array, Array]:
     """Keys (before RoPE) and values of a branch: its own, or those of the selected one."""
     if not cfg.separate_branches:
@@ -117,15 +111,10 @@ def _branch(params: Params, cfg: Config, x, shared: tuple[Array, Array], branch:
     return k, v
 
 
-def _mix(params: Params, cfg: Config, x, cmp: Array, slc: Array, win: Array) -> Float[Array, "B T D"]:
+def _mix(params: Params, cfg: Config, x, cmp: Array, slc: Array, win: Array) -> Tokens:
     gates = jax.nn.sigmoid(einsum("btd,dnc->btnc", x, params["wgate"]))[..., None, :]
     out = gates[..., 0] * cmp + gates[..., 1] * slc + gates[..., 2] * win
     return dense.project_out(params, cfg, x, out)
-
-
-def visible(cfg: Config, q_pos: Array, k_pos: Array) -> Array:
-    """Any token up to the query's own may be selected."""
-    return masks.causal(q_pos, k_pos)
 
 
 def _seen(cfg: Config, q_pos: Int[Array, "B T"], count: int) -> Bool[Array, "B T E"]:
@@ -140,9 +129,9 @@ def _compressed(params: Params, cfg: Config, q, k_cmp, v_cmp, q_pos, S: int, kee
     return out, choose(cfg, entry_weights(cfg, q, k_cmp, lse, seen), q_pos, S)
 
 
-def forward(params: Params, cfg: Config, x: Float[Array, "B T D"], positions=None) -> Float[Array, "B T D"]:
+def forward(params: Params, cfg: Config, x: Tokens, positions=None) -> Tokens:
     """The definition. `positions` (int B T) feed RoPE only; blocks and windows follow the order of x."""
-    order, positions = dense.in_order(cfg, x, positions)
+    order, positions = in_order(cfg, x, positions)
     T, more = x.shape[1], dense.options(params, cfg)
     q, k, v = dense.qkv(params, cfg, x)
     raw = _branch(params, cfg, x, (k, v), "cmp")
@@ -161,33 +150,27 @@ def forward(params: Params, cfg: Config, x: Float[Array, "B T D"], positions=Non
     return _mix(params, cfg, x, cmp, slc, win).astype(x.dtype)
 
 
-def prefill(params: Params, cfg: Config, x: Float[Array, "B T D"], cache: NSACache, lengths=None):
+def prefill(params: Params, cfg: Config, x: Tokens, cache: NSACache, lengths=None):
     """Append T tokens, make the entries that they complete, and attend over what is stored then."""
-    cache_spec(cfg).check(cache)
-    S, old = cache.k.shape[1], cache
-    step = begin(x, cache.length, lengths, cfg.hidden_size, S)
+    step, old, S = begin(cfg, cache_spec(cfg), x, cache, lengths), cache, cache.k.shape[1]
     q, cache, own = _append(params, cfg, cache, step)
     more, keep = dense.options(params, cfg), step.keep[..., None]
     cmp, lists = _compressed(params, cfg, q, cache.k_cmp, cache.v_cmp, step.positions, S, keep)
     picked = blocks.visible(lists, cfg.block_size, step.positions, S, cfg.num_attention_heads)
     slc, _ = attend(q, cache.k, cache.v, picked & keep[..., None], **more)
     if cfg.separate_branches:  # the ring as it was, beside the new tokens
-        held = ring.held(old.length, old.k_win.shape[1])
-        held = jnp.concatenate([held, jnp.where(step.keep, step.positions, -1)], axis=1)
-        pairs = zip((old.k_win, old.v_win), own, strict=True)
-        k_win, v_win = (jnp.concatenate(pair, axis=1) for pair in pairs)
+        k, v = own
+        positions, k_win, v_win = ring.beside(step, old.length, (old.k_win, k), (old.v_win, v))
     else:
-        held, k_win, v_win = jnp.arange(S)[None], cache.k, cache.v
-    near = masks.window(step.positions[..., None], held[:, None], cfg.window_size) & (held >= 0)[:, None] & keep
+        positions, k_win, v_win = jnp.arange(S)[None], cache.k, cache.v
+    near = masks.window(step.positions[..., None], positions[:, None], cfg.window_size) & keep
     win, _ = attend(q, k_win, v_win, near, **more)
     return end(step, _mix(params, cfg, step.x, cmp, slc, win), x.dtype), cache
 
 
-def decode(params: Params, cfg: Config, x: Float[Array, "B 1 D"], cache: NSACache, ops=jax_ops):
+def decode(params: Params, cfg: Config, x: Token, cache: NSACache, ops=jax_ops):
     """One token a row: a scan of the entries, a gather of the selected blocks, and a gather (or ring) of the window."""
-    cache_spec(cfg).check(cache)
-    S = cache.k.shape[1]
-    step = begin(one_token(x), cache.length, None, cfg.hidden_size, S)
+    step, S = begin(cfg, cache_spec(cfg), one_token(x), cache), cache.k.shape[1]
     q, cache, _ = _append(params, cfg, cache, step)
     more = {"out_dtype": accumulation_dtype(x), **dense.options(params, cfg)}
     cmp, lists = _select(params, cfg, q, cache, step, ops)
@@ -219,12 +202,10 @@ def _append(params: Params, cfg: Config, cache: NSACache, step: Step) -> tuple[A
     k_win, v_win = _branch(params, cfg, step.x, (k, v), "win")
     q, k, k_win = (dense.rotate(cfg, a, step.positions).astype(dtype) for a in (q, k, k_win))
     k_cmp, v_cmp = _complete(params, cfg, cache, raw, step)
-    leaves = {"k": append(cache.k, k, step), "v": append(cache.v, v, step), "k_cmp": k_cmp, "v_cmp": v_cmp}
-    leaves |= {f"tail_{w}": ring.write(getattr(cache, f"tail_{w}"), a, step) for w, a in zip("kv", raw, strict=True)}
-    own = k_win, v_win.astype(dtype)
+    cache = ring.write(append(cache, step, k=k, v=v), step, tail_k=raw[0], tail_v=raw[1])
     if cfg.separate_branches:
-        leaves |= {f"{w}_win": ring.write(getattr(cache, f"{w}_win"), a, step) for w, a in zip("kv", own, strict=True)}
-    return q, type(cache)(**leaves, length=step.length), own
+        cache = ring.write(cache, step, k_win=k_win, v_win=v_win)
+    return q, replace(cache, k_cmp=k_cmp, v_cmp=v_cmp), (k_win, v_win)
 
 
 def _complete(params: Params, cfg: Config, cache: NSACache, raw: tuple[Array, Array], step: Step):
@@ -254,9 +235,9 @@ def _complete(params: Params, cfg: Config, cache: NSACache, raw: tuple[Array, Ar
     return jax.lax.cond((new > old).any(), write, lambda k_cmp, v_cmp, *_: (k_cmp, v_cmp), *buffers)
 
 
-def select(params: Params, cfg: Config, x: Float[Array, "B 1 D"], cache: NSACache) -> Int[Array, "B 1 K L"]:
+def select(params: Params, cfg: Config, x: Token, cache: NSACache) -> Int[Array, "B 1 K L"]:
     """The blocks that decode would gather for x; the entry that x completes takes part in the choice."""
-    step = begin(one_token(x), cache.length, None, cfg.hidden_size, cache.k.shape[1])
+    step = begin(cfg, cache_spec(cfg), one_token(x), cache)
     q, cache, _ = _append(params, cfg, cache, step)
     return _select(params, cfg, q, cache, step, jax_ops)[1]
 
@@ -283,13 +264,10 @@ def cache_spec(cfg: Config) -> CacheSpec:
     return CacheSpec(SeparateCache if cfg.separate_branches else NSACache, out)
 
 
-def cost(
-    cfg: Config, *, context: int, batch: int = 1, capacity: int | None = None, dtype=jnp.bfloat16, closing: bool = False
-) -> Cost:
+def work(cfg: Config, context: int, capacity: int, closing: bool) -> Work:
     """One step scans the entries and gathers n blocks and w tokens; one that completes an entry reads l raw rows."""
-    spec, S = cache_spec(cfg), context if capacity is None else capacity
-    entries, window = spec["k_cmp"].slots(context), min(cfg.window_size, context)
-    listed = min(cfg.topk, -(-S // cfg.block_size)) * cfg.block_size
+    entries, window = cache_spec(cfg)["k_cmp"].slots(context), min(cfg.window_size, context)
+    listed = min(cfg.topk, -(-capacity // cfg.block_size)) * cfg.block_size
     near = 0 if cfg.separate_branches else window
     read, written = {}, {}
     for x in "kv":
@@ -299,48 +277,27 @@ def cost(
             read[f"{x}_win"] = window
             written[f"{x}_win"] = 1
         if closing:
-            read[f"tail_{x}"] = min(cfg.kernel_size, S)
+            read[f"tail_{x}"] = min(cfg.kernel_size, capacity)
             written[f"{x}_cmp"] = 1
     attended = entries + min(context, listed) + window
-    return step_cost(
-        spec,
-        context=context,
-        batch=batch,
-        capacity=capacity,
-        dtype=dtype,
-        read=read,
-        written=written,
-        flops=2 * cfg.num_attention_heads * (cfg.head_dim + cfg.v_head_dim) * attended,
-        entries_read=attended,
-    )
+    return Work(read, written, dense.flops(cfg, attended), attended)
 
-
-_PLAIN = {"rope_type": "default", "rope_theta": 1e4}
 
 nsa = Attention(
     summary="compressed, selected and recent keys, mixed by gates (DeepSeek's native sparse attention)",
-    Config=Config,
-    init_params=init_params,
-    init_cache=init_cache_from(cache_spec),
-    forward=forward,
-    prefill=prefill,
-    decode=decode,
-    visible=visible,
-    select=select,
-    tokens_of=tokens_of,
-    cache_spec=cache_spec,
-    cost=cost,
+    Config=Config, shapes=shapes, cache_spec=cache_spec, work=work,
+    forward=forward, prefill=prefill, decode=decode, select=select, tokens_of=tokens_of,
     models=FrozenDict({
         "NSA paper 27B": Config(hidden_size=2560, num_attention_heads=64, num_key_value_heads=4, head_dim=192,
                                 v_head_dim=128, kernel_size=32, kernel_stride=16, block_size=64, topk=16,
                                 window_size=512, compress_hidden_size=192, separate_branches=True),
     }),
     examples=(
-        Config(hidden_size=12, num_attention_heads=4, num_key_value_heads=2, head_dim=6, rope_parameters=_PLAIN,
+        Config(hidden_size=12, num_attention_heads=4, num_key_value_heads=2, head_dim=6, rope_parameters=PLAIN,
                kernel_size=4, kernel_stride=2, block_size=4, topk=3, local_blocks=1, window_size=3,
                compress_hidden_size=5),
         Config(hidden_size=12, num_attention_heads=2, num_key_value_heads=1, head_dim=4, v_head_dim=6,
-               rope_parameters=_PLAIN, kernel_size=2, kernel_stride=1, block_size=3, topk=3, window_size=4,
+               rope_parameters=PLAIN, kernel_size=2, kernel_stride=1, block_size=3, topk=3, window_size=4,
                compress="linear", separate_branches=True, qk_norm="head"),
     ),
 )  # fmt: skip

@@ -7,37 +7,33 @@ paper's phi is an MLP with a position encoding inside the block, keys and values
 XunhaoLai/native-sparse-attention-triton (which adds the encoding to keys only: v_pe = 0).
 """
 
-import math
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jforge.core.attend import einsum
+from jforge.core.params import Drawn
 from jforge.core.softmax import accumulation_dtype
 
 KINDS = ("mean", "weighted", "linear", "mlp")
 
 
 def shapes(kind: str, l: int, K: int, H: int, V: int, F: int | None) -> dict[str, tuple[int, ...]]:  # noqa: E741
-    """{parameter: shape} of phi for keys of width H and values of width V."""
+    """{parameter: shape} of phi for keys of width H and values of width V; its weights have variance 1/fan_in."""
+
+    def weight(*shape: int, fan_in: int) -> Drawn:
+        return Drawn(*shape, gains=(10, fan_in**-0.5))
+
     out: dict[str, tuple[int, ...]] = {"k_pe": (l, K, H), "v_pe": (l, K, V)}
     for x, width in (("k", H), ("v", V)):
         if kind == "weighted":
-            out[f"phi_{x}"] = (l, K)
+            out[f"phi_{x}"] = weight(l, K, fan_in=l)
         elif kind == "linear":
-            out[f"phi_{x}"] = (l, K, width, width)
+            out[f"phi_{x}"] = weight(l, K, width, width, fan_in=l * width)
         elif kind == "mlp":
-            out |= {f"phi_{x}_in": (l, K, width, F), f"phi_{x}_out": (K, F, width)}
+            out[f"phi_{x}_in"] = weight(l, K, width, F, fan_in=l * width)
+            out[f"phi_{x}_out"] = weight(K, F, width, fan_in=F)
     return out
-
-
-def unit_gain(params: dict[str, Array]) -> dict[str, Array]:
-    """Random parameters with phi's weights of variance 1/fan_in, from draws of deviation 0.1."""
-    fans = {name: math.prod(p.shape[:1] + p.shape[2:-1]) for name, p in params.items() if name.startswith("phi_")}
-    fans |= {name: params[name].shape[1] for name in fans if name.endswith("_out")}
-    scaled = {name: (params[name] * 10 * fan**-0.5).astype(params[name].dtype) for name, fan in fans.items()}
-    return {**params, **scaled}
 
 
 def compress(params: dict[str, Array], kind: str, which: str, rows: Float[Array, "B E l K H"]) -> Array:

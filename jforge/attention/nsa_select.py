@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 import jforge.ops as jax_ops
+from jforge.core import blocks
 from jforge.core.attend import einsum
 from jforge.core.softmax import accumulation_dtype, cap
 
@@ -40,7 +41,5 @@ def choose(
     right = max(0, count * b - weights.shape[-1])
     padded = jnp.pad(weights, [(0, 0)] * 3 + [(a - 1, right)])
     score = sum((min(o + a, b) - max(o, 0)) * padded[..., o + a - 1 :: b][..., :count] for o in range(1 - a, b))
-    j, own = jnp.arange(count), (q_pos // cfg.block_size)[..., None, None]
-    forced = (j < cfg.init_blocks) | (j > own - cfg.local_blocks)
-    score = jnp.where(j > own, -jnp.inf, jnp.where(forced, jnp.inf, score))
-    return ops.topk_indices(score, min(cfg.topk, max(1, count)))
+    forced = {"first": cfg.init_blocks, "local": cfg.local_blocks}
+    return blocks.choose(score, q_pos // cfg.block_size, cfg.topk, **forced, ops=ops)

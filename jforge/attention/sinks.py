@@ -10,17 +10,17 @@ ring of the window. Source: gpt-oss (openai/gpt-oss and transformers); it has a 
 from dataclasses import dataclass
 from types import ModuleType
 
-import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array
 
 import jforge.ops as jax_ops
 from jforge.attention import dense, sliding_window
-from jforge.attention.dense import KVCache, Params
-from jforge.core.attention import Attention, init_cache_from, no_selection, no_tokens
+from jforge.attention.dense import PLAIN, KVCache
+from jforge.core.attention import Attention
 from jforge.core.config import FrozenDict, positive_int
-from jforge.core.params import random_params
+from jforge.core.params import Params
 from jforge.core.spec import CacheSpec
-from jforge.cost import Cost
+from jforge.core.step import Token, Tokens
+from jforge.cost import Work
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,29 +45,21 @@ def shapes(cfg: Config) -> dict[str, tuple[int, ...]]:
     return dense.shapes(cfg) | {"sinks": (cfg.num_attention_heads,)}
 
 
-def init_params(key: Array, cfg: Config, dtype=jnp.float32) -> Params:
-    return random_params(key, shapes(cfg), dtype, norm_center=1 - cfg.norm_offset)
-
-
 def visible(cfg: Config, q_pos: Array, k_pos: Array) -> Array:
     return _keys(cfg).visible(cfg, q_pos, k_pos)
 
 
-def forward(params: Params, cfg: Config, x: Float[Array, "B T D"], positions=None) -> Float[Array, "B T D"]:
+def forward(params: Params, cfg: Config, x: Tokens, positions=None) -> Tokens:
     """The definition; `params["sinks"]` (N) joins every softmax. `positions` (int B T) feed RoPE only."""
     return _keys(cfg).forward(params, cfg, x, positions)
 
 
-def prefill(
-    params: Params, cfg: Config, x: Float[Array, "B T D"], cache: KVCache, lengths=None
-) -> tuple[Array, KVCache]:
+def prefill(params: Params, cfg: Config, x: Tokens, cache: KVCache, lengths=None) -> tuple[Tokens, KVCache]:
     """Append T tokens (row b its first lengths[b]) and attend, sinks included."""
     return _keys(cfg).prefill(params, cfg, x, cache, lengths)
 
 
-def decode(
-    params: Params, cfg: Config, x: Float[Array, "B 1 D"], cache: KVCache, ops=jax_ops
-) -> tuple[Float[Array, "B 1 D"], KVCache]:
+def decode(params: Params, cfg: Config, x: Token, cache: KVCache, ops=jax_ops) -> tuple[Token, KVCache]:
     """One token a row through one call of `ops.decode_attention`, which carries the sinks."""
     return _keys(cfg).decode(params, cfg, x, cache, ops)
 
@@ -76,35 +68,25 @@ def cache_spec(cfg: Config) -> CacheSpec:
     return _keys(cfg).cache_spec(cfg)
 
 
-def cost(cfg: Config, **sizes) -> Cost:
+def work(cfg: Config, context: int, capacity: int, closing: bool) -> Work:
     """That of the mechanism without sinks: they are parameters, N numbers beside the weights."""
-    return _keys(cfg).cost(cfg, **sizes)
+    return _keys(cfg).work(cfg, context, capacity, closing)
 
 
-_PLAIN = {"rope_type": "default", "rope_theta": 1e4}
 _GPT_OSS = {"hidden_size": 2880, "num_attention_heads": 64, "num_key_value_heads": 8, "head_dim": 64}
 
 sinks = Attention(
     summary="one learned logit a head in every softmax, with or without a window (gpt-oss)",
-    Config=Config,
-    init_params=init_params,
-    init_cache=init_cache_from(cache_spec),
-    forward=forward,
-    prefill=prefill,
-    decode=decode,
-    visible=visible,
-    select=no_selection,
-    tokens_of=no_tokens,
-    cache_spec=cache_spec,
-    cost=cost,
+    Config=Config, shapes=shapes, cache_spec=cache_spec, work=work,
+    forward=forward, prefill=prefill, decode=decode, visible=visible,
     models=FrozenDict({
         "gpt-oss-120b full": Config(**_GPT_OSS),
         "gpt-oss-120b window": Config(**_GPT_OSS, sliding_window=128),
     }),
     examples=(
-        Config(hidden_size=12, num_attention_heads=4, num_key_value_heads=2, head_dim=6, rope_parameters=_PLAIN,
+        Config(hidden_size=12, num_attention_heads=4, num_key_value_heads=2, head_dim=6, rope_parameters=PLAIN,
                attention_bias=True, attention_output_bias=True),
-        Config(hidden_size=12, num_attention_heads=6, num_key_value_heads=2, head_dim=4, rope_parameters=_PLAIN,
+        Config(hidden_size=12, num_attention_heads=6, num_key_value_heads=2, head_dim=4, rope_parameters=PLAIN,
                sliding_window=3),
     ),
 )  # fmt: skip

@@ -15,18 +15,19 @@ Sources: Mistral 7B (arXiv 2310.06825), Gemma 2 and 3 local layers; transformers
 from dataclasses import dataclass
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array
 
 import jforge.ops as jax_ops
 from jforge.attention import dense
-from jforge.attention.dense import KVCache, Params
+from jforge.attention.dense import PLAIN, KVCache
 from jforge.core import masks, ring
 from jforge.core.attend import attend
-from jforge.core.attention import Attention, init_cache_from, no_selection, no_tokens
+from jforge.core.attention import Attention
 from jforge.core.config import FrozenDict, positive_int
-from jforge.core.spec import Buffer, CacheSpec
-from jforge.core.step import begin, end, one_token
-from jforge.cost import Cost, step_cost
+from jforge.core.params import Params
+from jforge.core.spec import CacheSpec
+from jforge.core.step import Token, Tokens, begin, end, one_token
+from jforge.cost import Work
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,96 +46,55 @@ def visible(cfg: Config, q_pos: Array, k_pos: Array) -> Array:
     return masks.window(q_pos, k_pos, cfg.sliding_window)
 
 
-def forward(params: Params, cfg: Config, x: Float[Array, "B T D"], positions=None) -> Float[Array, "B T D"]:
+def forward(params: Params, cfg: Config, x: Tokens, positions=None) -> Tokens:
     """The definition: attention of x over itself under a banded mask. `positions` (int B T) feed RoPE only."""
     return dense.forward_under(visible, params, cfg, x, positions)
 
 
-def prefill(
-    params: Params, cfg: Config, x: Float[Array, "B T D"], cache: KVCache, lengths=None
-) -> tuple[Array, KVCache]:
+def prefill(params: Params, cfg: Config, x: Tokens, cache: KVCache, lengths=None) -> tuple[Tokens, KVCache]:
     """Attend over the old ring and the new tokens (as stored, so rounded), then write those that stay in the ring."""
-    cache_spec(cfg).check(cache)
-    W, dtype = cache.k.shape[1], cache.k.dtype
-    step = begin(x, cache.length, lengths, cfg.hidden_size, ring.capacity(W, cfg.sliding_window))
-    q, k, v = (a.astype(dtype) for a in dense.project(params, cfg, step.x, step.positions))
-    held = jnp.concatenate([ring.held(cache.length, W), jnp.where(step.keep, step.positions, -1)], axis=1)
-    mask = visible(cfg, step.positions[..., None], held[:, None]) & (held >= 0)[:, None] & step.keep[..., None]
-    keys, values = jnp.concatenate([cache.k, k], axis=1), jnp.concatenate([cache.v, v], axis=1)
-    out, _ = attend(q, keys, values, mask, **dense.options(params, cfg))
-    cache = KVCache(ring.write(cache.k, k, step), ring.write(cache.v, v, step), step.length)
+    step = begin(cfg, cache_spec(cfg), x, cache, lengths)
+    q, k, v = dense.project(params, cfg, step.x, step.positions)
+    positions, keys, values = ring.beside(step, cache.length, (cache.k, k), (cache.v, v))
+    mask = visible(cfg, step.positions[..., None], positions[:, None]) & step.keep[..., None]
+    out, _ = attend(q.astype(keys.dtype), keys, values, mask, **dense.options(params, cfg))
+    cache = ring.write(cache, step, k=k, v=v)
     return end(step, dense.project_out(params, cfg, step.x, out), x.dtype), cache
 
 
-def decode(
-    params: Params, cfg: Config, x: Float[Array, "B 1 D"], cache: KVCache, ops=jax_ops
-) -> tuple[Float[Array, "B 1 D"], KVCache]:
+def decode(params: Params, cfg: Config, x: Token, cache: KVCache, ops=jax_ops) -> tuple[Token, KVCache]:
     """Write one token a row over the oldest and attend over the whole ring through `ops.decode_attention`."""
-    cache_spec(cfg).check(cache)
-    W = cache.k.shape[1]
-    step = begin(one_token(x), cache.length, None, cfg.hidden_size, ring.capacity(W, cfg.sliding_window))
+    step = begin(cfg, cache_spec(cfg), one_token(x), cache)
     q, k, v = dense.project(params, cfg, step.x, step.positions)
-    cache = KVCache(ring.write(cache.k, k, step), ring.write(cache.v, v, step), step.length)
-    filled = jnp.minimum(step.length, W)
-    q = q.astype(cache.k.dtype)
+    cache = ring.write(cache, step, k=k, v=v)
+    filled, q = jnp.minimum(step.length, cache.k.shape[1]), q.astype(cache.k.dtype)
     out, _ = ops.decode_attention(q, cache.k, cache.v, filled, out_dtype=x.dtype, **dense.options(params, cfg))
     return end(step, dense.project_out(params, cfg, step.x, out), x.dtype), cache
 
 
 def cache_spec(cfg: Config) -> CacheSpec:
-    K, W = cfg.num_key_value_heads, cfg.sliding_window
-    return CacheSpec(
-        KVCache,
-        {
-            "k": Buffer(("B", "W", "K", "H"), (K, cfg.head_dim), limit=W),
-            "v": Buffer(("B", "W", "K", "V"), (K, cfg.v_head_dim), limit=W),
-        },
-    )
+    return CacheSpec(KVCache, dense.kv_buffers(cfg, cfg.sliding_window))
 
 
-def cost(
-    cfg: Config, *, context: int, batch: int = 1, capacity: int | None = None, dtype=jnp.bfloat16, closing: bool = False
-) -> Cost:
-    """One step writes a slot of k and v and reads min(context, W) of them."""
-    slots = min(context, cfg.sliding_window)
-    return step_cost(
-        cache_spec(cfg),
-        context=context,
-        batch=batch,
-        capacity=capacity,
-        dtype=dtype,
-        read={"k": slots, "v": slots},
-        written={"k": 1, "v": 1},
-        flops=2 * cfg.num_attention_heads * (cfg.head_dim + cfg.v_head_dim) * slots,
-        entries_read=slots,
-    )
+def work(cfg: Config, context: int, capacity: int, closing: bool) -> Work:
+    """The ring is read, min(context, W) slots."""
+    return dense.work_on(cfg, min(context, cfg.sliding_window))
 
-
-_PLAIN = {"rope_type": "default", "rope_theta": 1e4}
 
 sliding_window = Attention(
     summary="the last W tokens in a ring cache (Mistral-7B-v0.1, Gemma 2 and 3 local layers)",
-    Config=Config,
-    init_params=dense.init_params,
-    init_cache=init_cache_from(cache_spec),
-    forward=forward,
-    prefill=prefill,
-    decode=decode,
-    visible=visible,
-    select=no_selection,
-    tokens_of=no_tokens,
-    cache_spec=cache_spec,
-    cost=cost,
+    Config=Config, shapes=dense.shapes, cache_spec=cache_spec, work=work,
+    forward=forward, prefill=prefill, decode=decode, visible=visible,
     models=FrozenDict({
         "Mistral-7B-v0.1": Config(hidden_size=4096, num_attention_heads=32, num_key_value_heads=8, sliding_window=4096),
         "Gemma-3-27B local": Config(hidden_size=5376, num_attention_heads=32, num_key_value_heads=16, head_dim=128,
                                     sliding_window=1024, qk_norm="head", norm_offset=1.0, scaling=168**-0.5,
-                                    rope_parameters=_PLAIN),
+                                    rope_parameters=PLAIN),
     }),
     examples=(
         Config(hidden_size=12, num_attention_heads=4, num_key_value_heads=2, head_dim=6, sliding_window=4,
-               rope_parameters=_PLAIN, qk_norm="head", norm_offset=1.0, attn_logit_softcapping=5.0),
+               rope_parameters=PLAIN, qk_norm="head", norm_offset=1.0, attn_logit_softcapping=5.0),
         Config(hidden_size=10, num_attention_heads=2, num_key_value_heads=1, head_dim=4, v_head_dim=6,
-               sliding_window=1, rope_parameters=_PLAIN, attention_bias=True),
+               sliding_window=1, rope_parameters=PLAIN, attention_bias=True),
     ),
 )  # fmt: skip

@@ -17,19 +17,20 @@ before the step" (evict_for_space): a query attends s + R keys, not s + R + 1.
 from dataclasses import dataclass
 
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Int
 
 import jforge.ops as jax_ops
 from jforge.attention import dense
-from jforge.attention.dense import KVCache, Params
+from jforge.attention.dense import PLAIN, KVCache
 from jforge.core import masks, ring
 from jforge.core.attend import attend
-from jforge.core.attention import Attention, init_cache_from, no_selection, no_tokens
-from jforge.core.config import FrozenDict, positive_int
+from jforge.core.attention import Attention
+from jforge.core.config import FrozenDict, positive_ints
+from jforge.core.params import Params
 from jforge.core.softmax import accumulation_dtype
-from jforge.core.spec import Buffer, CacheSpec
-from jforge.core.step import begin, end, one_token
-from jforge.cost import Cost, step_cost
+from jforge.core.spec import CacheSpec
+from jforge.core.step import Token, Tokens, begin, end, in_order, one_token
+from jforge.cost import Work
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,8 +42,7 @@ class Config(dense.Config):
 
     def __post_init__(self):
         super().__post_init__()
-        positive_int("start_size", self.start_size)
-        positive_int("recent_size", self.recent_size)
+        positive_ints(self, "start_size", "recent_size")
 
     @property
     def kept(self) -> int:
@@ -55,7 +55,7 @@ def visible(cfg: Config, q_pos: Array, k_pos: Array) -> Array:
     return recent | (masks.causal(q_pos, k_pos) & (k_pos < cfg.start_size))
 
 
-def project(params: Params, cfg: Config, x: Float[Array, "B T D"], order, positions) -> tuple[Array, ...]:
+def project(params: Params, cfg: Config, x: Tokens, order, positions) -> tuple[Array, ...]:
     """(q for recent keys, q for the first s keys, k, v): the two queries are e positions apart.
 
     order: the index of each token in its row, which fixes e; positions: what RoPE is given.
@@ -79,49 +79,37 @@ def _attend(
     return jax_ops.merge_states(outs, lses)[0]
 
 
-def forward(params: Params, cfg: Config, x: Float[Array, "B T D"], positions=None) -> Float[Array, "B T D"]:
+def forward(params: Params, cfg: Config, x: Tokens, positions=None) -> Tokens:
     """The definition. `positions` (int B T) feed RoPE only; how many tokens are evicted follows the order of x."""
-    order, positions = dense.in_order(cfg, x, positions)
+    order, positions = in_order(cfg, x, positions)
     q_recent, q_first, k, v = project(params, cfg, x, order, positions)
     mask = visible(cfg, order[..., None], order[:, None])
     out = _attend(params, cfg, q_recent, q_first, k, v, mask, order < cfg.start_size)
     return dense.project_out(params, cfg, x, out).astype(x.dtype)
 
 
-def prefill(
-    params: Params, cfg: Config, x: Float[Array, "B T D"], cache: KVCache, lengths=None
-) -> tuple[Array, KVCache]:
+def prefill(params: Params, cfg: Config, x: Tokens, cache: KVCache, lengths=None) -> tuple[Tokens, KVCache]:
     """Attend over the old cache and the new tokens (as stored, so rounded), then write those that stay."""
-    cache_spec(cfg).check(cache)
-    slots, fixed = cache.k.shape[1], cfg.start_size
-    step = begin(x, cache.length, lengths, cfg.hidden_size, ring.capacity(slots, cfg.kept))
-    q_recent, q_first, k, v = (
-        a.astype(cache.k.dtype) for a in project(params, cfg, step.x, step.positions, step.positions)
-    )
-    old = ring.held(cache.length, slots, fixed)
-    held = jnp.concatenate([old, jnp.where(step.keep, step.positions, -1)], axis=1)
-    mask = visible(cfg, step.positions[..., None], held[:, None]) & (held >= 0)[:, None] & step.keep[..., None]
-    keys, values = jnp.concatenate([cache.k, k], axis=1), jnp.concatenate([cache.v, v], axis=1)
-    out = _attend(params, cfg, q_recent, q_first, keys, values, mask, held < fixed)
-    cache = KVCache(ring.write(cache.k, k, step, fixed), ring.write(cache.v, v, step, fixed), step.length)
+    step, fixed, dtype = begin(cfg, cache_spec(cfg), x, cache, lengths), cfg.start_size, cache.k.dtype
+    q_recent, q_first, k, v = project(params, cfg, step.x, step.positions, step.positions)
+    positions, keys, values = ring.beside(step, cache.length, (cache.k, k), (cache.v, v), fixed=fixed)
+    mask = visible(cfg, step.positions[..., None], positions[:, None]) & step.keep[..., None]
+    queries = q_recent.astype(dtype), q_first.astype(dtype)
+    out = _attend(params, cfg, *queries, keys, values, mask, positions < fixed)
+    cache = ring.write(cache, step, fixed, k=k, v=v)
     return end(step, dense.project_out(params, cfg, step.x, out), x.dtype), cache
 
 
-def decode(
-    params: Params, cfg: Config, x: Float[Array, "B 1 D"], cache: KVCache, ops=jax_ops
-) -> tuple[Float[Array, "B 1 D"], KVCache]:
+def decode(params: Params, cfg: Config, x: Token, cache: KVCache, ops=jax_ops) -> tuple[Token, KVCache]:
     """Write one token a row, then two calls of `ops.decode_attention` on the one buffer and a merge.
 
     The recent call sees the last R filled slots. Before anything is evicted those may reach into the first s, and
     both queries are the same; so the other call takes the slots before them, n - R of n, at most s.
     """
-    cache_spec(cfg).check(cache)
-    slots = cache.k.shape[1]
-    step = begin(one_token(x), cache.length, None, cfg.hidden_size, ring.capacity(slots, cfg.kept))
+    step = begin(cfg, cache_spec(cfg), one_token(x), cache)
     q_recent, q_first, k, v = project(params, cfg, step.x, step.positions, step.positions)
-    written = (ring.write(buffer, new, step, cfg.start_size) for buffer, new in ((cache.k, k), (cache.v, v)))
-    cache = KVCache(*written, step.length)
-    filled = jnp.minimum(step.length, slots)
+    cache = ring.write(cache, step, cfg.start_size, k=k, v=v)
+    filled = jnp.minimum(step.length, cache.k.shape[1])
 
     def part(q, lengths: Int[Array, "B"], window=None):
         q, wide = q.astype(cache.k.dtype), accumulation_dtype(x)
@@ -136,50 +124,20 @@ def decode(
 
 
 def cache_spec(cfg: Config) -> CacheSpec:
-    K = cfg.num_key_value_heads
-    return CacheSpec(
-        KVCache,
-        {
-            "k": Buffer(("B", "W", "K", "H"), (K, cfg.head_dim), limit=cfg.kept),
-            "v": Buffer(("B", "W", "K", "V"), (K, cfg.v_head_dim), limit=cfg.kept),
-        },
-    )
+    return CacheSpec(KVCache, dense.kv_buffers(cfg, cfg.kept))
 
 
-def cost(
-    cfg: Config, *, context: int, batch: int = 1, capacity: int | None = None, dtype=jnp.bfloat16, closing: bool = False
-) -> Cost:
-    """One step writes a slot of k and v and reads min(context, s + R) of them."""
-    slots = min(context, cfg.kept)
-    return step_cost(
-        cache_spec(cfg),
-        context=context,
-        batch=batch,
-        capacity=capacity,
-        dtype=dtype,
-        read={"k": slots, "v": slots},
-        written={"k": 1, "v": 1},
-        flops=2 * cfg.num_attention_heads * (cfg.head_dim + cfg.v_head_dim) * slots,
-        entries_read=slots,
-    )
+def work(cfg: Config, context: int, capacity: int, closing: bool) -> Work:
+    """All that is kept is read, min(context, s + R) slots."""
+    return dense.work_on(cfg, min(context, cfg.kept))
 
 
-_PLAIN = {"rope_type": "default", "rope_theta": 1e4}
 _YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 64}
 
 streaming = Attention(
     summary="the first s tokens and the last R, at positions inside the cache (StreamingLLM)",
-    Config=Config,
-    init_params=dense.init_params,
-    init_cache=init_cache_from(cache_spec),
-    forward=forward,
-    prefill=prefill,
-    decode=decode,
-    visible=visible,
-    select=no_selection,
-    tokens_of=no_tokens,
-    cache_spec=cache_spec,
-    cost=cost,
+    Config=Config, shapes=dense.shapes, cache_spec=cache_spec, work=work,
+    forward=forward, prefill=prefill, decode=decode, visible=visible,
     models=FrozenDict({
         "Llama-2-7B streaming": Config(hidden_size=4096, num_attention_heads=32, start_size=4, recent_size=2000),
     }),
@@ -187,6 +145,6 @@ streaming = Attention(
         Config(hidden_size=12, num_attention_heads=4, num_key_value_heads=2, head_dim=6, start_size=2, recent_size=4,
                rope_parameters=_YARN),
         Config(hidden_size=10, num_attention_heads=2, num_key_value_heads=1, head_dim=4, v_head_dim=6, start_size=3,
-               recent_size=1, rope_parameters=_PLAIN, qk_norm="flat"),
+               recent_size=1, rope_parameters=PLAIN, qk_norm="flat"),
     ),
 )  # fmt: skip

@@ -16,26 +16,27 @@ first half in csa only. Rows of no token are 0. A step that closes no block writ
 Sources: DeepSeek-V4 (arXiv 2606.19348) 2.3, its inference code, transformers' deepseek_v4.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from fractions import Fraction
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from jforge.attention import v4
-from jforge.attention.v4 import Params
-from jforge.core import masks, ring
+from jforge.attention import v4_window
+from jforge.core import masks
 from jforge.core.attend import einsum
 from jforge.core.config import positive_int
 from jforge.core.norm import rms_norm
+from jforge.core.params import Params
 from jforge.core.softmax import accumulation_dtype, masked_softmax
-from jforge.core.spec import Buffer, CacheSpec
-from jforge.core.step import Step
-from jforge.cost import Cost, step_cost
+from jforge.core.spec import Buffer
+from jforge.core.step import Step, Tokens
+from jforge.cost import Work
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(v4.Config):
+class Config(v4_window.Config):
     """The fields of all V4 layers and m, the tokens of a block."""
 
     compress_rate: int
@@ -85,7 +86,7 @@ class Compressor:
         state = Buffer(("B", "M", "X"), (self.behind + self.rate, self.channels), every=None, dtype="float32")
         return {self.entries: entries} | dict.fromkeys(self.states, state)
 
-    def rows(self, params: Params, x: Float[Array, "B T D"], order: Int[Array, "B T"]) -> tuple[Array, Array]:
+    def rows(self, params: Params, x: Tokens, order: Int[Array, "B T"]) -> tuple[Array, Array]:
         """u and z: B T X of tokens at these places in their rows, float32 or wider."""
         wide, p = accumulation_dtype(x), self.params
         weights = (params[name].astype(wide) for name in (f"w{p}_kv", f"w{p}_gate"))
@@ -108,11 +109,9 @@ class Compressor:
         weights, _ = masked_softmax(z.swapaxes(2, 3), held[:, :, None])
         mixed = einsum("behm,bemh->beh", weights, u)
         entry = rms_norm(mixed, params[f"{self.params}_norm"], eps=cfg.rms_norm_eps)
-        return v4.rotate(cfg, entry[:, :, None], positions)[:, :, 0]
+        return v4_window.rotate(cfg, entry[:, :, None], positions)[:, :, 0]
 
-    def compress(
-        self, params: Params, cfg: Config, x: Float[Array, "B T D"], order, positions
-    ) -> Float[Array, "B E width"]:
+    def compress(self, params: Params, cfg: Config, x: Tokens, order, positions) -> Float[Array, "B E width"]:
         """The entries of all complete blocks of x, in x's dtype: the definition."""
         m, E = self.rate, x.shape[1] // self.rate
         rows = self.rows(params, x, order)
@@ -192,17 +191,10 @@ def visible(cfg: Config, q_pos: Array, k_pos: Array) -> Array:
     return masks.window(q_pos, k_pos, cfg.sliding_window) | (k_pos < (q_pos + 1) // m * m)
 
 
-def capacity(cfg: Config, cache) -> int:
-    """Tokens that fit: one more entry than there are slots would need m of them, and a short ring may hold fewer."""
-    whole = cache.c_kv.shape[1] * cfg.compress_rate + cfg.compress_rate - 1
-    short = ring.capacity(cache.kv.shape[1], cfg.sliding_window)
-    return whole if short is None else min(whole, short)
-
-
 def attend_both(params: Params, cfg: Config, q, recent: Array, near: Array, entries: Array, far: Array):
     """One softmax over the window's vectors, seen where `near`, and the entries, seen where `far`."""
     kv, mask = jnp.concatenate([recent, entries], axis=1), jnp.concatenate([near, far], axis=-1)
-    return v4.attend_shared(params, cfg, q, kv, mask)
+    return v4_window.attend_shared(params, cfg, q, kv, mask)
 
 
 def merge(ops, *parts: tuple[Array, Array]) -> Float[Array, "B 1 N H"]:
@@ -210,39 +202,20 @@ def merge(ops, *parts: tuple[Array, Array]) -> Float[Array, "B 1 N H"]:
     return ops.merge_states(*(jnp.stack(values) for values in zip(*parts, strict=True)))[0]
 
 
-def layer_cost(
-    spec: CacheSpec,
-    cfg: Config,
-    compressors: tuple[Compressor, ...],
-    read: dict[str, int],
-    flops: int,
-    *,
-    context: int,
-    batch: int,
-    capacity: int | None,
-    dtype,
-    closing: bool,
-) -> Cost:
-    """The Cost of a step that reads these slots of the ring and the entries, and `flops` beside the window's.
+def layer_work(
+    cfg: Config, compressors: tuple[Compressor, ...], read: dict[str, int], flops: int, context: int, closing: bool
+) -> Work:
+    """The Work of a step that reads these slots of the entries, and `flops` beside the window's.
 
     It writes one slot of the ring and one row of each state. One that closes a block reads its states, writes them
     anew, since the rows change places, and writes an entry of each compressor.
     """
-    window = min(context, cfg.sliding_window)
-    states = [name for c in compressors for name in c.states]
-    whole = dict.fromkeys(states, 1)
-    cost = step_cost(
-        spec,
-        context=context,
-        batch=batch,
-        capacity=capacity,
-        dtype=dtype,
-        read={"kv": window} | read | (whole if closing else {}),
-        written={"kv": 1} | ({c.entries: 1 for c in compressors} | whole if closing else {}),
-        flops=4 * cfg.num_attention_heads * cfg.head_dim * window + flops,
-        entries_read=window + sum(read.values()),
+    window = v4_window.work(cfg, context, context, closing)
+    rows = {name: Fraction(1, c.behind + c.rate) for c in compressors for name in c.states}
+    whole, entries = dict.fromkeys(rows, 1), {c.entries: 1 for c in compressors}
+    return Work(
+        read={**window.read, **read, **(whole if closing else {})},
+        written={**window.written, **({**entries, **whole} if closing else rows)},
+        flops=window.flops + flops,
+        entries_read=window.entries_read + sum(read.values()),
     )
-    if closing:
-        return cost
-    rows = {name: batch * spec[name].slot_bytes(dtype) // spec[name].shape[0] for name in states}
-    return replace(cost, written={**cost.written, **rows})

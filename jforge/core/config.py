@@ -19,6 +19,17 @@ def positive_int(name: str, value: Any) -> None:
         reject(name, value, "a positive integer")
 
 
+def positive_ints(config: Any, *names: str) -> None:
+    """Each of these fields."""
+    for name in names:
+        positive_int(name, getattr(config, name))
+
+
+def natural(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        reject(name, value, "an integer of at least 0")
+
+
 def one_of(name: str, value: Any, allowed: tuple) -> None:
     if value not in allowed:
         reject(name, value, f"one of {', '.join(map(repr, allowed))}")

@@ -9,12 +9,9 @@ order of slots does not matter to a softmax: after the newest token is written, 
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
-from jforge.core.step import Step
+from jforge.core.step import Step, store
 
-
-def capacity(slots: int, limit: int) -> int | None:
-    """Tokens that fit: a ring of its full size never overflows, a shorter one holds what it has slots for."""
-    return None if slots == limit else slots
+NEVER = jnp.iinfo(jnp.int32).max
 
 
 def slot_of(positions: Int[Array, "..."], slots: int, fixed: int = 0) -> Int[Array, "..."]:
@@ -31,10 +28,23 @@ def held(length: Int[Array, "B"], slots: int, fixed: int = 0) -> Int[Array, "B W
     return jnp.where((slot < length[:, None]) & (position >= 0), position, -1)
 
 
-def write(buffer: Array, new: Array, step: Step, fixed: int = 0) -> Array:
-    """Store the kept tokens; of more than a ring holds only those that stay, since a slot is written once."""
-    slots = buffer.shape[1]
-    stays = (step.positions >= step.length[:, None] - (slots - fixed)) | (step.positions < fixed)
-    slot = jnp.where(step.keep & stays, slot_of(step.positions, slots, fixed), slots)
-    rows = jnp.arange(buffer.shape[0])[:, None]
-    return buffer.at[rows, slot].set(new.astype(buffer.dtype), mode="drop")
+def beside(step: Step, length: Int[Array, "B"], *pairs: tuple[Array, Array], fixed: int = 0) -> list[Array]:
+    """[positions B U, then B U ... for each (buffer, new)]: the slots as they were, and behind them the new tokens.
+
+    A chunk cannot write first: its early queries still need what its late tokens replace. A slot without a token, and a
+    pad, have the position `NEVER`, which no causal mask shows to a query.
+    """
+    old, new = held(length, pairs[0][0].shape[1], fixed), jnp.where(step.keep, step.positions, -1)
+    positions = jnp.concatenate([old, new], axis=1)
+    slots = [jnp.concatenate([buffer, new.astype(buffer.dtype)], axis=1) for buffer, new in pairs]
+    return [jnp.where(positions < 0, NEVER, positions), *slots]
+
+
+def write(cache, step: Step, fixed: int = 0, **new: Array):
+    """The cache after the step: of more tokens than a ring holds only those that stay, since a slot is written once."""
+
+    def slot_in(slots: int) -> Int[Array, "B T"]:
+        stays = (step.positions >= step.length[:, None] - (slots - fixed)) | (step.positions < fixed)
+        return jnp.where(step.keep & stays, slot_of(step.positions, slots, fixed), slots)
+
+    return store(cache, step, slot_in, new)

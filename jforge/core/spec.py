@@ -51,6 +51,15 @@ class Buffer:
         count = (tokens - first) // self.every + 1
         return max(0, count) if isinstance(count, int) else jnp.maximum(0, count)
 
+    def capacity(self, slots: int) -> int | None:
+        """Tokens that a buffer of so many slots has room for, the last one before the next slot; None without an end.
+
+        A ring of its full size never overflows, a shorter one holds what it has slots for.
+        """
+        if self.limit is not None:
+            return None if slots == self.limit else slots
+        return (self.every if self.first is None else self.first) + slots * self.every - 1
+
     def valid(self, cfg, length: Int[Array, "B"]) -> Int[Array, "B"]:
         """How many leading slots of each row hold data after `length` tokens (before any cap by the capacity)."""
         if self.filled is not None:
@@ -117,6 +126,11 @@ class CacheSpec(Mapping):
             if not good:
                 want = f"{' '.join(buffer.dims)} with {buffer.shape} after the slots and capacity {capacity}"
                 raise ValueError(f"cache.{name} has shape {shape}; it must be {want}")
+
+    def capacity(self, cache) -> int | None:
+        """Tokens that a row of `cache` has room for, None without an end: the least that one of its buffers holds."""
+        held = (buffer.capacity(getattr(cache, name).shape[1]) for name, buffer in self.items() if buffer.has_slots)
+        return min((tokens for tokens in held if tokens is not None), default=None)
 
     def stored(self, batch: int, capacity: int, dtype) -> dict[str, int]:
         """Bytes of every buffer, by name."""

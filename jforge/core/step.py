@@ -1,5 +1,7 @@
 """What every prefill and decode does before and after the attention: positions, pads, capacity, and the append."""
 
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import NamedTuple
 
 import jax
@@ -7,13 +9,19 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from jforge.core.spec import CacheSpec
+
+Tokens = Float[Array, "B T D"]
+"""Activations: what goes into an attention and what comes out of it."""
+Token = Float[Array, "B 1 D"]
+"""The next one of every row."""
 X_DTYPES = ("float16", "bfloat16", "float32", "float64")
 
 
 class Step(NamedTuple):
     """The new tokens of one call. T is x.shape[1]; row b brings its first lengths[b] tokens."""
 
-    x: Float[Array, "B T D"]  # zero at pads: a pad may be NaN and must reach neither the cache nor a gradient
+    x: Tokens  # zero at pads: a pad may be NaN and must reach neither the cache nor a gradient
     positions: Int[Array, "B T"]
     keep: Bool[Array, "B T"]  # real tokens of rows that fit
     fits: Bool[Array, "B"]
@@ -36,7 +44,20 @@ def one_token(x: Array) -> Array:
     return x
 
 
-def begin(x, length: Int[Array, "B"], lengths, hidden_size: int, capacity: int | None) -> Step:
+def in_order(cfg, x: Tokens, positions) -> tuple[Int[Array, "B T"], Int[Array, "B T"]]:
+    """(the index of each token in its row, the position RoPE gives it) of an x without a cache, checked."""
+    check_input(x, cfg.hidden_size)
+    order = jnp.broadcast_to(jnp.arange(x.shape[1], dtype=jnp.int32), x.shape[:2])
+    return order, order if positions is None else positions
+
+
+def begin(cfg, spec: CacheSpec, x: Tokens, cache, lengths=None) -> Step:
+    """Check the cache against its spec and place the tokens of x (row b its first lengths[b]) after those it has."""
+    spec.check(cache)
+    return place(x, cache.length, lengths, cfg.hidden_size, spec.capacity(cache))
+
+
+def place(x, length: Int[Array, "B"], lengths, hidden_size: int, capacity: int | None) -> Step:
     """Place the tokens of x after the `length` tokens already seen; capacity None never overflows.
 
     A row overflows as a whole: it writes nothing, keeps its length and gets NaN outputs. So does a row whose
@@ -46,10 +67,7 @@ def begin(x, length: Int[Array, "B"], lengths, hidden_size: int, capacity: int |
     B, T, _ = x.shape
     if length.shape[0] != B:
         raise ValueError(f"x has {B} rows and the cache {length.shape[0]}; they must match")
-    if lengths is None:
-        lengths = jnp.full((B,), T, jnp.int32)
-    else:
-        lengths = _checked_lengths(lengths, B)
+    lengths = jnp.full((B,), T, jnp.int32) if lengths is None else _checked_lengths(lengths, B)
     _raise_if_concrete(length, lengths, T, capacity)
     fits = (lengths >= 0) & (lengths <= T)
     if capacity is not None:
@@ -59,17 +77,27 @@ def begin(x, length: Int[Array, "B"], lengths, hidden_size: int, capacity: int |
     return Step(jnp.where(keep[..., None], x, 0), positions, keep, fits, length + jnp.where(fits, lengths, 0))
 
 
-def end(step: Step, y: Float[Array, "B T D"], dtype) -> Float[Array, "B T D"]:
+def end(step: Step, y: Tokens, dtype) -> Tokens:
     """0 at pads, NaN in rows that did not fit, in x's dtype."""
     y = jnp.where(step.keep[..., None], y, 0)
     return jnp.where(step.fits[:, None, None], y, jnp.nan).astype(dtype)
 
 
-def append(buffer: Array, new: Array, step: Step) -> Array:
-    """Write the kept tokens at their positions, cast to the buffer's dtype; pads fall outside and are dropped."""
-    slots = jnp.where(step.keep, step.positions, buffer.shape[1])
-    rows = jnp.arange(buffer.shape[0])[:, None]
-    return buffer.at[rows, slots].set(new.astype(buffer.dtype), mode="drop")
+def append(cache, step: Step, **new: Array):
+    """The cache after the step: the kept tokens of each buffer's `new`, B T ..., in the slots of their positions."""
+    return store(cache, step, lambda slots: jnp.where(step.keep, step.positions, slots), new)
+
+
+def store(cache, step: Step, slot_in: Callable[[int], Int[Array, "B T"]], new: Mapping[str, Array]):
+    """The cache after the step. slot_in(slots): where a buffer of so many has the new tokens, `slots` to drop one.
+
+    Tokens are cast to their buffer's dtype.
+    """
+    rows, leaves = jnp.arange(len(step.keep))[:, None], {}
+    for name, tokens in new.items():
+        buffer = getattr(cache, name)
+        leaves[name] = buffer.at[rows, slot_in(buffer.shape[1])].set(tokens.astype(buffer.dtype), mode="drop")
+    return replace(cache, **leaves, length=step.length)
 
 
 def _checked_lengths(lengths, batch: int):

@@ -10,7 +10,7 @@ from families import HEAVY, SPARSE, V4, V4_COMPRESS, V4_FLAT, V4_MAIN, V4_NESTED
 from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4RotaryEmbedding
 
 import jforge
-from jforge.attention import csa, hca, v4
+from jforge.attention import csa, hca, v4_window
 from jforge.core import rope
 from jforge.hf import layer, layers, load
 
@@ -49,8 +49,9 @@ def test_class_defaults():
     got = layers(config)
     assert got == layers(theirs(config))
     plain = {"rope_type": "default", "rope_theta": 1.6e5}
-    assert got[1][1] == csa.Config(**v4.FLASH, **csa._INDEX, rope_parameters=plain, compress_rate=4, index_topk=512)
-    assert got[2][1] == hca.Config(**v4.FLASH, rope_parameters=plain, compress_rate=128)
+    picks = {**csa._INDEX, "index_topk": 512}
+    assert got[1][1] == csa.Config(**v4_window.FLASH, **picks, rope_parameters=plain, compress_rate=4)
+    assert got[2][1] == hca.Config(**v4_window.FLASH, rope_parameters=plain, compress_rate=128)
 
 
 @pytest.mark.parametrize(

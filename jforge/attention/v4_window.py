@@ -26,16 +26,14 @@ from jaxtyping import Array, Bool, Float, Int
 from jforge import ops as jax_ops
 from jforge.core import masks, ring, rope
 from jforge.core.attend import attend, einsum
-from jforge.core.attention import Attention, init_cache_from, no_selection, no_tokens
-from jforge.core.config import FrozenDict, positive, positive_int, reject
+from jforge.core.attention import Attention
+from jforge.core.config import FrozenDict, positive, positive_ints, reject
 from jforge.core.norm import rms_norm
-from jforge.core.params import random_params
+from jforge.core.params import Drawn, Params
 from jforge.core.softmax import accumulation_dtype
 from jforge.core.spec import Buffer, CacheSpec, cache_class
-from jforge.core.step import Step, begin, check_input, end, one_token
-from jforge.cost import Cost, step_cost
-
-Params = dict[str, Array]
+from jforge.core.step import Step, Token, Tokens, begin, end, in_order, one_token
+from jforge.cost import Work
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,10 +52,8 @@ class Config:
     rope_parameters: Mapping[str, Any] | None = None  # None: no positions at all (NoPE)
 
     def __post_init__(self):
-        for name in ("hidden_size", "num_attention_heads", "head_dim", "qk_rope_head_dim", "q_lora_rank"):
-            positive_int(name, getattr(self, name))
-        for name in ("o_groups", "o_lora_rank", "sliding_window"):
-            positive_int(name, getattr(self, name))
+        positive_ints(self, "hidden_size", "num_attention_heads", "head_dim", "qk_rope_head_dim", "q_lora_rank")
+        positive_ints(self, "o_groups", "o_lora_rank", "sliding_window")
         positive("rms_norm_eps", self.rms_norm_eps)
         if self.qk_rope_head_dim % 2 or self.qk_rope_head_dim > self.head_dim:
             reject("qk_rope_head_dim", self.qk_rope_head_dim, f"even and at most head_dim={self.head_dim}")
@@ -89,23 +85,12 @@ class WindowCache:
 
 
 def shapes(cfg: Config) -> dict[str, tuple[int, ...]]:
-    """{parameter: shape} that all three kinds of layers have."""
+    """{parameter: shape} that all three kinds of layers have. The fan-in of wo_a is N/g H, that of wo_b g O."""
     D, N, H, g, O = cfg.hidden_size, cfg.num_attention_heads, cfg.head_dim, cfg.o_groups, cfg.o_lora_rank  # noqa: E741
     out = {"wq_a": (D, cfg.q_lora_rank), "q_norm": (cfg.q_lora_rank,), "wq_b": (cfg.q_lora_rank, N, H)}
     out |= {"wkv": (D, H), "kv_norm": (H,), "sinks": (N,)}
-    return out | {"wo_a": (g, N // g, H, O), "wo_b": (g, O, D)}
-
-
-def draw(key: Array, cfg: Config, shapes: Mapping[str, tuple[int, ...]], dtype) -> Params:
-    """Random parameters of these shapes; the fan-in of wo_a is N/g H, that of wo_b g O, and not their first axis."""
-    params = random_params(key, shapes, dtype)
-    _, heads, H, O = params["wo_a"].shape  # noqa: E741
-    gains = {"wo_a": (cfg.o_groups / (heads * H)) ** 0.5, "wo_b": O**-0.5}
-    return params | {name: (params[name] * gain).astype(dtype) for name, gain in gains.items()}
-
-
-def init_params(key: Array, cfg: Config, dtype=jnp.float32) -> Params:
-    return draw(key, cfg, shapes(cfg), dtype)
+    wo_a = Drawn(g, N // g, H, O, gains=((g / (N // g * H)) ** 0.5,))
+    return out | {"wo_a": wo_a, "wo_b": Drawn(g, O, D, gains=(O**-0.5,))}
 
 
 def rotate(cfg: Config, x: Float[Array, "B T N H"], positions: Int[Array, "B T"]) -> Float[Array, "B T N H"]:
@@ -115,7 +100,7 @@ def rotate(cfg: Config, x: Float[Array, "B T N H"], positions: Int[Array, "B T"]
     return jnp.concatenate([still, turned], axis=-1)
 
 
-def project(params: Params, cfg: Config, x: Float[Array, "B T D"], positions) -> tuple[Array, Array, Array]:
+def project(params: Params, cfg: Config, x: Tokens, positions) -> tuple[Array, Array, Array]:
     """q: B T N H and kv: B T H, normed and rotated, and between them the query latent c_q: B T Lq."""
     eps = cfg.rms_norm_eps
     latent = rms_norm(einsum("btd,dl->btl", x, params["wq_a"]), params["q_norm"], eps=eps)
@@ -125,7 +110,7 @@ def project(params: Params, cfg: Config, x: Float[Array, "B T D"], positions) ->
     return rotate(cfg, q, positions), latent, rotate(cfg, kv[:, :, None], positions)[:, :, 0]
 
 
-def project_out(params: Params, cfg: Config, out: Float[Array, "B T N H"], positions) -> Float[Array, "B T D"]:
+def project_out(params: Params, cfg: Config, out: Float[Array, "B T N H"], positions) -> Tokens:
     """Turn back by the queries' positions, then down group by group, then to the model's width."""
     B, T, N, H = out.shape
     grouped = rotate(cfg, out, -positions).reshape(B, T, cfg.o_groups, N // cfg.o_groups, H)
@@ -145,14 +130,7 @@ def visible(cfg: Config, q_pos: Array, k_pos: Array) -> Array:
     return masks.window(q_pos, k_pos, cfg.sliding_window)
 
 
-def in_order(cfg: Config, x: Float[Array, "B T D"], positions) -> tuple[Int[Array, "B T"], Int[Array, "B T"]]:
-    """(the index of each token in its row, the position RoPE gives it) of an x without a cache, checked."""
-    check_input(x, cfg.hidden_size)
-    order = jnp.broadcast_to(jnp.arange(x.shape[1], dtype=jnp.int32), x.shape[:2])
-    return order, order if positions is None else positions
-
-
-def forward(params: Params, cfg: Config, x: Float[Array, "B T D"], positions=None) -> Float[Array, "B T D"]:
+def forward(params: Params, cfg: Config, x: Tokens, positions=None) -> Tokens:
     """The definition. `positions` (int B T, default 0..T-1) feed RoPE only."""
     order, positions = in_order(cfg, x, positions)
     q, _, kv = project(params, cfg, x, positions)
@@ -161,15 +139,12 @@ def forward(params: Params, cfg: Config, x: Float[Array, "B T D"], positions=Non
 
 
 def recent(
-    cfg: Config, kv: Float[Array, "B W H"], length: Int[Array, "B"], new: Float[Array, "B T H"], step: Step
+    cfg: Config, cache, new: Float[Array, "B T H"], step: Step
 ) -> tuple[Float[Array, "B U H"], Bool[Array, "B T U"]]:
-    """(the ring as it was beside the new tokens, the window of each of them over both).
-
-    A chunk cannot write first: its early queries still need vectors that its late tokens replace.
-    """
-    held = jnp.concatenate([ring.held(length, kv.shape[1]), jnp.where(step.keep, step.positions, -1)], axis=1)
-    near = masks.window(step.positions[..., None], held[:, None], cfg.sliding_window) & (held >= 0)[:, None]
-    return jnp.concatenate([kv, new.astype(kv.dtype)], axis=1), near & step.keep[..., None]
+    """(the ring as it was beside the new tokens, the window of each of them over both)."""
+    positions, keys = ring.beside(step, cache.length, (cache.kv, new))
+    near = masks.window(step.positions[..., None], positions[:, None], cfg.sliding_window)
+    return keys, near & step.keep[..., None]
 
 
 def attend_ring(params: Params, cfg: Config, q: Float[Array, "B 1 N H"], kv: Array, step: Step, ops):
@@ -179,28 +154,21 @@ def attend_ring(params: Params, cfg: Config, q: Float[Array, "B 1 N H"], kv: Arr
     return ops.decode_attention(q, kv[:, :, None], kv[:, :, None], filled, **more)
 
 
-def prefill(
-    params: Params, cfg: Config, x: Float[Array, "B T D"], cache: WindowCache, lengths=None
-) -> tuple[Float[Array, "B T D"], WindowCache]:
+def prefill(params: Params, cfg: Config, x: Tokens, cache: WindowCache, lengths=None) -> tuple[Tokens, WindowCache]:
     """Attend over the old ring and the new tokens (as stored, so rounded), then write those that stay in the ring."""
-    cache_spec(cfg).check(cache)
-    step = begin(x, cache.length, lengths, cfg.hidden_size, ring.capacity(cache.kv.shape[1], cfg.sliding_window))
+    step = begin(cfg, cache_spec(cfg), x, cache, lengths)
     q, _, kv = project(params, cfg, step.x, step.positions)
-    keys, near = recent(cfg, cache.kv, cache.length, kv, step)
+    keys, near = recent(cfg, cache, kv, step)
     out = attend_shared(params, cfg, q.astype(keys.dtype), keys, near)
-    cache = WindowCache(ring.write(cache.kv, kv, step), step.length)
+    cache = ring.write(cache, step, kv=kv)
     return end(step, project_out(params, cfg, out, step.positions), x.dtype), cache
 
 
-def decode(
-    params: Params, cfg: Config, x: Float[Array, "B 1 D"], cache: WindowCache, ops=jax_ops
-) -> tuple[Float[Array, "B 1 D"], WindowCache]:
+def decode(params: Params, cfg: Config, x: Token, cache: WindowCache, ops=jax_ops) -> tuple[Token, WindowCache]:
     """Write one token a row over the oldest and attend over the whole ring."""
-    cache_spec(cfg).check(cache)
-    capacity = ring.capacity(cache.kv.shape[1], cfg.sliding_window)
-    step = begin(one_token(x), cache.length, None, cfg.hidden_size, capacity)
+    step = begin(cfg, cache_spec(cfg), one_token(x), cache)
     q, _, kv = project(params, cfg, step.x, step.positions)
-    cache = WindowCache(ring.write(cache.kv, kv, step), step.length)
+    cache = ring.write(cache, step, kv=kv)
     out, _ = attend_ring(params, cfg, q.astype(cache.kv.dtype), cache.kv, step, ops)
     return end(step, project_out(params, cfg, out, step.positions), x.dtype), cache
 
@@ -213,22 +181,10 @@ def cache_spec(cfg: Config) -> CacheSpec:
     return CacheSpec(WindowCache, {"kv": window_buffer(cfg)})
 
 
-def cost(
-    cfg: Config, *, context: int, batch: int = 1, capacity: int | None = None, dtype=jnp.bfloat16, closing: bool = False
-) -> Cost:
+def work(cfg: Config, context: int, capacity: int, closing: bool) -> Work:
     """One step writes a slot of H elements and reads min(context, W) of them."""
     slots = min(context, cfg.sliding_window)
-    return step_cost(
-        cache_spec(cfg),
-        context=context,
-        batch=batch,
-        capacity=capacity,
-        dtype=dtype,
-        read={"kv": slots},
-        written={"kv": 1},
-        flops=4 * cfg.num_attention_heads * cfg.head_dim * slots,
-        entries_read=slots,
-    )
+    return Work({"kv": slots}, {"kv": 1}, 4 * cfg.num_attention_heads * cfg.head_dim * slots, slots)
 
 
 FLASH = {"hidden_size": 4096, "num_attention_heads": 64, "head_dim": 512, "qk_rope_head_dim": 64, "q_lora_rank": 1024,
@@ -236,25 +192,20 @@ FLASH = {"hidden_size": 4096, "num_attention_heads": 64, "head_dim": 512, "qk_ro
 PRO = FLASH | {"hidden_size": 7168, "num_attention_heads": 128, "q_lora_rank": 1536, "o_groups": 16}
 LONG = {"rope_type": "yarn", "rope_theta": 1.6e5, "factor": 16.0, "original_max_position_embeddings": 65536,
         "beta_fast": 32, "beta_slow": 1}  # fmt: skip
+TINY = {"hidden_size": 14, "num_attention_heads": 6, "head_dim": 10, "qk_rope_head_dim": 6, "q_lora_rank": 7,
+        "o_groups": 2, "o_lora_rank": 5}  # fmt: skip
+ODD = {"hidden_size": 9, "num_attention_heads": 2, "head_dim": 6, "qk_rope_head_dim": 2, "q_lora_rank": 5,
+       "o_groups": 1, "o_lora_rank": 3}  # fmt: skip
+TINY_YARN = {"rope_type": "yarn", "rope_theta": 1.6e5, "factor": 4.0, "original_max_position_embeddings": 32}
 _PLAIN = {"rope_type": "default", "rope_theta": 1e4}
 
 v4_window = Attention(
     summary="the last W tokens, key and value in one vector, turned back (DeepSeek-V4's first layers)",
-    Config=Config,
-    init_params=init_params,
-    init_cache=init_cache_from(cache_spec),
-    forward=forward,
-    prefill=prefill,
-    decode=decode,
-    visible=visible,
-    select=no_selection,
-    tokens_of=no_tokens,
-    cache_spec=cache_spec,
-    cost=cost,
+    Config=Config, shapes=shapes, cache_spec=cache_spec, work=work,
+    forward=forward, prefill=prefill, decode=decode, visible=visible,
     models=FrozenDict({"DeepSeek-V4-Flash": Config(**FLASH, rope_parameters=_PLAIN)}),
     examples=(
-        Config(hidden_size=14, num_attention_heads=6, head_dim=10, qk_rope_head_dim=6, q_lora_rank=7, o_groups=2,
-               o_lora_rank=5, sliding_window=4, rope_parameters=_PLAIN),
+        Config(**TINY, sliding_window=4, rope_parameters=_PLAIN),
         Config(hidden_size=9, num_attention_heads=3, head_dim=4, qk_rope_head_dim=4, q_lora_rank=5, o_groups=3,
                o_lora_rank=2, sliding_window=3, rms_norm_eps=1e-2,
                rope_parameters={**_PLAIN, "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}),
