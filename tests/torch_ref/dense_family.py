@@ -1,12 +1,10 @@
-"""What the tests of mechanisms built on dense attention share: configs, loops over single tokens, and the laws."""
+"""What the tests of the mechanisms share: dense configs, and attention as a loop over single tokens and heads."""
 
 import math
 from types import SimpleNamespace
 
-import pytest
 import torch
 
-from torch_ref.attention import step
 from torch_ref.core.norm import rms_norm
 from torch_ref.core.rope import apply_rope, frequencies
 
@@ -170,14 +168,20 @@ def odd_positions(x):
     )
 
 
-# ---- the laws: what any cache must keep
+# ---- caches
 
 
 def poisoned_cache(att, cfg, batch, capacity, dtype=torch.float64):
-    """An empty cache with NaN in every slot; a running sum has no slots, it starts at 0."""
+    """An empty cache with NaN in every slot; a running sum and a linear state have no slots, they start at 0."""
     cache = att.init_cache(cfg, batch, capacity, dtype)
-    kept = ("length", "k_sum")
+    kept = ("length", "k_sum", "state")
     return {name: leaf if name in kept else torch.full_like(leaf, NAN) for name, leaf in cache.items()}
+
+
+def filled(att, cfg, params, first=(13, 6), capacity=16, dtype=torch.float64):
+    """A cache of two rows after a ragged prefill, NaN in everything that holds nothing."""
+    x = tokens(cfg, new=max(first), dtype=next(iter(params.values())).dtype)
+    return att.prefill(params, cfg, x, poisoned_cache(att, cfg, 2, capacity, dtype), int32(*first))[1]
 
 
 def fold_decode(att, params, cfg, x, cache):
@@ -192,99 +196,25 @@ def same_caches(cache, other):
     """Both hold the same: the same numbers where numbers are, the same poison elsewhere."""
     assert cache.keys() == other.keys()
     for name in cache:
-        torch.testing.assert_close(cache[name], other[name], rtol=1e-10, atol=1e-10, equal_nan=True)
+        assert cache[name].dtype == other[name].dtype
+        one, two = (leaf.float() if leaf.dtype == torch.float8_e4m3fn else leaf for leaf in (cache[name], other[name]))
+        torch.testing.assert_close(one, two, rtol=1e-10, atol=1e-10, equal_nan=True)
 
 
-def check_splits(att, params, cfg, x, capacity, splits):
-    """forward = prefill = decode = any chunks, in y and in the cache."""
-    expected = att.forward(params, cfg, x)
-    y, whole = att.prefill(params, cfg, x, poisoned_cache(att, cfg, len(x), capacity))
-    close(y, expected)
-    y, folded = fold_decode(att, params, cfg, x, poisoned_cache(att, cfg, len(x), capacity))
-    close(y, expected)
-    assert folded["length"].tolist() == [x.shape[1]] * len(x)
-    same_caches(folded, whole)
-    for split in splits:
-        cache, ys = poisoned_cache(att, cfg, len(x), capacity), []
-        for chunk in x.split(split, dim=1):
-            y, cache = att.prefill(params, cfg, chunk, cache)
-            ys.append(y)
-        close(torch.cat(ys, 1), expected)
-        same_caches(cache, whole)
+def row_of(cache, row):
+    return {name: leaf[row : row + 1] for name, leaf in cache.items()}
 
 
-def check_ragged(att, params, cfg, capacity, first, second):
-    """Rows of first[b], then second[b] tokens, then one decoded, equal the rows alone; pads hold NaN and Inf."""
-    batch = len(first)
-    x, more, last = (tokens(cfg, batch, new, seed=new) for new in (max(first), max(second), 1))
-    cache = poisoned_cache(att, cfg, batch, capacity)
-    for row in range(batch):
-        x[row, first[row] :], more[row, second[row] :] = NAN, INF
-    y, cache = att.prefill(params, cfg, x, cache, int32(*first))
-    y2, cache = att.prefill(params, cfg, more, cache, int32(*second))
-    y3, cache = att.decode(params, cfg, last, cache)
-    for row, (a, b) in enumerate(zip(first, second, strict=True)):
-        assert (y[row, a:] == 0).all() and (y2[row, b:] == 0).all()
-        alone = torch.cat([x[row, :a], more[row, :b], last[row]])[None]
-        close(torch.cat([y[row, :a], y2[row, :b], y3[row]])[None], att.forward(params, cfg, alone))
-        _, expected = att.prefill(params, cfg, alone, poisoned_cache(att, cfg, 1, capacity))
-        same_caches({name: leaf[row : row + 1] for name, leaf in cache.items()}, expected)
+def spied(ops):
+    """(calls, namespace): the ops, and what each call is given and gives back, in order."""
+    calls = {name: [] for name in ops.__all__}
 
+    def spy(name):
+        def call(*args, **options):
+            result = getattr(ops, name)(*args, **options)
+            calls[name].append((args, options, result))
+            return result
 
-def check_stored_precision(att, params, cfg, x, capacity):
-    """Prefill sees bfloat16 keys as decode does, which forward, without a cache, does not."""
-    params = {name: leaf.float() for name, leaf in params.items()}
-    x = x.float()
-    y, cache = att.prefill(params, cfg, x, att.init_cache(cfg, len(x), capacity))
-    assert y.dtype == torch.float32 and cache["k"].dtype == cache["v"].dtype == torch.bfloat16
-    folded, _ = fold_decode(att, params, cfg, x, att.init_cache(cfg, len(x), capacity))
-    torch.testing.assert_close(y, folded)
-    assert not torch.allclose(y, att.forward(params, cfg, x), rtol=1e-4, atol=1e-4)
+        return call
 
-
-def check_inputs_kept(att, params, cfg, capacity):
-    x, cache = tokens(cfg, 2, 5), att.init_cache(cfg, 2, capacity, torch.float64)
-    _, cache = att.prefill(params, cfg, x, cache)
-    kept = [{name: value.clone() for name, value in tree.items()} for tree in (params, cache, {"x": x})]
-    att.prefill(params, cfg, x, cache)
-    att.decode(params, cfg, x[:, :1], cache)
-    for tree, before in zip((params, cache, {"x": x}), kept, strict=True):
-        assert all(torch.equal(tree[name], before[name]) for name in before)
-
-
-def check_gradients(att, params, cfg, capacity):
-    """Finite through a ragged prefill in two chunks with NaN at pads and in empty slots, and 0 at the pads."""
-    params = {name: value.clone().requires_grad_() for name, value in params.items()}
-    x = tokens(cfg)
-    x[1, 3:] = NAN
-    x.requires_grad_()
-    y, cache = att.prefill(params, cfg, x[:, :4], poisoned_cache(att, cfg, 2, capacity), int32(4, 3))
-    y2, _ = att.prefill(params, cfg, x[:, 4:], cache, int32(3, 0))
-    (y.square().sum() + y2.square().sum()).backward()
-    assert all(leaf.grad.isfinite().all() for leaf in (x, *params.values()))
-    assert (x.grad[1, 3:] == 0).all() and x.grad[1, :3].any()
-
-
-def check_overflow(att, params, cfg, capacity, monkeypatch):
-    """One token too many names the row on the CPU; where lengths are not read, that row alone is NaN and unchanged."""
-    x = tokens(cfg, 3, capacity)
-    _, cache = att.prefill(
-        params, cfg, x, poisoned_cache(att, cfg, 3, capacity), int32(capacity - 2, capacity, capacity - 2)
-    )
-    new = tokens(cfg, 3, 1, seed=5)
-    for call in (att.prefill, att.decode):
-        message = rf"^row 1 overflows its cache: length {capacity} \+ 1 new tokens, capacity {capacity}$"
-        with pytest.raises(ValueError, match=message):
-            call(params, cfg, new, cache)
-    y, after = att.prefill(params, cfg, new, cache, int32(0, 0, 0))
-    assert (y == 0).all()
-    same_caches(after, cache)
-    monkeypatch.setattr(step, "room", lambda length, new, capacity: length + new <= capacity)
-    for call in (att.prefill, att.decode):
-        y, after = call(params, cfg, new, cache)
-        assert y[1].isnan().all() and y[::2].isfinite().all()
-        assert after["length"].tolist() == [capacity - 1, capacity, capacity - 1]
-        row = [{name: leaf[1:2] for name, leaf in tree.items()} for tree in (after, cache)]
-        same_caches(*row)
-        alone, _ = call(params, cfg, new[2:], {name: leaf[2:] for name, leaf in cache.items()})
-        close(y[2:], alone)
+    return calls, SimpleNamespace(**{name: spy(name) for name in calls})

@@ -1,4 +1,4 @@
-"""DeepSeek sparse attention as a loop over queries, heads and tokens, and its test configs."""
+"""Latent attention, dense and sparse, as a loop over queries, heads and tokens, and its test configs."""
 
 import math
 from types import SimpleNamespace
@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import torch
 from dense_family import random
 
+from torch_ref.attention import mla
 from torch_ref.core.rope import frequencies
 
 YARN = {
@@ -42,6 +43,16 @@ def dsa_config(**fields):
     return SimpleNamespace(**(defaults | fields))
 
 
+V2 = YARN | {"mscale": 0.707, "mscale_all_dim": 0.707}
+# without an indexer, every query attends all that it sees
+MLA = {
+    "deepseek_v3": dsa_config(rope_parameters=YARN),
+    "deepseek_v2_lite": dsa_config(q_lora_rank=None, rope_parameters=V2),
+    "biases": dsa_config(attention_bias=True, rope_layout="half"),
+    "biases_without_q_lora": dsa_config(attention_bias=True, q_lora_rank=None, num_attention_heads=1),
+    "kimi_linear": dsa_config(q_lora_rank=None, rope_parameters=None),
+    "scaled": dsa_config(scaling=0.7, rms_norm_eps=0.5, qk_rope_head_dim=6, rope_parameters=V2 | {"mscale": 1.0}),
+}
 CONFIGS = {
     "deepseek_v32": dsa_config(rope_parameters=YARN),
     "glm_5": dsa_config(index_rope_layout="interleaved", index_topk=3, attention_bias=True),
@@ -56,14 +67,15 @@ CONFIGS = {
 }
 
 
-def init_params(cfg, dtype=torch.float64):
+def init_params(cfg, dtype=torch.float64, indexer=True):
     d, n, c, r = cfg.hidden_size, cfg.num_attention_heads, cfg.kv_lora_rank, cfg.qk_rope_head_dim
     nope, v, rank, i, j = cfg.qk_nope_head_dim, cfg.v_head_dim, cfg.q_lora_rank, cfg.index_n_heads, cfg.index_head_dim
     shapes = {"wkv_a": (d, c + r), "kv_norm": (c,), "wk_b": (c, n, nope), "wv_b": (c, n, v), "wo": (n, v, d)}
-    shapes |= {"wq_a": (d, rank), "q_norm": (rank,), "wq_b": (rank, n, nope + r)}
+    down = {"wq_a": (d, rank), "q_norm": (rank,), "wq_b": (rank, n, nope + r)}
+    shapes |= {"wq": (d, n, nope + r)} if rank is None else down
     if cfg.attention_bias:
-        shapes |= {"bkv_a": (c + r,), "bo": (d,), "bq_a": (rank,)}
-    if not cfg.index_shared:
+        shapes |= {"bkv_a": (c + r,), "bo": (d,)} | ({} if rank is None else {"bq_a": (rank,)})
+    if indexer and not cfg.index_shared:
         shapes |= {"wq_index": (rank, i, j), "wk_index": (d, j), "ww_index": (d, i)}
         shapes |= {"k_index_norm": (j,), "k_index_bias": (j,)}
     return {name: random(*shape, seed=i, dtype=dtype) / 2 for i, (name, shape) in enumerate(shapes.items())}
@@ -139,17 +151,20 @@ def index_row(params, cfg, x, where):
     return scores, picks
 
 
-def attend_row(params, cfg, x, where, picks, scale):
+def attend_row(params, cfg, x, where, picks):
     """y T D of one row: multi-head latent attention of query t over the tokens picks[t]."""
-    c, nope, layout = cfg.kv_lora_rank, cfg.qk_nope_head_dim, cfg.rope_layout
+    c, nope, layout, scale = cfg.kv_lora_rank, cfg.qk_nope_head_dim, cfg.rope_layout, mla.scaling(cfg)
     y, latents, ropes = torch.zeros_like(x), [], []
     for t, token in enumerate(x):
         kv = token @ params["wkv_a"] + params.get("bkv_a", 0.0)
         latents.append(rms(kv[:c], params["kv_norm"], cfg.rms_norm_eps))
         ropes.append(turn(cfg, kv[c:], where[t], layout))
-        c_q = rms(token @ params["wq_a"] + params.get("bq_a", 0.0), params["q_norm"], cfg.rms_norm_eps)
+        c_q, up = token, params.get("wq")
+        if cfg.q_lora_rank is not None:
+            down = token @ params["wq_a"] + params.get("bq_a", 0.0)
+            c_q, up = rms(down, params["q_norm"], cfg.rms_norm_eps), params["wq_b"]
         for n in range(cfg.num_attention_heads):
-            q = c_q @ params["wq_b"][:, n]
+            q = c_q @ up[:, n]
             q_nope, q_rope = q[:nope], turn(cfg, q[nope:], where[t], layout)
             logits = [scale * float(q_nope @ (latents[s] @ params["wk_b"][:, n]) + q_rope @ ropes[s]) for s in picks[t]]
             total = sum(math.exp(z) for z in logits)
@@ -158,9 +173,15 @@ def attend_row(params, cfg, x, where, picks, scale):
     return y + params.get("bo", 0.0)
 
 
-def dsa_loop(params, cfg, x, positions, scale, picks=None):
+def dsa_loop(params, cfg, x, positions, picks=None):
     """(y B T D, picks): picks of another layer, a list per query, or by default the row's own."""
     if picks is None:
         picks = [index_row(params, cfg, row, where)[1] for row, where in zip(x, positions.tolist(), strict=True)]
     rows = zip(x, positions.tolist(), picks, strict=True)
-    return torch.stack([attend_row(params, cfg, row, where, chosen, scale) for row, where, chosen in rows]), picks
+    return torch.stack([attend_row(params, cfg, row, where, chosen) for row, where, chosen in rows]), picks
+
+
+def mla_loop(params, cfg, x, positions):
+    """y B T D in which every query attends all tokens up to itself."""
+    every = [[range(t + 1) for t in range(x.shape[1])]] * len(x)
+    return dsa_loop(params, cfg, x, positions, every)[0]

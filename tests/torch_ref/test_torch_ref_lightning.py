@@ -1,6 +1,5 @@
-"""torch_ref's lightning attention: its three forms, and a loop over single tokens written from the equations."""
+"""torch_ref's lightning attention: its three forms against each other, its decays, its state and its op."""
 
-import math
 from random import Random
 from types import SimpleNamespace
 
@@ -8,103 +7,22 @@ import dense_family as family
 import pytest
 import torch
 from dense_family import INF, NAN, close, int32, random, tokens
+from lightning_loop import CONFIGS, EXPONENTS, init_params, lightning_config, lightning_loop
 
-import torch_ref
 from torch_ref import ops
 from torch_ref.attention import lightning
 
 
-@pytest.fixture(autouse=True)
-def _states_start_at_zero(monkeypatch):
-    """A state has no slots that could hold poison."""
-    monkeypatch.setattr(
-        family,
-        "poisoned_cache",
-        lambda att, cfg, batch, capacity, dtype=torch.float64: att.init_cache(cfg, batch, 0, dtype),
-    )
-
-
-def config(**fields):
-    defaults = dict(
-        hidden_size=10,
-        num_attention_heads=4,
-        head_dim=3,
-        layer_index=1,
-        num_hidden_layers=6,
-        block_size=4,
-        rms_norm_eps=1e-6,
-    )
-    return SimpleNamespace(**(defaults | fields))
-
-
-def init_params(cfg, dtype=torch.float64):
-    d, n, h = cfg.hidden_size, cfg.num_attention_heads, lightning.head_dim(cfg)
-    shapes = {name: (d, n, h) for name in ("wq", "wk", "wv", "wg")} | {"o_norm": (n, h), "wo": (n, h, d)}
-    return {name: random(*shape, seed=i, dtype=dtype) / 2 for i, (name, shape) in enumerate(shapes.items())}
-
-
-CONFIGS = {
-    "plain": config(),
-    "first_layer_one_block": config(layer_index=0, block_size=256),
-    "last_layer_single_tokens": config(layer_index=5, block_size=1),
-    "three_heads": config(num_attention_heads=3, head_dim=None, block_size=5, rms_norm_eps=0.1),
-    "one_head_one_layer": config(
-        num_attention_heads=1, head_dim=None, layer_index=0, num_hidden_layers=1, block_size=3
-    ),
-}
-EXPONENTS = {1: [8], 2: [4, 8], 3: [4, 8, 2], 4: [2, 4, 6, 8], 6: [2, 4, 6, 8, 1, 3]}
-every_config = pytest.mark.parametrize("cfg", CONFIGS.values(), ids=CONFIGS)
-
-
-def loop(params, cfg, x):
-    """(y, state): one row and one token at a time."""
-    n_heads, layers = cfg.num_attention_heads, cfg.num_hidden_layers
-    factor = 1 - cfg.layer_index / (layers - 1 + 1e-5) + 1e-5
-    ys, states = torch.zeros_like(x), []
-    for b in range(len(x)):
-        state = [0.0] * n_heads
-        for t in range(x.shape[1]):
-            outs = []
-            for n in range(n_heads):
-                z = [x[b, t] @ params[name][:, n] for name in ("wq", "wk", "wv")]
-                q, k, v = (value / (1 + torch.exp(-value)) for value in z)
-                decay = math.exp(-(2.0 ** -EXPONENTS[n_heads][n]) * factor)
-                state[n] = decay * state[n] + torch.outer(k, v)
-                outs.append(q @ state[n])
-            out = torch.cat(outs)
-            out = out / torch.sqrt((out * out).mean() + cfg.rms_norm_eps) * params["o_norm"].flatten()
-            gate = 1 / (1 + torch.exp(-(x[b, t] @ params["wg"].flatten(1))))
-            ys[b, t] = (gate * out) @ params["wo"].flatten(0, 1)
-        states.append(torch.stack(state))
-    return ys, torch.stack(states)
-
-
-@every_config
-def test_forward_is_the_loop(cfg):
+@pytest.mark.parametrize("cfg", CONFIGS.values(), ids=CONFIGS)
+def test_the_state_is_the_loop_s(cfg):
     params, x = init_params(cfg), tokens(cfg, new=13)
-    expected, state = loop(params, cfg, x)
-    close(lightning.forward(params, cfg, x), expected)
-    close(lightning.forward(params, cfg, x, family.odd_positions(x)), expected)  # nothing turns with the position
     y, cache = lightning.prefill(params, cfg, x, lightning.init_cache(cfg, 2, 13, x.dtype))
-    close(y, expected)
-    close(cache["state"], state)
-
-
-@every_config
-def test_every_split_is_forward(cfg):
-    splits = [5, 12, [4, 2, 1, 1, 9], [1, 16], [16, 1]]
-    family.check_splits(lightning, init_params(cfg), cfg, tokens(cfg, new=17), capacity=0, splits=splits)
-
-
-@every_config
-def test_ragged_rows_equal_rows_alone(cfg):
-    params = init_params(cfg)
-    family.check_ragged(lightning, params, cfg, 0, first=(13, 0, 4, 1, 6), second=(1, 2, 0, 12, 3))
-    family.check_ragged(lightning, params, cfg, 0, first=(8, 9, 3), second=(5, 0, 11))
+    for actual, expected in zip((y, cache["state"]), lightning_loop(params, cfg, x), strict=True):
+        close(actual, expected)
 
 
 def test_pads_do_not_decay_the_state():
-    cfg = config(layer_index=0)
+    cfg = lightning_config(layer_index=0)
     params, x = init_params(cfg), tokens(cfg, batch=3, new=9)
     _, cache = lightning.prefill(params, cfg, x, lightning.init_cache(cfg, 3, 9, x.dtype))
     y, after = lightning.prefill(params, cfg, torch.full_like(x, NAN), cache, int32(0, 0, 0))
@@ -114,12 +32,6 @@ def test_pads_do_not_decay_the_state():
     _, after = lightning.prefill(params, cfg, x, cache, int32(1, 0, 5))
     assert torch.equal(after["state"][1], cache["state"][1]) and not torch.equal(after["state"], cache["state"])
     assert after["length"].tolist() == [10, 9, 14]
-
-
-@every_config
-def test_gradients_and_inputs(cfg):
-    family.check_gradients(lightning, init_params(cfg), cfg, capacity=0)
-    family.check_inputs_kept(lightning, init_params(cfg), cfg, capacity=0)
 
 
 # ---- the three forms
@@ -191,7 +103,7 @@ def test_powers_that_underflow_in_float32():
     ("layer", "heads"), [(0, (0.91701321, 0.06250063, 0.00390629)), (78, (0.01161693, 0.00079177, 0.00004949))]
 )
 def test_slopes_of_minimax_text_01(layer, heads):
-    slopes = lightning.slopes(config(num_attention_heads=64, layer_index=layer, num_hidden_layers=80))
+    slopes = lightning.slopes(lightning_config(num_attention_heads=64, layer_index=layer, num_hidden_layers=80))
     assert slopes[[0, 31, 63]].tolist() == pytest.approx(heads, abs=5.1e-9)
 
 
@@ -200,12 +112,12 @@ def test_slopes_of_minimax_text_01(layer, heads):
     [*EXPONENTS.items(), (12, [1, 2, 3, 4, 5, 6, 7, 8, 0.5, 1.5, 2.5, 3.5])],
 )
 def test_slopes_between_powers_of_two(n_heads, exponents):
-    slopes = lightning.slopes(config(num_attention_heads=n_heads, layer_index=0)) / (1 + 1e-5)
+    slopes = lightning.slopes(lightning_config(num_attention_heads=n_heads, layer_index=0)) / (1 + 1e-5)
     close(-torch.log2(slopes), torch.tensor(exponents, dtype=torch.float64))
 
 
 def test_the_last_layer_hardly_decays():
-    last = config(layer_index=79, num_hidden_layers=80)
+    last = lightning_config(layer_index=79, num_hidden_layers=80)
     assert ((lightning.slopes(last) > 0) & (lightning.slopes(last) < 1e-5)).all()
 
 
@@ -214,7 +126,7 @@ def test_the_last_layer_hardly_decays():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
 def test_the_state_is_float32_or_wider(dtype):
-    cfg = config()
+    cfg = lightning_config()
     cache = lightning.init_cache(cfg, 2, 1000, dtype)
     assert {name: (list(leaf.shape), leaf.dtype) for name, leaf in cache.items()} == {
         "state": ([2, 4, 3, 3], torch.promote_types(dtype, torch.float32)),
@@ -231,7 +143,7 @@ def test_the_state_is_float32_or_wider(dtype):
 
 
 def test_decode_takes_an_op_that_overwrites_its_state():
-    cfg, seen = config(), {}
+    cfg, seen = lightning_config(), {}
     params, x = init_params(cfg, torch.float32), tokens(cfg, new=5, dtype=torch.float32)
 
     def greedy(q, k, v, state, decay):
@@ -253,68 +165,12 @@ def test_decode_takes_an_op_that_overwrites_its_state():
 
 
 def test_it_never_overflows():
-    cfg = config()
+    cfg = lightning_config()
     x = tokens(cfg, new=40)
     y, cache = lightning.prefill(init_params(cfg), cfg, x, lightning.init_cache(cfg, 2, 0, x.dtype))
     assert cache["length"].tolist() == [40, 40] and y.isfinite().all()
 
 
-def test_the_registry_knows_it():
-    assert torch_ref.get("lightning") is lightning
-
-
-# ---- bad inputs
-
-
-@pytest.mark.parametrize(
-    ("fields", "error", "message"),
-    [
-        (
-            {"layer_index": 6},
-            ValueError,
-            r"^layer_index is 6; allowed: 0 to 5, one of the 6 layers of num_hidden_layers$",
-        ),
-        ({"layer_index": -1}, ValueError, r"^layer_index is -1; allowed: an int >= 0$"),
-        ({"layer_index": None}, TypeError, r"^layer_index is a NoneType; allowed: an int >= 0$"),
-        ({"num_hidden_layers": 0}, ValueError, r"^num_hidden_layers is 0; allowed: an int >= 1$"),
-        ({"block_size": 0}, ValueError, r"^block_size is 0; allowed: an int >= 1$"),
-        ({"num_attention_heads": 0}, ValueError, r"^num_attention_heads is 0; allowed: an int >= 1$"),
-        ({"num_attention_heads": 11, "head_dim": None}, ValueError, r"^head_dim is 0; allowed: an int >= 1$"),
-    ],
-)
-def test_bad_fields_are_named(fields, error, message):
-    good, cfg = config(), config(**fields)
-    params, x, cache = init_params(good), tokens(good), lightning.init_cache(good, 2, 9, torch.float64)
-    for call in (
-        lambda: lightning.init_cache(cfg, 2, 9),
-        lambda: lightning.forward(params, cfg, x),
-        lambda: lightning.prefill(params, cfg, x, cache),
-        lambda: lightning.decode(params, cfg, x[:, :1], cache),
-    ):
-        with pytest.raises(error, match=message):
-            call()
-
-
-def test_bad_inputs_are_named():
-    cfg = config()
-    params, x, cache = init_params(cfg), tokens(cfg), lightning.init_cache(cfg, 2, 9, torch.float64)
-    with pytest.raises(ValueError, match=r"^x has shape \[2, 7, 9\]; allowed: \[B T D=10\]$"):
-        lightning.forward(params, cfg, x[..., :9])
-    with pytest.raises(ValueError, match=r"^x has shape \[2, 7, 10\]; allowed: \[B T=1 D=10\]$"):
-        lightning.decode(params, cfg, x, cache)
-    with pytest.raises(TypeError, match=r"^positions has dtype torch.float32; allowed: int32, int64$"):
-        lightning.forward(params, cfg, x, torch.zeros(2, 7))
-    with pytest.raises(ValueError, match=r"^lengths\[1\] is 8; allowed: 0 to 7, the tokens of x$"):
-        lightning.prefill(params, cfg, x, cache, int32(7, 8))
-    with pytest.raises(ValueError, match=r'^params\["o_norm"\] has shape \[3\]; allowed: \[4, 3\]$'):
-        lightning.forward(params | {"o_norm": torch.ones(3)}, cfg, x)
-    with pytest.raises(ValueError, match=r'^params\["wg"\] has shape \[10, 1, 3\]; allowed: \[10, 4, 3\]$'):
-        lightning.forward(params | {"wg": params["wg"][:, :1]}, cfg, x)
-    with pytest.raises(ValueError, match=r'^cache\["state"\] has shape \[2, 4, 3, 2\]; allowed: \[B=2 N=4 H=3 V=3\]$'):
-        lightning.prefill(params, cfg, x, cache | {"state": cache["state"][..., :2]})
-    with pytest.raises(TypeError, match=r'^cache\["state"\] has dtype torch.bfloat16; allowed: float32, float64$'):
-        lightning.decode(params, cfg, x[:, :1], cache | {"state": cache["state"].bfloat16()})
-    with pytest.raises(ValueError, match=r'^cache\["length"\] has shape \[1\]; allowed: \[B=2\]$'):
-        lightning.prefill(params, cfg, x, cache | {"length": int32(0)})
+def test_blocks_of_no_token_are_refused():
     with pytest.raises(ValueError, match=r"^block_size is 0; allowed: an int >= 1$"):
         lightning.blockwise(*form_inputs(0, 5), 0)

@@ -1,72 +1,23 @@
-"""torch_ref's native sparse attention against the loop of `nsa_loop`, its limits, and its golden tables."""
+"""torch_ref's native sparse attention: its branches one at a time, golden tables, selection, and what decode reads."""
 
 import dense_family as family
 import pytest
 import torch
-from dense_family import DENSE, NAN, close, int32, tokens
+from dense_family import DENSE, NAN, close, int32, spied, tokens
+from mechanisms import CASES
 from nsa_loop import init_params, nsa_config, nsa_loop
 
 import torch_ref
 from torch_ref import ops
 from torch_ref.attention import dense, nsa, nsa_compress
 
-VARIANTS = {
-    "mean": dict(compress="mean"),
-    "weighted": dict(compress="weighted", separate_branches=True),
-    "linear": dict(compress="linear"),
-    "mlp_separate": dict(separate_branches=True, qk_norm="head", attention_bias=True),
-    "stride_is_size": dict(kernel_size=4, kernel_stride=4, block_size=4, topk=2, local_blocks=2),
-    "stride_1": dict(kernel_size=3, kernel_stride=1, block_size=4, topk=2, init_blocks=0, separate_branches=True),
-    "entry_is_block": dict(kernel_size=6, kernel_stride=3, block_size=6, window_size=1, init_blocks=2, topk=4),
-    "few_forced": dict(init_blocks=0, local_blocks=0, topk=1),
-    "more_forced_than_topk": dict(init_blocks=2, local_blocks=2, topk=1),
-}
-SPLITS = [2, 5, 12, [1, 3, 1, 1, 9, 6, 2]]  # of 23 tokens
-CONFIGS = {name: nsa_config(**fields) for name, fields in DENSE.items()}
-CONFIGS |= {name: nsa_config(**fields) for name, fields in VARIANTS.items()}
-every_config = pytest.mark.parametrize("cfg", CONFIGS.values(), ids=CONFIGS)
 
-
-@every_config
-def test_forward_is_the_loop(cfg):
-    params, x = init_params(cfg), tokens(cfg, new=23)
-    default, odd = family.default_positions(x), family.odd_positions(x)
-    expected, picks = nsa_loop(params, cfg, x, default)
-    assert any(blocks not in ([0], [0, 1], [0, 1, 2]) for blocks in picks.values()) or cfg.topk == 1
-    close(nsa.forward(params, cfg, x), expected)
-    close(nsa.forward(params, cfg, x, odd), nsa_loop(params, cfg, x, odd)[0])
-    close(nsa.forward(params, cfg, x, default + 50), expected)
-
-
-@every_config
-def test_every_split_is_forward(cfg):
-    for capacity in (23, 28):
-        splits = SPLITS if capacity == 28 else []
-        family.check_splits(nsa, init_params(cfg), cfg, tokens(cfg, new=23), capacity, splits)
-
-
-@every_config
-def test_ragged_rows_equal_rows_alone(cfg):
-    family.check_ragged(nsa, init_params(cfg), cfg, 26, first=(13, 0, 3, 1, 6), second=(1, 2, 0, 12, 3))
-
-
-@every_config
-def test_gradients_and_inputs(cfg):
-    family.check_gradients(nsa, init_params(cfg), cfg, capacity=8)
-    family.check_inputs_kept(nsa, init_params(cfg), cfg, capacity=12)
-
-
-@pytest.mark.parametrize("name", ["plain", "mlp_separate", "linear"])
-def test_prefill_attends_over_what_it_stored(name):
-    cfg = CONFIGS[name]
-    family.check_stored_precision(nsa, init_params(cfg), cfg, tokens(cfg, new=13), capacity=16)
-
-
-@pytest.mark.parametrize("capacity", [3, 7, 9])
-@pytest.mark.parametrize("name", ["plain", "mlp_separate"])
-def test_overflow(name, capacity, monkeypatch):
-    cfg = CONFIGS[name]
-    family.check_overflow(nsa, init_params(cfg), cfg, capacity, monkeypatch)
+def test_the_test_configs_pick_more_than_the_first_blocks():
+    for name, case in CASES.items():
+        if name.startswith("nsa:") and case.cfg.topk > 1:
+            x = tokens(case.cfg, new=case.tokens)
+            _, picks = nsa_loop(case.params, case.cfg, x, family.default_positions(x))
+            assert any(blocks not in ([0], [0, 1], [0, 1, 2]) for blocks in picks.values())
 
 
 def test_a_cache_without_room_for_an_entry_keeps_one_unused():
@@ -207,27 +158,10 @@ def test_forced_blocks_come_first_and_count():
     assert scores_to_blocks(nsa_config(topk=9, block_size=6), {0: 1.0}, t=3, blocks=2) == [0, -1]
 
 
-class Spy:
-    """The reference ops, with the block lists and the keys' slots of the calls."""
-
-    topk_indices = staticmethod(ops.topk_indices)
-
-    def __init__(self):
-        self.slots = []
-
-    def decode_attention(self, q, k, v, lengths, **options):
-        self.slots.append((k.shape[1], lengths.tolist()))
-        return ops.decode_attention(q, k, v, lengths, **options)
-
-    def decode_block_sparse(self, q, k, v, block_indices, lengths, **options):
-        self.lists = block_indices
-        return ops.decode_block_sparse(q, k, v, block_indices, lengths, **options)
-
-
 @pytest.mark.parametrize("name", ["plain", "mqa", "mlp_separate"])
 def test_decode_reads_the_chosen_blocks_and_the_window(name):
     """NaN in all other slots of k and v; one list per KV head; a window of w slots."""
-    cfg = nsa_config(**vars(CONFIGS[name]) | dict(topk=2))
+    cfg = nsa_config(**vars(CASES[f"nsa:{name}"].cfg) | dict(topk=2))
     params, x = init_params(cfg), tokens(cfg, 1, 22)
     _, cache = nsa.prefill(params, cfg, x[:, :21], nsa.init_cache(cfg, 1, 22, x.dtype))
     expected, picks = nsa_loop(params, cfg, x, family.default_positions(x))
@@ -235,76 +169,11 @@ def test_decode_reads_the_chosen_blocks_and_the_window(name):
         window = [] if cfg.separate_branches else range(19, 22)
         unread = [s for s in range(22) if s // 6 not in picks[0, 21, kv] and s not in window]
         cache["k"][0, unread, kv], cache["v"][0, unread, kv] = NAN, NAN
-    spy = Spy()
-    y, _ = nsa.decode(params, cfg, x[:, 21:], cache, ops=spy)
+    calls, spies = spied(ops)
+    y, _ = nsa.decode(params, cfg, x[:, 21:], cache, ops=spies)
+    (((*_, lists, _), _, _),) = calls["decode_block_sparse"]
     close(y, expected[:, 21:])
     assert cache["k"].isnan().any()
-    assert spy.lists.dtype == torch.int32
-    assert spy.lists[0, 0].tolist() == [picks[0, 21, kv] for kv in range(cfg.num_key_value_heads)]
-    assert spy.slots == [(10, [10]), (3, [3])]
-
-
-# ---- bad inputs
-
-
-@pytest.mark.parametrize(
-    ("fields", "error", "message"),
-    [
-        ({"kernel_size": 0}, ValueError, r"^kernel_size is 0; allowed: an int >= 1$"),
-        ({"kernel_stride": 3}, ValueError, r"^kernel_size is 4; allowed: a multiple of kernel_stride 3$"),
-        ({"block_size": 7}, ValueError, r"^block_size is 7; allowed: a multiple of kernel_stride 2$"),
-        ({"kernel_size": 8}, ValueError, r"^kernel_size is 8; allowed: at most block_size 6$"),
-        ({"topk": 0}, ValueError, r"^topk is 0; allowed: an int >= 1$"),
-        ({"init_blocks": -1}, ValueError, r"^init_blocks is -1; allowed: an int >= 0$"),
-        ({"local_blocks": None}, TypeError, r"^local_blocks is a NoneType; allowed: an int >= 0$"),
-        ({"window_size": 0}, ValueError, r"^window_size is 0; allowed: an int >= 1$"),
-        ({"compress": "max"}, ValueError, r"^compress is 'max'; allowed: mean, weighted, linear, mlp$"),
-    ],
-)
-def test_bad_fields_are_named(fields, error, message):
-    good = nsa_config()
-    cfg, params, x = nsa_config(**fields), init_params(good), tokens(good, new=1)
-    cache = nsa.init_cache(good, 2, 9, x.dtype)
-    for call in (nsa.forward, nsa.prefill, nsa.decode):
-        with pytest.raises(error, match=message):
-            call(params, cfg, x, *([] if call is nsa.forward else [cache]))
-    with pytest.raises(error, match=message):
-        nsa.init_cache(cfg, 2, 9)
-
-
-@pytest.mark.parametrize(
-    ("compress", "name", "shape"),
-    [
-        ("mlp", "wgate", [10, 4, 3]),
-        ("mlp", "k_pe", [4, 2, 6]),
-        ("mlp", "v_pe", [4, 2, 5]),
-        ("mlp", "phi_k_in", [4, 2, 6, 3]),
-        ("mlp", "phi_v_out", [2, 3, 5]),
-        ("weighted", "phi_k", [4, 2]),
-        ("linear", "phi_v", [4, 2, 5, 5]),
-    ],
-)
-def test_bad_parameters_are_named(compress, name, shape):
-    cfg = nsa_config(compress=compress)
-    params = init_params(cfg)
-    assert list(params[name].shape) == shape
-    wrong, allowed = [1, *shape[1:]], ", ".join(map(str, shape))
-    message = rf'^params\["{name}"\] has shape \[{", ".join(map(str, wrong))}\]; allowed: \[{allowed}\]$'
-    with pytest.raises(ValueError, match=message):
-        nsa.forward(params | {name: params[name][:1]}, cfg, tokens(cfg))
-
-
-@pytest.mark.parametrize("name", ["k_cmp", "v_cmp", "tail_k", "tail_v", "k_win", "v_win"])
-def test_bad_caches_are_named(name):
-    cfg = nsa_config(separate_branches=True)
-    cache, x = nsa.init_cache(cfg, 2, 9, torch.float64), tokens(cfg)
-    slots, width = cache[name].shape[1], "V" if "v" in name else "H"
-    message = rf'^cache\["{name}"\] has shape \[2, {slots - 1}, 2, .\]; allowed: \[B=2 S={slots} K=2 {width}=.\]$'
-    with pytest.raises(ValueError, match=message):
-        nsa.prefill(init_params(cfg), cfg, x, cache | {name: cache[name][:, 1:]})
-    with pytest.raises(TypeError, match=rf'^cache\["{name}"\] has dtype torch.float32; allowed: float64$'):
-        nsa.decode(init_params(cfg), cfg, x[:, :1], cache | {name: cache[name].float()})
-
-
-def test_the_registry_knows_it():
-    assert torch_ref.get("nsa") is nsa
+    assert lists.dtype == torch.int32
+    assert lists[0, 0].tolist() == [picks[0, 21, kv] for kv in range(cfg.num_key_value_heads)]
+    assert [(args[1].shape[1], args[3].tolist()) for args, _, _ in calls["decode_attention"]] == [(10, [10]), (3, [3])]

@@ -1,13 +1,14 @@
-"""torch_ref's layers of DeepSeek-V4: against a loop over queries and entries, their caches, limits and tables."""
+"""torch_ref's layers of DeepSeek-V4: their limits, tables, caches, and what decode hands to the ops."""
 
 from types import SimpleNamespace
 
 import dense_family as family
 import pytest
 import torch
-from dense_family import INF, NAN, close, default_positions, int32, odd_positions, tokens
-from v4_loop import CASES, angles, filled, gate_rows, init_params, spied_ops, v4_config, v4_loop, v4_row
+from dense_family import INF, NAN, close, default_positions, filled, spied, tokens
+from v4_loop import CASES, angles, gate_rows, init_params, v4_config, v4_loop, v4_row
 
+from torch_ref import ops
 from torch_ref.attention import csa, hca, v4_compress, v4_window
 from torch_ref.core.rope import frequencies
 
@@ -17,22 +18,7 @@ every_compressed = pytest.mark.parametrize(("att", "cfg"), COMPRESSED.values(), 
 both = pytest.mark.parametrize(("att", "overlap"), [(csa, True), (hca, False)], ids=["csa", "hca"])
 
 
-# ---- the equations
-
-
-@every_case
-def test_forward_is_the_loop(att, cfg):
-    params, x = init_params(att, cfg), tokens(cfg, new=14)
-    for positions in (default_positions(x), odd_positions(x)):
-        close(att.forward(params, cfg, x, positions), v4_loop(att, params, cfg, x, positions))
-    close(att.forward(params, cfg, x), att.forward(params, cfg, x, default_positions(x)))
-
-
-@every_case
-def test_a_constant_added_to_all_positions_changes_nothing(att, cfg):
-    """Values are turned too: this holds because the output is turned back."""
-    params, x = init_params(att, cfg), tokens(cfg, new=14)
-    close(att.forward(params, cfg, x, default_positions(x) + 50), att.forward(params, cfg, x))
+# ---- limits
 
 
 @every_case
@@ -134,13 +120,7 @@ def test_rotation_has_no_magnitude_and_takes_all_of_its_channels():
     close(v4_window.rotate(v4_config(rope_parameters=rope), x, where), v4_window.rotate(cfg, x, where))
 
 
-# ---- the laws of a cache
-
-
-@every_case
-def test_splits(att, cfg):
-    splits = [1, 4, [3, 1, 9, 1], [5, 2, 7], [13, 1]]
-    family.check_splits(att, init_params(att, cfg), cfg, tokens(cfg, new=14), 15, splits)
+# ---- the cache
 
 
 @every_compressed
@@ -153,19 +133,6 @@ def test_decode_after_every_prefill_length(att, cfg):
             y, cache = att.prefill(params, cfg, x[:, :first], cache)
             close(y, expected[:, :first])
         close(family.fold_decode(att, params, cfg, x[:, first:], cache)[0], expected[:, first:])
-
-
-@every_case
-@pytest.mark.parametrize(("first", "second"), [((13, 0, 4), (1, 7, 0)), ((3, 8, 1), (6, 3, 11))])
-def test_ragged_rows_equal_rows_alone(att, cfg, first, second):
-    family.check_ragged(att, init_params(att, cfg), cfg, 15, first, second)
-
-
-@every_case
-def test_a_row_without_tokens_keeps_its_cache(att, cfg):
-    params, cache = init_params(att, cfg), family.poisoned_cache(att, cfg, 2, 14)
-    _, after = att.prefill(params, cfg, tokens(cfg), cache, int32(0, 7))
-    family.same_caches(*({name: leaf[:1] for name, leaf in tree.items()} for tree in (after, cache)))
 
 
 @every_compressed
@@ -190,18 +157,13 @@ def test_entries_and_states_hold_what_the_loop_says(att, cfg):
                 close(cache[name][0], wanted)
 
 
-@every_case
-def test_inputs_are_kept(att, cfg):
-    family.check_inputs_kept(att, init_params(att, cfg), cfg, 12)
-
-
 @every_compressed
 def test_entries_that_may_not_be_read_reach_nothing(att, cfg):
     """Of 13 and 6 tokens: entries that are not complete and, in csa, complete ones that the query does not pick."""
     params = init_params(att, cfg)
     cache, x = filled(att, cfg, params), tokens(cfg, new=1, seed=5)
-    calls, spied = spied_ops()
-    expected, after = att.decode(params, cfg, x, cache, spied)
+    calls, spies = spied(ops)
+    expected, _ = att.decode(params, cfg, x, cache, spies)
     entries = cache["c_kv"].shape[1]
     read = torch.arange(entries) < (cache["length"][:, None] + 1) // cfg.compress_rate
     assert cache["c_kv"][~read].isnan().all() and (~read).any()
@@ -216,31 +178,7 @@ def test_entries_that_may_not_be_read_reach_nothing(att, cfg):
         close(call(params, cfg, x, poisoned)[0], expected)
 
 
-@every_case
-def test_gradients_beside_pads_and_poison_are_finite(att, cfg):
-    params = {name: leaf.requires_grad_() for name, leaf in init_params(att, cfg).items()}
-    x = tokens(cfg, new=9)
-    x[1, 3:] = NAN
-    x.requires_grad_()
-    y, cache = att.prefill(params, cfg, x, family.poisoned_cache(att, cfg, 2, 14), int32(9, 3))
-    y2, _ = att.decode(params, cfg, tokens(cfg, new=1), cache)
-    (y.square().sum() + y2.square().sum()).backward()
-    indexer = {name for name in params if "index" in name or "ic_" in name}
-    assert {name for name, leaf in params.items() if leaf.grad is None} == indexer  # a pick has no derivative
-    assert all(leaf.grad.isfinite().all() for name, leaf in params.items() if name not in indexer)
-    assert (x.grad[1, 3:] == 0).all() and x.grad[1, :3].all()
-
-
 # ---- overflow
-
-
-@every_case
-def test_overflow_names_the_row(att, cfg, monkeypatch):
-    """The capacity at which the entries' slots end: whole blocks and an open one; a ring ends only below the window."""
-    capacity = 3 * cfg.compress_rate + cfg.compress_rate - 1
-    if att is v4_window:
-        capacity, cfg = 6, SimpleNamespace(**(vars(cfg) | {"sliding_window": 7}))
-    family.check_overflow(att, init_params(att, cfg), cfg, max(capacity, 3), monkeypatch)
 
 
 def test_a_row_goes_on_while_its_blocks_have_slots():
@@ -261,3 +199,39 @@ def test_a_ring_below_the_window_ends_the_row(att, overlap):
     close(y, att.forward(params, cfg, x[:, :3]))
     with pytest.raises(ValueError, match=r"^row 0 overflows its cache: length 3 \+ 1 new tokens, capacity 3$"):
         att.decode(params, cfg, x[:, 3:], cache)
+
+
+# ---- the ops
+
+
+def test_decode_hands_the_ops_what_they_need():
+    """The sink rides with the window alone, parts are merged in float32, picks are gathered and nothing is masked."""
+    for name in ("csa", "hca"):
+        att, cfg = CASES[name]
+        params = init_params(att, cfg, torch.bfloat16)
+        cache, (calls, spies) = filled(att, cfg, params, (13, 7), dtype=torch.bfloat16), spied(ops)
+        att.decode(params, cfg, tokens(cfg, new=1, dtype=torch.bfloat16), cache, spies)
+        (args, options, _), *others = calls["decode_attention"]
+        assert torch.equal(options["sinks"], params["sinks"]) and args[3].tolist() == [5, 5]
+        assert [list(x.shape) for x in args[:3]] == [[2, 1, 4, 7], [2, 5, 1, 7], [2, 5, 1, 7]]
+        if att is csa:
+            ((q, k, v, picks, lengths), options, _) = calls["decode_block_sparse"][0]
+            assert v is None and lengths is None and options["block_size"] == 1 and picks.shape == (2, 1, 1, 2)
+            ((_, _, weights, complete), _, _) = calls["index_scores"][0]
+            assert weights.dtype == torch.float32
+            assert not others
+        else:
+            ((q, k, v, complete), options, _) = others[0]
+        assert k.shape == (2, 4, 1, 7) and complete.tolist() == [3, 2]
+        assert "sinks" not in options and options["scale"] == 7**-0.5
+        ((outs, lses), _, _) = calls["merge_states"][0]
+        assert outs.dtype == lses.dtype == torch.float32 and outs.shape == (2, 2, 1, 4, 7)
+
+
+def test_index_scores_carry_their_scale():
+    att, cfg = CASES["csa"]
+    params = init_params(att, cfg)
+    cache, x, (calls, spies) = filled(att, cfg, params), tokens(cfg, new=1, seed=5), spied(ops)
+    att.decode(params, cfg, x, cache, spies)
+    ((_, _, weights, _), _, _) = calls["index_scores"][0]
+    close(weights, x @ params["ww_index"] / 40**0.5)

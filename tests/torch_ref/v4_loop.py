@@ -4,11 +4,9 @@ import math
 from types import SimpleNamespace
 from typing import NamedTuple
 
-import dense_family as family
 import torch
-from dense_family import int32, random, tokens
+from dense_family import random
 
-from torch_ref import ops
 from torch_ref.attention import csa, hca, v4_window
 
 YARN = {"rope_type": "yarn", "rope_theta": 1.6e3, "factor": 16.0, "original_max_position_embeddings": 32}
@@ -37,16 +35,16 @@ def v4_config(**fields):
 # (mechanism, config); three entries and more in 14 tokens, of which csa may pick fewer
 CASES = {
     "v4_window": (v4_window, v4_config()),
-    "v4_window-one_group": (v4_window, v4_config(o_groups=1, sliding_window=1, rope_parameters={"rope_theta": 1e4})),
-    "v4_window-no_rope": (v4_window, v4_config(o_groups=4, rope_parameters=None, rms_norm_eps=0.5)),
+    "v4_window:one_group": (v4_window, v4_config(o_groups=1, sliding_window=1, rope_parameters={"rope_theta": 1e4})),
+    "v4_window:no_rope": (v4_window, v4_config(o_groups=4, rope_parameters=None, rms_norm_eps=0.5)),
     "csa": (csa, v4_config()),
-    "csa-one_pick": (csa, v4_config(index_topk=1, compress_rate=3, index_head_dim=4, sliding_window=1)),
+    "csa:one_pick": (csa, v4_config(index_topk=1, compress_rate=3, index_head_dim=4, sliding_window=1)),
     # most scores are exactly 0 when the one head is clipped: the order of ties decides
-    "csa-one_head": (csa, v4_config(index_n_heads=1, num_attention_heads=1, o_groups=1, compress_rate=2)),
-    "csa-all_turn": (csa, v4_config(qk_rope_head_dim=6, head_dim=6, index_head_dim=6, compress_rate=1, index_topk=5)),
+    "csa:one_head": (csa, v4_config(index_n_heads=1, num_attention_heads=1, o_groups=1, compress_rate=2)),
+    "csa:all_turn": (csa, v4_config(qk_rope_head_dim=6, head_dim=6, index_head_dim=6, compress_rate=1, index_topk=5)),
     "hca": (hca, v4_config()),
-    "hca-of_three": (hca, v4_config(compress_rate=3, sliding_window=1, rms_norm_eps=0.5)),
-    "hca-of_one": (hca, v4_config(compress_rate=1, sliding_window=3, rope_parameters={"rope_theta": 1e4})),
+    "hca:of_three": (hca, v4_config(compress_rate=3, sliding_window=1, rms_norm_eps=0.5)),
+    "hca:of_one": (hca, v4_config(compress_rate=1, sliding_window=3, rope_parameters={"rope_theta": 1e4})),
 }
 
 
@@ -62,30 +60,6 @@ def init_params(att, cfg, dtype=torch.float64):
         shapes |= {"wq_index": (rank, i, j), "ww_index": (d, i)}
         shapes |= {"wic_kv": (d, 2 * j), "wic_gate": (d, 2 * j), "ic_bias": (m, 2 * j), "ic_norm": (j,)}
     return {name: random(*shape, seed=i, dtype=dtype) / 2 for i, (name, shape) in enumerate(shapes.items())}
-
-
-SPIED = ("decode_attention", "decode_block_sparse", "index_scores", "topk_indices", "merge_states")
-
-
-def spied_ops():
-    """(calls, ops): the ops, and what each call is given and gives back."""
-    calls = {name: [] for name in SPIED}
-
-    def spy(name):
-        def call(*args, **options):
-            result = getattr(ops, name)(*args, **options)
-            calls[name].append((args, options, result))
-            return result
-
-        return call
-
-    return calls, SimpleNamespace(**{name: spy(name) for name in SPIED})
-
-
-def filled(att, cfg, params, first=(13, 6), capacity=16, dtype=torch.float64):
-    """A cache of two rows after a ragged prefill, NaN in everything that holds nothing."""
-    empty = family.poisoned_cache(att, cfg, 2, capacity, dtype)
-    return att.prefill(params, cfg, tokens(cfg, new=max(first)).to(params["wkv"].dtype), empty, int32(*first))[1]
 
 
 class Row(NamedTuple):

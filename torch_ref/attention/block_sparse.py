@@ -115,7 +115,7 @@ def listed(cfg, positions, slots):
     # a pad or a row without room may stand past the last block; what it is given is not read
     block = (positions // cfg.block_size).clamp(max=count - 1)
     lists = lists[:, block.long()].permute(1, 2, 0, 3)
-    return lists.expand(-1, -1, cfg.num_key_value_heads, -1) if cfg.homo_head_pattern else lists
+    return lists.expand(-1, -1, cfg.num_key_value_heads, -1) if lists.shape[2] == 1 else lists
 
 
 def visible(cfg, positions, slots):
