@@ -18,6 +18,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.device import DEVICES
+
 __all__ = [
     "BY_COLUMN", "BY_COPY", "BY_ROW", "TILE", "TILE_T", "accumulate", "await_rows", "commit_rows", "copy_rows", "cupti",
     "hidden", "jnp", "launch", "lax", "lowering_for_cuda", "pl", "plgpu", "races_found", "reset_interpreter", "spread",
@@ -53,7 +55,7 @@ def launch(body, *operands, **arguments):
                 f"{arguments['kernel_name']} would run {size} programs along {axis}; CUDA takes {_MOST_BLOCKS}"
             )
     interpret = None if target().platform == "gpu" else _INTERPRETER
-    if interpret and (warpgroups := arguments.get("num_threads", 1)) > _THREADS:
+    if interpret and (warpgroups := arguments.get("num_threads") or 1) > _THREADS:
         raise RuntimeError(
             f"the interpreter needs a thread for each of {warpgroups} warpgroups and XLA's CPU client has {_THREADS}: "
             "import pallas_kernels before JAX's first computation, or set NPROC=16"
@@ -72,7 +74,8 @@ def lowering_for_cuda():
 
     The abstract device is part of jit's cache key, so a trace made outside is not reused inside.
     """
-    device = jax.sharding.AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", num_cores=132, platform="gpu")
+    card = DEVICES[0]
+    device = jax.sharding.AbstractDevice(device_kind=card.kind, num_cores=card.sms, platform="gpu")
     return jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=device))
 
 

@@ -8,22 +8,21 @@ of decode_sparse_mla.py load each row once and use it twice. The work follows fr
 """
 
 import functools
-import math
-from dataclasses import dataclass
+from dataclasses import replace
 
 import jax
 
 from jforge.ops import check
-from pallas_kernels.compat import jnp, launch, plgpu, swizzled
-from pallas_kernels.decode_attention import Facts as DenseFacts
+from pallas_kernels import limits, ring
+from pallas_kernels.compat import TILE, jnp, lax, pl, plgpu
+from pallas_kernels.decode_attention import KvFacts, consume, copy_in, launch_kv
 from pallas_kernels.decode_attention import make_facts as dense_facts
-from pallas_kernels.decode_block_sparse_kernel import kernel
-from pallas_kernels.decode_listed import Lists, refuse
 from pallas_kernels.decode_sparse_mla import make_facts as shared_facts
 from pallas_kernels.decode_sparse_mla import refuse_rows
 from pallas_kernels.decode_sparse_mla import run as run_shared
-from pallas_kernels.merge_states import merge
+from pallas_kernels.lists import Gathered, Listed, refuse
 from pallas_kernels.plan import default_config
+from pallas_kernels.tiles import Lists, keep, load_boxes
 
 BLOCK_SIZES = (1, 8, 16, 32, 64, 128)
 
@@ -32,14 +31,10 @@ def decode_block_sparse(q, k, v, block_indices, lengths, *, block_size, scale, s
                         page_table=None, k_scale=None, v_scale=None, out_dtype=None):  # fmt: skip
     """out_t = sum_s softmax_s(cap(scale * q_t . k_s)) v_s over s < lengths[b]-T+t+1 whose block is in the list.
 
-    q: B T N H, k: B S K H, v: B S K V in float16 or bfloat16; v None: the values are the keys. block_indices: int32
-    B T K L, a list for the heads of each KV head, or B T N L, one for each head, of distinct blocks in any order; those
-    outside 0..ceil(S/block_size)-1 are ignored wherever they stand, and the last block may be partial. lengths: int32
-    B, or None: every slot of a listed block is seen. `sinks` (N) are logits in natural-log units, not scaled;
-    cap(x) = softcap * tanh(x / softcap). Returns out B T N V in `out_dtype` (default q's) and float32 lse B T N:
-    natural log, sink included. A query that sees nothing gives 0 and -inf (or its sink). Slots that no query may read
-    may hold NaN. With `page_table` (int32 B P) k and v are pools `pages page K H`; only the entries of pages that a
-    query reads are followed.
+    q: B T N H, k: B S K H, v: B S K V, or None where the values are the keys (or pools `pages page K H` with
+    page_table: int32 B P) in float16 or bfloat16; block_indices: int32 B T K L, a list for the heads of each KV head,
+    or B T N L, one for each head; lengths: int32 B or None; sinks: N. Returns out B T N V in `out_dtype` (default q's)
+    and float32 lse B T N. Everything means what it means in jforge.ops.decode_block_sparse.
 
     Raises ValueError and TypeError from jforge.ops.check, and NotImplementedError for what has no kernel: float32 and
     float64, k_scale and v_scale, other block sizes than 1, 8, 16, 32, 64 and 128, empty sizes, B*T above 65535. Blocks:
@@ -52,20 +47,17 @@ def decode_block_sparse(q, k, v, block_indices, lengths, *, block_size, scale, s
         q, k, v, block_indices, lengths, block_size=block_size, scale=scale, sinks=sinks, softcap=softcap,
         page_table=page_table, k_scale=k_scale, v_scale=v_scale, out_dtype=out_dtype,
     )  # fmt: skip
-    if k_scale is not None:
-        raise NotImplementedError("k_scale is given; the kernel reads float16 and bfloat16 caches only")
-    if block_size not in BLOCK_SIZES:
-        raise NotImplementedError(f"block_size is {block_size}; the kernels take {', '.join(map(str, BLOCK_SIZES))}")
+    limits.need(k_scale is None, "k_scale is given; the kernel reads float16 and bfloat16 caches only")
+    known = ", ".join(map(str, BLOCK_SIZES))
+    limits.need(block_size in BLOCK_SIZES, f"block_size is {block_size}; the kernels take {known}")
     B, T, N, K, H, X, L = (sizes[x] for x in "BTNKHXL")
     S = sizes["S"] if page_table is None else sizes["P"] * sizes["page"]
     if lengths is not None:
         check.length_values(lengths, S)
     lists = Lists(T=T, count=X, K=K, L=L, size=int(block_size), S=S, page=sizes.get("page"))
     refuse(lists, q.dtype, out_dtype, B, N, ("q", "k", "block_indices"))
-    out_dtype, scale, softcap = jnp.dtype(out_dtype or q.dtype), float(scale), softcap and float(softcap)
     if v is None:
-        if softcap is not None:
-            raise NotImplementedError(f"softcap is {softcap} and v is None; the kernel for shared rows has no cap")
+        limits.need(softcap is None, f"softcap is {softcap} and v is None; the kernel for shared rows has no cap")
         refuse_rows("k", H)
         facts = shared_facts(B, N, H, 0, lists, q.dtype, out_dtype, scale=scale)
         return run_shared(q, None, _flat(k, lists), None, block_indices, lengths, page_table, sinks, facts)
@@ -77,18 +69,12 @@ def decode_block_sparse(q, k, v, block_indices, lengths, *, block_size, scale, s
 def _refuse(lists, H, V) -> None:
     """NotImplementedError for shapes without a kernel."""
     size, page = lists.size, lists.page
-    multiple = 64 if size == 1 else 16
-    for name, width in (("q has H", H), ("v has V", V)):
-        if width % multiple or not 0 < width <= 256:
-            reason = f"with block_size {size} the kernel takes multiples of {multiple} up to 256"
-            raise NotImplementedError(f"{name}={width}; {reason}")
-    if size > 1 and (page or lists.S) % 8:
-        name = f"S={lists.S}" if page is None else f"page={page}"
-        raise NotImplementedError(f"k has {name} slots; TMA needs a multiple of 8")
-    if page is not None and page % size and size % page:
-        raise NotImplementedError(
-            f"k has page={page} slots; with block_size {size} it must be its multiple or divide it"
-        )
+    for name, axis, width in (("q", "H", H), ("v", "V", V)):
+        limits.width(name, axis, width, 64 if size == 1 else 16, 256, f" with block_size {size}")
+    name = f"S={lists.S}" if page is None else f"page={page}"
+    limits.need(size == 1 or (page or lists.S) % 8 == 0, f"k has {name} slots; TMA needs a multiple of 8")
+    whole = page is None or page % size == 0 or size % page == 0
+    limits.need(whole, f"k has page={page} slots; with block_size {size} it must be its multiple or divide it")
 
 
 def _flat(cache, lists):
@@ -96,81 +82,100 @@ def _flat(cache, lists):
     return cache if lists.page is None else cache.reshape(1, -1, *cache.shape[2:])
 
 
-@dataclass(frozen=True, kw_only=True)
-class Facts(DenseFacts):
-    """Everything static about one call. Every list is a row of the batch with one query; K counts a query's lists."""
-
-    lists: Lists
-
-    @property
-    def tokens(self):
-        """Whether keys are gathered one by one."""
-        return self.lists.size == 1
-
-    @property
-    def piece(self):
-        """Keys that one TMA copy brings in."""
-        return math.gcd(self.lists.page or self.block, self.lists.size, self.block)
-
-
-def make_facts(B, N, H, V, lists, dtype, out_dtype, *, scale, softcap=None, config=None) -> Facts:
-    """The plan of decode_attention over as many keys as a list has. `config` overrides its table."""
+def make_facts(B, N, H, V, lists, dtype, out_dtype, *, scale, softcap=None) -> KvFacts:
+    """The plan of dense attention over as many keys as a list has, by its table."""
     x = lists
-    sizes = dict(B=B * x.T, T=1, S=x.L * x.size, N=N, K=x.count, H=H, V=V)
+    sizes = dict(B=B * x.T, T=1, S=x.keys, N=N, K=x.count, H=H, V=V)
     options = dict(scale=scale, softcap=softcap)
-    plan = dense_facts(sizes, dtype, out_dtype, config=config, **options)
+    plan = dense_facts(sizes, dtype, out_dtype, **options)
     if x.size == 1 and plan.block != 64:  # the gather fills tiles of 64
         default = default_config(H, plan.width, plan.rows)
         plan = dense_facts(sizes, dtype, out_dtype, config=default, **options)
-    splits = x.even_splits(plan.splits, plan.block)
-    return Facts(**vars(plan) | dict(splits=splits), lists=lists)
+    return replace(plan, splits=x.even_splits(plan.splits, plan.block), lists=x)
 
 
 @functools.partial(jax.jit, static_argnames="facts")
 def run(q, k, v, lists, lengths, page_table, sinks, facts):
     """The decode kernel, and the merge kernel when there are splits. Reshapes only relabel; nothing is moved."""
     f, (B, T, N, _) = facts, q.shape
-    alone, batch = f.splits == 1, B * T * f.K
-    if f.tokens:
-        k, v = _flat(k, f.lists), _flat(v, f.lists)
+    batch, copies, more = B * T * f.K, f.block // f.piece, {}
+    if f.lists.size == 1:
+        copies = 1
+        k, v, more = _flat(k, f.lists), _flat(v, f.lists), dict(rows_s=plgpu.SMEM((f.stages, f.block), jnp.int32))
     operands = dict(
         q=q.reshape(batch, 1, f.units, f.heads, f.H), k=k, v=v, lists=lists.reshape(batch, -1), lengths=lengths,
-        pages=page_table, sinks=sinks if alone else None,
+        pages=page_table, sinks=sinks if f.alone else None,
     )  # fmt: skip
-    operands = {name: array for name, array in operands.items() if array is not None}
-    heads = (f.splits, batch, 1, f.units, f.heads)
-    copies = 1 if f.tokens else f.block // f.piece
-    keys, values = swizzled(f.H, 2), swizzled(f.V, 2)
-    scratch = dict(
-        q_s=plgpu.SMEM((f.rows, f.H), q.dtype, transforms=keys),
-        k_s=plgpu.SMEM((f.stages, f.block, f.H), q.dtype, transforms=keys),
-        v_s=plgpu.SMEM((f.stages, f.block, f.width), q.dtype, transforms=values),
-        p_s=plgpu.SMEM((f.rows, f.block), q.dtype, transforms=values),
-        out_s=plgpu.SMEM((f.rows, f.width), f.out_dtype if alone else jnp.float32),
-        row_s=plgpu.SMEM((f.rows,), jnp.float32),
-        q_full=plgpu.Barrier(num_arrivals=f.boxes),
-        k_full=plgpu.Barrier(num_arrivals=copies, num_barriers=f.stages),
-        v_full=plgpu.Barrier(num_arrivals=copies, num_barriers=f.stages),
-        k_free=plgpu.Barrier(num_barriers=f.stages),
-        v_free=plgpu.Barrier(num_barriers=f.stages),
-    )
-    if f.tokens:
-        scratch |= dict(rows_s=plgpu.SMEM((f.stages, f.block), jnp.int32))
-    out, lse = launch(
-        functools.partial(kernel, f, tuple(operands)),
-        *operands.values(),
-        out_type=[
-            jax.ShapeDtypeStruct((*heads, f.V if alone else f.width), f.out_dtype if alone else jnp.float32),
-            jax.ShapeDtypeStruct(heads, jnp.float32),
-        ],
-        scratch_types=scratch,
-        grid=(B * T, f.splits, f.K * f.row_blocks),
-        grid_names=("b", "split", "head"),
-        num_threads=2,
-        thread_name="warpgroup",
-        kernel_name="decode_block_sparse",
-    )
-    if alone:
-        return out.reshape(B, T, N, f.V), lse.reshape(B, T, N)
-    out, lse = out.reshape(f.splits, B, T * N, -1), lse.reshape(f.splits, B, T * N)
-    return merge(out, lse, (T, N, f.V), f.out_dtype, sinks)
+    return launch_kv(_kernel, f, operands, (B, T, N), sinks, copies, "decode_block_sparse", **more)
+
+
+def _kernel(f, given, out, lse, *, rows_s=None, **smem):
+    """One program: query boxes of one list against one split of it."""
+    tokens = f.lists.size == 1
+    where, produce = (Tokens(f, given, rows_s), _gather) if tokens else (Blocks(f, given), copy_in)
+    warpgroup = lax.axis_index("warpgroup")
+    pl.when(warpgroup == 0)(lambda: consume(f, where, out, lse, **smem))
+    pl.when(warpgroup == 1)(lambda: produce(f, where, given, **smem))
+
+
+class Tokens(Gathered):
+    """Tiles of tokens; the rows that are not seen were filled with zeros."""
+
+    def tile(self, i):
+        number = self.first + i
+        return lambda: self.visible(number * self.f.block), lambda values: None
+
+
+def _gather(f, where, given, *, k, v, q_s, q_full, **_):
+    """Gather K and V tiles into the ring."""
+    load_boxes(where, q_full, (given["q"], q_s))
+
+    def copies(slot):
+        return [(where.source(given[name]), lane.tiles.at[slot]) for name, lane in (("k", k), ("v", v))]
+
+    ring.stream(f, where, copies, k, v, ahead=f.stages)
+
+
+class Blocks(Listed):
+    """Tiles of blocks, or of the pages that they are made of."""
+
+    def pieces(self, i):
+        """(row or page, its slots, how many of the first of them are seen) of every piece of the i-th tile.
+
+        An entry that is ignored has the first block in its place, and one that lies past what the query sees, in a
+        paged cache, the first page: both are there whatever the list and the page table say.
+        """
+        f, tile, pieces = self.f, self.first + i, []
+        x, parts = f.lists, jnp.int32(f.lists.size // f.piece)
+        for j in range(f.block // f.piece):
+            number = tile * (f.block // f.piece) + j
+            entry, part = lax.div(number, parts), lax.rem(number, parts)
+            index = self.list[jnp.minimum(entry, x.L - 1)]
+            listed = (entry < x.L) & (index >= 0) & (index < -(-x.S // x.size))
+            at = jnp.where(listed, index, 0) * (x.size // f.piece) + part  # in pieces
+            seen = jnp.where(listed, jnp.clip(self.limit - at * f.piece, 0, f.piece), 0)
+            row = self.row
+            if x.page is not None:
+                count = x.page // f.piece
+                page = self.pages[jnp.minimum(lax.div(at, jnp.int32(count)), x.S // x.page - 1)]
+                row, at = jnp.where(seen > 0, page, 0), lax.rem(at, jnp.int32(count))
+            pieces.append((row, pl.ds(at * f.piece, f.piece), seen))
+        return pieces
+
+    def tile(self, i):
+        """As of a dense cache. Called before the waits, so that the list loads while the tile is under way."""
+        f = self.f
+        counts = [seen for *_, seen in self.pieces(i)]
+
+        def within(shape):
+            """Which keys, along axis 0, are among the first of their piece that are seen."""
+            key = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=TILE)
+            end = jnp.full(shape, counts[0])
+            for j, count in enumerate(counts[1:], 1):
+                end = jnp.where(key < j * f.piece, end, jnp.full(shape, count + j * f.piece))
+            return key < end
+
+        def blank(values):
+            pl.when(sum(counts) < f.block)(lambda: keep(f, values, within))
+
+        return lambda: within((f.block, f.rows)), blank

@@ -15,8 +15,10 @@ from dataclasses import dataclass
 import jax
 
 from jforge.ops import check
-from pallas_kernels.compat import jnp, launch, lax, pl, plgpu, swizzled
-from pallas_kernels.plan import SMS
+from pallas_kernels.compat import jnp, lax, pl, plgpu, swizzled
+from pallas_kernels.limits import MOST_ROWS, need
+from pallas_kernels.plan import card, planned
+from pallas_kernels.tiles import launch_programs
 
 PIECE = 32  # key channels that one TMA copy brings in
 WIDTHS = (128, 64, 32)  # value columns of one program
@@ -42,16 +44,15 @@ def decode_linear(q, k, v, state, decay, *, beta=None):
 
 def _refuse(q, state, decay, beta) -> None:
     """NotImplementedError for shapes and dtypes without a kernel."""
-    for name, array in (("q", q), ("state", state), ("decay", decay), ("beta", beta)):
-        if array is not None and array.dtype == jnp.float64:
-            raise NotImplementedError(f"{name} has dtype float64; Mosaic GPU kernels compute in float32")
+    for name, array in dict(q=q, state=state, decay=decay, beta=beta).items():
+        wide = array is not None and array.dtype == jnp.float64
+        need(not wide, f"{name} has dtype float64; Mosaic GPU kernels compute in float32")
     (B, N, H), V = q.shape, state.shape[-1]
-    if H % 8 or H > 256:
-        raise NotImplementedError(f"q has H={H}; the kernel takes multiples of 8 up to 256")
-    if V % 32 and (V % 8 or V > 32):
-        raise NotImplementedError(f"v has V={V}; the kernel takes multiples of 32, and of 8 below that")
-    if min(B, N, H, V) == 0 or B > 65535 or N > 65535:
-        raise NotImplementedError(f"state has B={B}, N={N}, H={H}, V={V}; none may be 0, B and N at most 65535")
+    need(H % 8 == 0 and H <= 256, f"q has H={H}; the kernel takes multiples of 8 up to 256")
+    whole = V % 32 == 0 or (V % 8 == 0 and V < 32)
+    need(whole, f"v has V={V}; the kernel takes multiples of 32, and of 8 below that")
+    fits = min(B, N, H, V) > 0 and max(B, N) <= MOST_ROWS
+    need(fits, f"state has B={B}, N={N}, H={H}, V={V}; none may be 0, B and N at most {MOST_ROWS}")
 
 
 @dataclass(frozen=True)
@@ -78,11 +79,12 @@ class Facts:
         return plgpu.Layout.TILED(plgpu.Tiling(((4, self.width), (self.width // 32,))), (-3,), (-2,), -1)
 
 
-def make_facts(shape, V, decay_axes, delta, width=None) -> Facts:
-    """The plan of a call: the widest tiles of which every SM gets two and holds three. `width` overrides it."""
+def make_facts(shape, V, decay_axes, delta) -> Facts:
+    """The plan of a call: the widest tiles of which every SM gets two and holds three."""
     B, N, H = shape
-    fit = [w for w in WIDTHS if V % w == 0 and B * N * (V // w) >= 2 * SMS and 4 * H * w <= TILE_BYTES]
-    return Facts(H, V, width or max(fit, default=WIDTHS[-1]), decay_axes, delta)
+    fit = [w for w in WIDTHS if V % w == 0 and B * N * (V // w) >= 2 * card().sms and 4 * H * w <= TILE_BYTES]
+    width = planned("width", lambda: max(fit, default=WIDTHS[-1]))
+    return Facts(H, V, width, decay_axes, delta)
 
 
 @functools.partial(jax.jit, static_argnames="facts")
@@ -90,8 +92,6 @@ def run(q, k, v, state, decay, beta, facts):
     """The kernel on a mutable reference to the state, to which XLA gives the donated buffer."""
     f, (B, N, _) = facts, q.shape
     channels = f.pieces * PIECE
-    operands = dict(q=q, k=k, v=v, decay=decay, beta=beta)
-    operands = {name: array for name, array in operands.items() if array is not None}
     scratch = dict(
         state_s=plgpu.SMEM((f.pieces, PIECE, f.width), jnp.float32, transforms=swizzled(f.width, 4)),
         q_s=plgpu.SMEM((channels,), q.dtype),
@@ -104,29 +104,21 @@ def run(q, k, v, state, decay, beta, facts):
     if f.by_channel:
         scratch |= dict(decay_s=plgpu.SMEM((channels,), jnp.float32))
     cell = jax.new_ref(state)
-    out = launch(
-        functools.partial(_kernel, f, tuple(operands)),
-        *operands.values(),
-        cell,
-        out_type=jax.ShapeDtypeStruct((B, N, f.V), q.dtype),
-        scratch_types=scratch,
-        grid=(B, N, -(-f.V // f.width)),
-        grid_names=("b", "head", "column"),
-        kernel_name="decode_linear",
-    )
+    operands = dict(q=q, k=k, v=v, decay=decay, beta=beta, state=cell)
+    out_type, grid = jax.ShapeDtypeStruct((B, N, f.V), q.dtype), (B, N, -(-f.V // f.width))
+    axes = "b", "head", "column"
+    out = launch_programs(_kernel, f, operands, out_type, scratch, grid, "decode_linear", axes=axes, warpgroups=None)
     return out, jax.freeze(cell)
 
 
-def _kernel(f, names, *refs, state_s, q_s, k_s, v_s, out_s, full, rows_full, decay_s=None):
+def _kernel(f, given, out, *, state_s, q_s, k_s, v_s, out_s, full, rows_full, decay_s=None):
     """One program: the columns of one tile of one head. TMA fills what lies past H and V with zeros, and drops it on
     the way out."""
-    *inputs, state, out = refs
-    given = dict(zip(names, inputs, strict=True))
     at, column = (lax.axis_index("b"), lax.axis_index("head")), lax.axis_index("column") * f.width
     channels, columns = pl.ds(0, k_s.shape[0]), pl.ds(column, f.width)
 
     def piece(j):
-        return state.at[(*at, pl.ds(j * PIECE, PIECE), columns)]
+        return given["state"].at[(*at, pl.ds(j * PIECE, PIECE), columns)]
 
     pl.loop(0, f.pieces)(lambda j: plgpu.copy_gmem_to_smem(piece(j), state_s.at[j], full.at[j]))
     for name, part, to in (("k", channels, k_s), ("q", channels, q_s), ("v", columns, v_s)):

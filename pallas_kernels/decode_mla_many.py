@@ -13,29 +13,33 @@ The two halves of a slot arrive and are freed separately.
 The split of the channels over two warpgroups is FlashMLA's and TileLang's (deepseek-ai/FlashMLA, tile-ai/tilelang).
 """
 
-import math
-
-from pallas_kernels.compat import BY_ROW, TILE, accumulate, jnp, lax, pl, plgpu, spread
-from pallas_kernels.decode_common import Place, blank, hidden_zero, load_sinks, sources, visible
-from pallas_kernels.merge_states import LOG2E, LOWEST
+from pallas_kernels import ring, softmax
+from pallas_kernels.compat import BY_ROW, accumulate, jnp, lax, pl, plgpu, spread
+from pallas_kernels.tiles import Place, hidden_zero
 
 
-def kernel(f, has_pages, has_sinks, q_latent, q_rope, latent, k_rope, lengths, *refs, **smem):
-    """One program: 64 query rows of row b against one split of its keys. f: decode_mla.Facts.
+def scratch(f, dtype, copies) -> dict:
+    """Beside the queries and the rope tiles, which come in the ring with the latents, each half with its own barriers.
+    copies: of one part of a tile."""
+    return dict(
+        latents=ring.lane(f, (2, f.block, f.C // 2), dtype, copies=copies, parts=(2, 3)),
+        top_s=plgpu.SMEM((f.stages, f.rows), jnp.float32),
+        row_s=plgpu.SMEM((4, f.rows), jnp.float32),
+        q_full=plgpu.Barrier(num_arrivals=2 if f.R else 1),
+        ready=plgpu.Barrier(num_barriers=f.stages),
+        done=plgpu.Barrier(num_barriers=2),
+    )
 
-    A split without keys writes lse = -inf only: the merge does not look at its out. A single split writes the final
-    result in any case.
+
+def kernel(f, given, out, lse, **smem):
+    """One program: 64 query rows of row b against one split of its keys. f: decode_mla.LatentFacts.
+
+    A split without keys writes lse = -inf only, as in tiles.two_warpgroups.
     """
-    *options, out, lse = refs
-    pages, sinks = options[0] if has_pages else None, options[-1] if has_sinks else None
-    where = Place(f, lengths)
-    warpgroup = lax.axis_index("warpgroup")
+    where, warpgroup = Place(f, given), lax.axis_index("warpgroup")
 
     def work():
-        # Two copies of the code, so that the halves' addresses are constants: computed, they would spill.
-        for w in (0, 1):
-            pl.when(warpgroup == w)(lambda w=w: consume(f, where, w, sinks, out, lse, **smem))
-        pl.when(warpgroup == 2)(lambda: _produce(f, where, pages, q_latent, q_rope, latent, k_rope, **smem))
+        three_warpgroups(f, where, warpgroup, out, lse, lambda: _produce(f, where, given, **smem), smem)
 
     if f.splits == 1:
         work()
@@ -47,39 +51,47 @@ def kernel(f, has_pages, has_sinks, q_latent, q_rope, latent, k_rope, lengths, *
         )
 
 
-def _half(f, w):
+def three_warpgroups(f, where, warpgroup, out, lse, produce, smem):
+    """Two copies of the consumer's code, so that the halves' addresses are constants: computed, they would spill."""
+    for w in (0, 1):
+        pl.when(warpgroup == w)(lambda w=w: consume(f, where, w, out, lse, **smem))
+    pl.when(warpgroup == 2)(produce)
+
+
+def half_of(f, w):
     """The channels of warpgroup w."""
     return pl.ds(w * (f.C // 2), f.C // 2)
 
 
-def _produce(f, where, pages, q_latent, q_rope, latent, k_rope, *, ql_s, qr_s, l_s, r_s, q_full, full, free, **_):
-    """Copy the query rows once, then tiles into the ring: first the half whose warpgroup computes the scores."""
+def load_queries(f, where, given, ql_s, qr_s, q_full):
+    """Copy the query rows, with few registers: the consumers need them."""
     plgpu.set_max_registers(40, action="decrease")
     rows = pl.ds(where.row_block * f.rows, f.rows)
-    plgpu.copy_gmem_to_smem(q_latent.at[where.b, rows], ql_s.at[0], q_full)
-    plgpu.copy_gmem_to_smem(q_rope.at[where.b, rows, pl.ds(0, f.rope)], qr_s.at[0], q_full)
+    plgpu.copy_gmem_to_smem(given["q_latent"].at[where.b, rows], ql_s.at[0], q_full)
+    if f.R:
+        plgpu.copy_gmem_to_smem(given["q_rope"].at[where.b, rows, pl.ds(0, f.rope)], qr_s.at[0], q_full)
 
-    @pl.loop(0, where.steps)
-    def _(i):
-        slot, owner = lax.rem(i, jnp.int32(f.stages)), lax.rem(i, jnp.int32(2))
-        pieces = sources(f, where, pages, where.first + i)
+
+def _produce(f, where, given, *, latents, ql_s, qr_s, r_s, q_full, **_):
+    """Copy the query rows once, then tiles into the ring: first the half whose warpgroup computes the scores."""
+    load_queries(f, where, given, ql_s, qr_s, q_full)
+
+    def fetch(i, slot, reuse):
+        owner, pieces = lax.rem(i, jnp.int32(2)), where.pieces(i)
+        parts = [pl.ds(j * f.piece, f.piece) for j in range(len(pieces))]
         for half in (owner, 1 - owner):
-            pl.when(i >= f.stages)(lambda half=half: plgpu.barrier_wait(free.at[slot * 2 + half]))
-            for at, part in pieces:
-                to = l_s.at[slot, half, part]
-                plgpu.copy_gmem_to_smem(latent.at[(*at, _half(f, half))], to, full.at[slot * 3 + half])
-        for at, part in pieces:
-            plgpu.copy_gmem_to_smem(k_rope.at[(*at, pl.ds(0, f.rope))], r_s.at[slot, part], full.at[slot * 3 + 2])
+            reuse(lambda half=half: latents.free.at[slot * 2 + half])
+            for at, part in zip(pieces, parts, strict=True):
+                channels, full = (*at, half_of(f, half)), latents.full.at[slot * 3 + half]
+                plgpu.copy_gmem_to_smem(given["latent"].at[channels], latents.tiles.at[slot, half, part], full)
+        for at, part in zip(pieces, parts, strict=True):
+            full = latents.full.at[slot * 3 + 2]
+            plgpu.copy_gmem_to_smem(given["k_rope"].at[(*at, pl.ds(0, f.rope))], r_s.at[slot, part], full)
 
-    # A barrier must not be left with a completed phase that nobody waited for.
-    @pl.loop(jnp.maximum(where.steps - f.stages, 0), where.steps)
-    def _(i):
-        slot = lax.rem(i, jnp.int32(f.stages))
-        for half in (0, 1):
-            plgpu.barrier_wait(free.at[slot * 2 + half])
+    ring.fill(f, where.steps, fetch, latents)
 
 
-def consume(f, where, w, sinks, out, lse, *, ql_s, qr_s, l_s, r_s, top_s, row_s, q_full, full, ready, free, done):
+def consume(f, where, w, out, lse, *, latents, ql_s, qr_s, r_s, top_s, row_s, q_full, ready, done):
     """Online softmax over pairs of tiles, of which warpgroup w owns number w. acc: O [rows, C/2]; top: running maximum
     [rows], base 2 and finite from the start so that no difference is inf - inf; mass: sums of the own P [rows].
 
@@ -90,13 +102,13 @@ def consume(f, where, w, sinks, out, lse, *, ql_s, qr_s, l_s, r_s, top_s, row_s,
     plgpu.barrier_wait(q_full)
 
     def publish(i, slot, x, top):
-        return _publish(f, where, i, x, top, l_s.at[slot], r_s.at[slot], top_s.at[slot], ready.at[slot])
+        return _publish(f, where, i, x, top, latents.tiles.at[slot], r_s.at[slot], top_s.at[slot], ready.at[slot])
 
     def attend(slot, acc, shrink, beside=tuple):
-        acc, *more = accumulate(
-            acc * spread(shrink, result, 0), lambda total: plgpu.wgmma(total, r_s.at[slot], l_s.at[slot, w]), beside
-        )
-        return acc, *more
+        def products(total):
+            plgpu.wgmma(total, r_s.at[slot], latents.tiles.at[slot, w])
+
+        return accumulate(acc * spread(shrink, result, 0), products, beside)
 
     def await_top(slot):
         plgpu.barrier_wait(ready.at[slot])
@@ -105,52 +117,51 @@ def consume(f, where, w, sinks, out, lse, *, ql_s, qr_s, l_s, r_s, top_s, row_s,
     def step(pair, carry):
         acc, top, mass = carry
         even, odd = 2 * pair, 2 * pair + 1
-        slots = [lax.rem(i, jnp.int32(f.stages)) + hidden_zero(pair) for i in (even, odd)]
-        x = _scores(f, where, w, (even, odd)[w], slots[w], ql_s, qr_s, l_s, r_s, full)
+        slots = [ring.slot_of(f, i) + hidden_zero(pair) for i in (even, odd)]
+        x = _scores(f, where, w, (even, odd)[w], slots[w], ql_s, qr_s, latents, r_s)
         if w == 0:
             first, own = publish(even, slots[0], x, top)
             (acc,) = attend(slots[0], acc, jnp.exp2(top - first))
-            plgpu.barrier_arrive(free.at[slots[0] * 2 + w])
+            plgpu.barrier_arrive(latents.free.at[slots[0] * 2 + w])
             last = await_top(slots[1])
             mass = (mass * jnp.exp2(top - first) + own) * jnp.exp2(first - last)
         else:
             first = await_top(slots[0])
             acc, last, own = attend(slots[0], acc, jnp.exp2(top - first), lambda: publish(odd, slots[1], x, first))
-            plgpu.barrier_arrive(free.at[slots[0] * 2 + w])
+            plgpu.barrier_arrive(latents.free.at[slots[0] * 2 + w])
             mass = mass * jnp.exp2(top - last) + own
         (acc,) = attend(slots[1], acc, jnp.exp2(first - last))
-        pl.when(odd < where.steps)(lambda: plgpu.barrier_arrive(free.at[slots[1] * 2 + w]))
+        pl.when(odd < where.steps)(lambda: plgpu.barrier_arrive(latents.free.at[slots[1] * 2 + w]))
         return acc, last, mass
 
-    acc = plgpu.layout_cast(jnp.zeros(result, jnp.float32), TILE)
-    top = plgpu.layout_cast(jnp.full((f.rows,), LOWEST, jnp.float32), BY_ROW)
-    mass = plgpu.layout_cast(jnp.zeros((f.rows,), jnp.float32), BY_ROW)
-    acc, top, mass = lax.fori_loop(0, lax.div(where.steps + 1, jnp.int32(2)), step, (acc, top, mass))
+    begin = softmax.begin(result, f.rows, (f.rows,), 0)
+    acc, top, mass = lax.fori_loop(0, lax.div(where.steps + 1, jnp.int32(2)), step, begin)
     row_s.at[w][...] = mass
     plgpu.commit_smem()
     plgpu.barrier_arrive(done.at[w])
     plgpu.barrier_wait(done.at[1 - w])
     mass = mass + plgpu.load(row_s.at[1 - w], layout=BY_ROW)
-    _finish(f, where, w, acc, top, mass, sinks, out, lse, l_s, row_s.at[2 + w])
+    _finish(f, where, w, acc, top, mass, out, lse, latents.tiles, row_s.at[2 + w])
 
 
-def _scores(f, where, w, i, slot, ql_s, qr_s, l_s, r_s, full):
+def _scores(f, where, w, i, slot, ql_s, qr_s, latents, r_s):
     """Q K^T of tile i in base-2 units: [rows, block]. Anything for a tile that does not exist."""
     zero = hidden_zero(i)
 
     def wait(part):
-        pl.when(i < where.steps)(lambda: plgpu.barrier_wait(full.at[slot * 3 + part]))
+        pl.when(i < where.steps)(lambda: plgpu.barrier_wait(latents.full.at[slot * 3 + part]))
 
     def run(accumulator):
         for half in (w, 1 - w):
             wait(half)
-            plgpu.wgmma(accumulator, ql_s.at[zero, :, _half(f, half)], l_s.at[slot, half].transpose((1, 0)))
+            keys = latents.tiles.at[slot, half].transpose((1, 0))
+            plgpu.wgmma(accumulator, ql_s.at[zero, :, half_of(f, half)], keys)
         wait(2)
         if f.R:
             plgpu.wgmma(accumulator, qr_s.at[zero], r_s.at[slot].transpose((1, 0)))
         return accumulator[...]
 
-    return pl.run_scoped(run, plgpu.ACC((f.rows, f.block), jnp.float32)) * (f.scale * LOG2E)
+    return pl.run_scoped(run, plgpu.ACC((f.rows, f.block), jnp.float32)) * (f.scale * softmax.LOG2E)
 
 
 def _publish(f, where, i, x, top, l_s, p_s, top_s, ready):
@@ -162,12 +173,11 @@ def _publish(f, where, i, x, top, l_s, p_s, top_s, ready):
 
     def blank_both():
         for half in (0, 1):
-            blank(f, where, start, l_s.at[half])
+            where.blank(start, l_s.at[half])
 
     pl.when(unread)(blank_both)
-    x = jnp.where(visible(f, where, start, keys_first=False), x, -jnp.inf)
-    raised = jnp.maximum(top, x.max(axis=1))
-    p = jnp.exp2(x - spread(raised, x.shape, 0))
+    x = jnp.where(where.visible(start, keys_first=False), x, -jnp.inf)
+    raised, _, p = softmax.step(x, top, 0)
     top_s[...] = raised
     p_s[...] = p.astype(p_s.dtype)
     plgpu.commit_smem()
@@ -175,20 +185,14 @@ def _publish(f, where, i, x, top, l_s, p_s, top_s, ready):
     return raised, p.sum(axis=1)
 
 
-def _finish(f, where, w, acc, top, mass, sinks, out, lse, l_s, row_s):
-    """Fold in the sink, normalise and store this warpgroup's channels, and lse from warpgroup 0.
+def _finish(f, where, w, acc, top, mass, out, lse, l_s, row_s):
+    """Store this warpgroup's channels of out, and lse from warpgroup 0.
 
     16-bit results go through the ring's first slot: its columns of one half are read by one warpgroup only, once the
     scores of the last tile are there. Partial results are float32 and go from registers to memory.
     """
-    if sinks is not None:
-        sink = load_sinks(f, where, sinks, row_s, BY_ROW) * LOG2E
-        raised = jnp.maximum(top, sink)
-        shrink = jnp.exp2(top - raised)
-        acc, top, mass = acc * spread(shrink, acc.shape, 0), raised, mass * shrink + jnp.exp2(sink - raised)
-    share = jnp.where(mass > 0, 1 / mass, 0.0)
-    result = acc * spread(share, acc.shape, 0)
-    box = out.at[where.split, where.b, pl.ds(where.row_block * f.rows, f.rows), _half(f, w)]
+    result, top, mass = softmax.finish(where, acc, top, mass, 0, row_s)
+    box = out.at[where.split, where.b, pl.ds(where.row_block * f.rows, f.rows), half_of(f, w)]
     if out.dtype == l_s.dtype:
         staged = l_s.at[0, w]
         staged[...] = result.astype(out.dtype)
@@ -198,7 +202,7 @@ def _finish(f, where, w, acc, top, mass, sinks, out, lse, l_s, row_s):
     else:
         box[...] = result.astype(out.dtype)
     if w == 0:
-        _store_lse(f, where, (top + jnp.log2(mass)) * math.log(2), lse, row_s)
+        _store_lse(f, where, softmax.natural_lse(top, mass), lse, row_s)
 
 
 def _store_lse(f, where, value, lse, row_s):

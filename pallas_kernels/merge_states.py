@@ -1,16 +1,15 @@
 """Merge of partial attention results over disjoint sets of keys: one kernel, one program per query and head."""
 
 import functools
-import math
 
 import jax
-import numpy as np
 
 from jforge.ops import check
-from pallas_kernels.compat import BY_ROW, jnp, launch, lax, pl, plgpu
+from pallas_kernels.compat import BY_ROW, jnp, lax, pl, plgpu
+from pallas_kernels.limits import need
+from pallas_kernels.softmax import LOG2E, LOWEST, fold_sink, natural_lse, normalised
+from pallas_kernels.tiles import launch_programs
 
-LOG2E = math.log2(math.e)
-LOWEST = float(np.finfo(np.float32).min)
 GROUP = 32  # parts that one TMA copy brings in: 32 KB of float32 at 256 columns
 COLUMNS = 256  # of one program, the longest side of a TMA box
 
@@ -26,11 +25,11 @@ def merge_states(outs, lses):
     that are not a positive multiple of 16 bytes (TMA).
     """
     check.merge_states(outs, lses)
-    if "float64" in (str(outs.dtype), str(lses.dtype)):
-        raise NotImplementedError("outs or lses is float64; Mosaic GPU kernels accumulate in float32")
-    V = outs.shape[-1]
-    if V == 0 or V * outs.dtype.itemsize % 16:
-        raise NotImplementedError(f"outs has V={V} ({outs.dtype}); TMA needs rows of a positive multiple of 16 bytes")
+    narrow = "float64" not in (str(outs.dtype), str(lses.dtype))
+    need(narrow, "outs or lses is float64; Mosaic GPU kernels accumulate in float32")
+    V, dtype = outs.shape[-1], outs.dtype
+    whole = V > 0 and V * dtype.itemsize % 16 == 0
+    need(whole, f"outs has V={V} ({dtype}); TMA needs rows of a positive multiple of 16 bytes")
     if outs.size == 0:
         return jnp.zeros(outs.shape[1:], outs.dtype), jnp.zeros(lses.shape[1:], jnp.float32)
     return _merge_jit(outs, lses)
@@ -42,6 +41,18 @@ def _merge_jit(outs, lses):
     return merge(outs.reshape(P, B, T * N, V), lses.reshape(P, B, T * N), (T, N, V), outs.dtype)
 
 
+def merged(f, out, lse, sizes, sinks, rows=None):
+    """out B T N V and lse of what a decode kernel wrote, [splits, ...]; where there are splits, by the merge kernel.
+
+    sizes: B, T, N; rows: B, or B*T where the kernel leaves gaps after the heads of each query.
+    """
+    B, T, N = sizes
+    if not f.alone:
+        parts = out.reshape(f.splits, rows or B, -1, out.shape[-1]), lse.reshape(f.splits, rows or B, -1)
+        out, lse = merge(*parts, (B * T // (rows or B), N, f.V), f.out_dtype, sinks)
+    return out.reshape(B, T, N, f.V), lse.reshape(B, T, N)
+
+
 def merge(outs, lses, sizes, out_dtype, sinks=None):
     """The merge inside a jit: outs P B X W with X >= T*N rows and W >= V columns, the rest of which is not read.
 
@@ -51,40 +62,38 @@ def merge(outs, lses, sizes, out_dtype, sinks=None):
     (P, B, X, _), (T, N, V) = outs.shape, sizes
     rows, width = B * T * N, min(-(-V // 64) * 64, COLUMNS)
     group, slots = min(P, GROUP), 1 if P <= GROUP else 2
-    operands = (outs.reshape(P, B * X, -1), lses.reshape(P, B * X)) + (() if sinks is None else (sinks,))
-    out, lse = launch(
-        functools.partial(_kernel, P, (T * N, X), N, sinks is not None),
-        *operands,
-        out_type=[jax.ShapeDtypeStruct((rows, V), out_dtype), jax.ShapeDtypeStruct((rows,), jnp.float32)],
-        scratch_types=[
-            plgpu.SMEM((slots, group, width), outs.dtype),
-            plgpu.SMEM((1, width), out_dtype),
-            plgpu.Barrier(num_barriers=slots),
-        ],
-        grid=(-(-V // width), rows),
-        grid_names=("column", "row"),
-        kernel_name="merge_states",
+    out_type = [jax.ShapeDtypeStruct((rows, V), out_dtype), jax.ShapeDtypeStruct((rows,), jnp.float32)]
+    scratch = dict(
+        parts=plgpu.SMEM((slots, group, width), outs.dtype),
+        staged=plgpu.SMEM((1, width), out_dtype),
+        full=plgpu.Barrier(num_barriers=slots),
+    )
+    operands = dict(outs=outs.reshape(P, B * X, -1), lses=lses.reshape(P, B * X), sinks=sinks)
+    grid, axes = (-(-V // width), rows), ("column", "row")
+    f = P, N, (T * N, X)
+    out, lse = launch_programs(
+        _kernel, f, operands, out_type, scratch, grid, "merge_states", axes=axes, warpgroups=None
     )
     return out.reshape(B, T, N, V), lse.reshape(B, T, N)
 
 
-def _kernel(P, strides, N, has_sinks, outs, lses, *refs):
+def _kernel(f, given, out, lse, *, parts, staged, full):
     """Running (numerator, maximum, denominator) over groups of parts; the sink enters the denominator last.
 
-    strides: rows of one b in out and in outs.
+    f: parts, heads, and the rows of one b in out and in outs.
     """
-    sinks, (out, lse, parts, staged, barriers) = refs[0] if has_sinks else None, refs[has_sinks:]
+    (P, N, strides), outs, lses = f, given["outs"], given["lses"]
     slots, group, width = parts.shape
     groups = -(-P // group)
     V, row, column = out.shape[-1], lax.axis_index("row"), lax.axis_index("column")
     columns = pl.ds(column * width, width)
-    kept, given = (jnp.int32(stride) for stride in strides)
-    source = row if strides[0] == strides[1] else lax.div(row, kept) * given + lax.rem(row, kept)
+    kept, stride = (jnp.int32(rows) for rows in strides)
+    source = row if strides[0] == strides[1] else lax.div(row, kept) * stride + lax.rem(row, kept)
 
     def fetch(j):
         slot = lax.rem(j, jnp.int32(slots))
         box = outs.at[pl.ds(j * group, group), source, columns]
-        plgpu.copy_gmem_to_smem(box, parts.at[slot], barriers.at[slot])
+        plgpu.copy_gmem_to_smem(box, parts.at[slot], full.at[slot])
 
     def step(j, carry):
         if groups > 1:
@@ -92,21 +101,21 @@ def _kernel(P, strides, N, has_sinks, outs, lses, *refs):
             pl.when(j + 1 < groups)(lambda: fetch(j + 1))
         levels = [_part_lse(lses, j * group + i, P, source) for i in range(group)]
         slot = lax.rem(j, jnp.int32(slots))
-        plgpu.barrier_wait(barriers.at[slot])
+        plgpu.barrier_wait(full.at[slot])
         return _fold(parts.at[slot], levels, carry)
 
     fetch(jnp.int32(0))
     zero = plgpu.layout_cast(jnp.zeros((width,), jnp.float32), BY_ROW)
     total, top, mass = lax.fori_loop(jnp.int32(0), jnp.int32(groups), step, (zero, jnp.float32(LOWEST), jnp.float32(0)))
-    if has_sinks:
-        sink = sinks[lax.rem(row, jnp.int32(N))].astype(jnp.float32) * LOG2E
-        raised = jnp.maximum(top, sink)
-        total = total * jnp.full((width,), jnp.exp2(top - raised))
-        mass = mass * jnp.exp2(top - raised) + jnp.exp2(sink - raised)
-        top = raised
-    pl.when(column == 0)(lambda: _store(lse, row, (top + jnp.log2(mass)) * math.log(2)))
-    share = jnp.where(mass > 0, 1 / mass, jnp.float32(0))
-    result = (total * jnp.full((width,), share)).astype(out.dtype)
+
+    def widen(scalar):
+        return jnp.full((width,), scalar)
+
+    if "sinks" in given:
+        sink = given["sinks"][lax.rem(row, jnp.int32(N))].astype(jnp.float32) * LOG2E
+        total, top, mass = fold_sink(total, top, mass, sink, widen)
+    pl.when(column == 0)(lambda: _store(lse, row, natural_lse(top, mass)))
+    result = normalised(total, mass, widen).astype(out.dtype)
     if V % width == 0:
         out.at[row, columns][...] = result
     else:  # a copy of one contiguous row is not clipped at its end on a GPU, so the last one has its own length

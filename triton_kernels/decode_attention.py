@@ -19,94 +19,21 @@ import triton.language as tl
 
 from torch_ref.ops import check
 from triton_kernels import runtime
-from triton_kernels.merge_states import (
-    LN2,
-    LOG2E,
-    finite_or_zero,
-    merge_parts,
-    part_buffers,
-    safe_log2,
-    sink_factor,
+from triton_kernels.device import device_of
+from triton_kernels.merge import merge_parts, outputs, part_buffers
+from triton_kernels.plan import (
+    Key,
+    Record,
+    block_rows,
+    count_splits,
+    default_config,
+    split_dim,
+    sweep_tiles,
+    value_chunks,
 )
-from triton_kernels.plan import block_rows, default_config, fill_splits, lookup, split_dim, value_chunks
+from triton_kernels.tiles import LOG2E, cap_logits, close_rows, key_range, load_tile, store_tile, weigh
 
 MAX_HEAD_DIM = 256
-
-
-@triton.jit
-def load_tile(base, offsets, keep, COL: tl.constexpr, COLS: tl.constexpr, WIDTH: tl.constexpr, COLUMNS: tl.constexpr):
-    """Columns COL .. COL+COLS of the rows at base + offsets, 0 where not `keep` or past WIDTH.
-
-    COLUMNS: rows of memory become columns of the tile (a transposed read, as K needs).
-    """
-    col = COL + tl.arange(0, COLS)
-    if COLUMNS:
-        pointers = base + offsets[None, :] + col[:, None]
-        mask = keep[None, :] & (col < WIDTH)[:, None] if COL + COLS > WIDTH else keep[None, :]
-    else:
-        pointers = base + offsets[:, None] + col[None, :]
-        mask = keep[:, None] & (col < WIDTH)[None, :] if COL + COLS > WIDTH else keep[:, None]
-    return tl.load(pointers, mask=mask, other=0.0)
-
-
-@triton.jit
-def cap_logits(x, softcap):
-    """softcap * tanh(x / softcap). tanh from exp2 of a negative number, which cannot overflow."""
-    y = x / softcap
-    decay = tl.exp2(tl.abs(y) * (-2.0 * LOG2E))
-    # 1 - decay cancels for small y; there three terms of the series are exact to float32
-    small = y * (1.0 + y * y * (-1.0 / 3.0 + y * y * (2.0 / 15.0)))
-    large = tl.where(y < 0.0, -1.0, 1.0) * (1.0 - decay) / (1.0 + decay)
-    return softcap * tl.where(tl.abs(y) < 0.0625, small, large)
-
-
-@triton.jit
-def store_tile(base, index, keep, acc, COL: tl.constexpr, COLS: tl.constexpr, WIDTH: tl.constexpr):
-    col = COL + tl.arange(0, COLS)
-    mask = keep[:, None] & (col < WIDTH)[None, :]
-    tl.store(base + index[:, None] * WIDTH + col[None, :], acc.to(base.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def key_range(length, block, split, n_splits, chunk, window, T: tl.constexpr, G: tl.constexpr, ROWS: tl.constexpr,
-              BLOCK_N: tl.constexpr, HAS_WINDOW: tl.constexpr, FIXED: tl.constexpr):  # fmt: skip
-    """Keys [start, end) of one split: the union of what the block's queries see, cut by the row's own length alone.
-
-    The cut starts at the first key that any query sees, so tiles outside a window are never visited. With FIXED every
-    split has `chunk` keys; otherwise the row's keys are shared evenly, in whole tiles.
-    """
-    seen = length - T + 1 + tl.minimum((block * ROWS + ROWS - 1) // G, T - 1)
-    high = tl.maximum(seen, 0)
-    low = 0
-    if HAS_WINDOW:
-        low = tl.maximum(length - T + 1 + block * ROWS // G - window, 0)
-    size = chunk
-    if not FIXED:
-        size = tl.cdiv(tl.cdiv(high - low, n_splits), BLOCK_N) * BLOCK_N
-    start = low + split * size
-    return start, tl.minimum(start + size, high)
-
-
-@triton.jit
-def close_rows(peak, total, lse, index, real, sinks, n, HAS_SINK: tl.constexpr, SPLIT: tl.constexpr):
-    """Store the lse of every row; returns its output's two factors, and which rows of the output are to be stored.
-
-    A part of a split keeps its lse in base 2 and leaves the sink to the merge. Otherwise the sink shrinks the output in
-    a second multiplication, as in the merge: a row's bits must not depend on how many splits the grid has.
-    """
-    # Test for 0, not for > 0: a NaN among the visible keys must reach the output.
-    factor = 1.0 / tl.where(total == 0.0, 1.0, total)
-    lse2 = safe_log2(finite_or_zero(peak), total)
-    shrink = tl.full(peak.shape, 1.0, tl.float32)
-    keep = real
-    if SPLIT:
-        tl.store(lse + index, lse2, mask=real)
-        keep = real & (total != 0.0)  # the merge does not read empty parts
-    else:
-        if HAS_SINK:
-            shrink, lse2 = sink_factor(lse2, tl.load(sinks + n, mask=real, other=0.0).to(tl.float32) * LOG2E)
-        tl.store(lse + index, lse2 * LN2, mask=real)
-    return factor, shrink, keep
 
 
 @triton.jit(do_not_specialize=["window", "chunk"])
@@ -171,12 +98,7 @@ def decode_kernel(
                 visible = visible & (key[None, :] >= (seen - window)[:, None])
         x = tl.where(visible, x, float("-inf"))
 
-        new_peak = tl.maximum(peak, tl.max(x, 1))
-        shift = finite_or_zero(new_peak)
-        alpha = tl.exp2(peak - shift)
-        p = tl.exp2(x - shift[:, None])
-        total = total * alpha + tl.sum(p, 1)
-        peak = new_peak
+        p, alpha, peak, total = weigh(x, peak, total)
         # V is 0, not only unweighted, where nobody looks: 0 * NaN is NaN.
         v_tile = v_base + tl.cast(tile, tl.int64) * v_stride_s
         p = p.to(v.dtype.element_ty)
@@ -193,101 +115,51 @@ def decode_kernel(
         store_tile(out, index, keep, acc2 * factor[:, None] * shrink[:, None], V1, V2, V)
 
 
-def specialise(tokens, group, heads, head_dim, value_dim, config, *, window, sink, softcap, fixed, split):
-    """The compile-time arguments of `decode_kernel` for one shape and one set of options."""
-    rows = block_rows(tokens * group)
-    h1, h2 = split_dim(head_dim)
-    v1, v2 = value_chunks(value_dim)
-    return {
-        "T": tokens, "G": group, "HEADS": heads, "H": head_dim, "V": value_dim, "H1": h1, "H2": h2, "V1": v1, "V2": v2,
-        "ROWS": rows, "BLOCKS": -(-tokens * group // rows), "BLOCK_N": config.block_n,
-        "HAS_WINDOW": window, "HAS_SINK": sink, "HAS_CAP": softcap, "FIXED": fixed, "SPLIT": split,
-    }  # fmt: skip
-
-
-def _plan(q, k, v, span, chunk, config):
-    """(Config, number of splits). A fixed chunk takes nothing from the batch or the other rows."""
+def site(q, k, v, lengths, *, chunk=None, **options):
+    """(Key, default) of a call. A fixed chunk takes nothing from the batch or the other rows, so no table either."""
     batch, tokens, heads, head_dim = q.shape
-    kv_heads, value_dim = v.shape[-2:]
+    slots, kv_heads, value_dim = v.shape[1:]
     rows = tokens * (heads // kv_heads)
-    shape = (q.element_size(), head_dim, value_dim, block_rows(rows))
-    if chunk is not None:
-        return config or default_config(*shape), max(1, -(-span // chunk))
-    if config is None:
-        key = (rows, batch * kv_heads, k.shape[1], runtime.device_name(q.device))
-        config = lookup("decode_attention", runtime.FLOAT_DTYPES[q.dtype], *shape, *key)
-    programs = batch * kv_heads * -(-rows // block_rows(rows))
-    return config, fill_splits(programs, span, config, runtime.sm_count(q.device))
+    key = Key(runtime.FLOAT_DTYPES[q.dtype], head_dim, value_dim, rows, batch * kv_heads, slots)
+    return None if chunk else key, default_config(q.element_size(), head_dim, value_dim, block_rows(rows))
 
 
 def run(q, k, v, lengths, *, scale, window=None, sinks=None, softcap=None, chunk=None, out_dtype=None, config=None):
-    """`decode_attention` on arguments that were checked; `config` overrides the table (for tuning)."""
+    """`decode_attention` on arguments that were checked; `config` overrides the plan (for tuning)."""
     batch, tokens, heads, head_dim = q.shape
     slots, kv_heads, value_dim = v.shape[1:]
-    out = torch.empty((batch, tokens, heads, value_dim), dtype=out_dtype or q.dtype, device=q.device)
-    lse = torch.empty((batch, tokens, heads), dtype=torch.float32, device=q.device)
+    out, lse = outputs(q, value_dim, out_dtype)
     if not out.numel():
         return out, lse
 
     window = None if window is None or window >= slots else int(window)
     span = slots if window is None else min(slots, window + tokens - 1)
     chunk = None if chunk is None else min(int(chunk), max(slots, 1))
-    config, n_splits = _plan(q, k, v, span, chunk, config)
-    runtime.check_grid("decode_attention", batch, n_splits)
-    split = n_splits > 1
-    part, part_lse = out, lse
-    if split:
-        part, part_lse = part_buffers(lse, value_dim, n_splits)
+    config = config or OP.config(q, *site(q, k, v, lengths, chunk=chunk))
+    group = heads // kv_heads
+    rows = block_rows(tokens * group)
+    blocks = -(-tokens * group // rows)
+    n_splits = count_splits(batch * kv_heads * blocks, span, chunk, config, device_of(q))
+    runtime.check_grid(OP.name, batch, n_splits)
+    part, part_lse = part_buffers(out, lse, n_splits)
     sinks = None if sinks is None else sinks.contiguous()
-    flags = dict(window=window is not None, sink=sinks is not None, softcap=softcap is not None)
-    flags |= dict(fixed=chunk is not None, split=split)
-    constants = specialise(tokens, heads // kv_heads, heads, head_dim, value_dim, config, **flags)
+    h1, h2 = split_dim(head_dim)
+    v1, v2 = value_chunks(value_dim)
     runtime.launch(
-        decode_kernel, (kv_heads * constants["BLOCKS"], n_splits, batch),
+        decode_kernel, (kv_heads * blocks, n_splits, batch),
         q, k, v, lengths.contiguous(), lse if sinks is None else sinks, part, part_lse,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], float(scale), float(softcap or 0.0), window or 0, chunk or 0,
-        **constants, num_warps=config.num_warps, num_stages=config.num_stages,
+        T=tokens, G=group, HEADS=heads, H=head_dim, V=value_dim, H1=h1, H2=h2, V1=v1, V2=v2,
+        ROWS=rows, BLOCKS=blocks, BLOCK_N=config.block_n, HAS_WINDOW=window is not None, HAS_SINK=sinks is not None,
+        HAS_CAP=softcap is not None, FIXED=chunk is not None, SPLIT=n_splits > 1,
+        num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
-    if split:
-        merge_parts(part, part_lse, sinks, out, lse, n_splits=n_splits, fixed=chunk is not None)
+    merge_parts(part, part_lse, sinks, out, lse, n_splits=n_splits, fixed=chunk is not None)
     return out, lse
 
 
-def _check(q, k, v, lengths, page_table, k_scale, v_scale, out_dtype):
-    """What this kernel asks beyond the contract; NotImplementedError for the parts of the contract it lacks."""
-    op = "decode_attention"
-    if page_table is not None:
-        raise NotImplementedError(f"{op}: page_table has no Triton kernel yet")
-    if k_scale is not None or v_scale is not None:
-        raise NotImplementedError(f"{op}: quantised k and v (k_scale, v_scale) have no Triton kernel yet")
-    runtime.check_float(op, "q", q.dtype)
-    runtime.check_float(op, "out_dtype", out_dtype)
-    for name, width in (("H", q.shape[-1]), ("V", v.shape[-1])):
-        if width > MAX_HEAD_DIM:
-            raise NotImplementedError(f"{op}: {name}={width} needs more registers than a program has; at most 256")
-    runtime.check_last_dim(op, q=q, k=k, v=v)
-    runtime.check_lengths(lengths, k)
-    runtime.check_slots(op, k=k, v=v)
-    runtime.check_rows(op, q=q)
-    runtime.check_device(op, "q", q.device)
-
-
-def decode_attention(
-    q,
-    k,
-    v,
-    lengths,
-    *,
-    scale,
-    window=None,
-    sinks=None,
-    softcap=None,
-    page_table=None,
-    k_scale=None,
-    v_scale=None,
-    chunk=None,
-    out_dtype=None,
-):
+def decode_attention(q, k, v, lengths, *, scale, window=None, sinks=None, softcap=None, page_table=None, k_scale=None,
+                     v_scale=None, chunk=None, out_dtype=None):  # fmt: skip
     """Attention of the last T tokens of every row over its cache; the equation is at the top of this file.
 
     q: B T N H, k: B S K H, v: B S K V of one dtype (float16, bfloat16, float32), N a multiple of K, H and V at most
@@ -305,5 +177,46 @@ def decode_attention(
     options = dict(scale=scale, window=window, sinks=sinks, softcap=softcap, chunk=chunk, out_dtype=out_dtype)
     unwritten = dict(page_table=page_table, k_scale=k_scale, v_scale=v_scale)
     check.decode_attention(q, k, v, lengths, **options, **unwritten)
-    _check(q, k, v, lengths, **unwritten, out_dtype=out_dtype or q.dtype)
+    if page_table is not None:
+        raise NotImplementedError(f"{OP.name}: page_table has no Triton kernel yet")
+    if k_scale is not None or v_scale is not None:
+        raise NotImplementedError(f"{OP.name}: quantised k and v (k_scale, v_scale) have no Triton kernel yet")
+    widths = {"H": (q.shape[-1], MAX_HEAD_DIM), "V": (v.shape[-1], MAX_HEAD_DIM)}
+    runtime.check_inputs(OP.name, widths, out_dtype, q=q, k=k, v=v)
+    runtime.check_lengths(lengths, k)
+    runtime.check_slots(OP.name, k=k, v=v)
+    runtime.check_rows(OP.name, q=q)
     return run(q, k, v, lengths, **options)
+
+
+def calls(device, *, B=1, T=1, N=32, K=8, S=4096, H=128, V=128, dtype="bfloat16", sinks=False, **options):
+    """Arguments of `run` for full rows."""
+    kind = dict(dtype=getattr(torch, dtype), device=device)
+    lengths = torch.full((B,), S, dtype=torch.int32, device=device)
+    options |= dict(scale=H**-0.5, sinks=torch.zeros(N, device=device) if sinks else None)
+    while True:
+        q, k, v = (torch.randn(shape, **kind) for shape in ((B, T, N, H), (B, S, K, H), (B, S, K, V)))
+        yield (q, k, v, lengths), options
+
+
+OP = Record(
+    "decode_attention", run=run, site=site, calls=calls, kernels=(decode_kernel,), sweep=sweep_tiles,
+    # One split where S is 16.
+    offline=(
+        dict(), dict(S=16, sinks=True), dict(N=64, H=64, V=64, dtype="float16", window=2048, sinks=True),
+        dict(N=8, H=64, V=64), dict(N=8, H=80, V=80), dict(N=48, H=96, V=96, softcap=9.0), dict(N=128, H=192, S=16),
+        dict(N=64, H=192, V=192), dict(N=64, H=256, V=256, softcap=9.0, window=2048),
+        dict(T=4, N=64, window=2048, softcap=9.0), dict(T=8, N=64, chunk=256), dict(N=1024, chunk=256),
+        dict(T=4, N=128, H=192), dict(T=4, N=128, H=256, V=256, S=16), dict(T=4, N=128, H=192, V=192, softcap=9.0),
+        dict(T=4, N=64, H=256, V=256), dict(T=4, N=128, H=80, V=80), dict(H=64, V=64, dtype="float32"),
+        dict(dtype="float32"), dict(T=4, N=128, dtype="float32"),
+        dict(T=4, N=64, H=96, V=96, dtype="float32", softcap=9.0, window=2048),
+        dict(N=64, H=256, V=256, dtype="float32"), dict(T=4, N=128, H=256, V=256, dtype="float32"),
+    ),
+    shapes=(
+        dict(B=1, S=1024), dict(B=1, S=4096), dict(B=1, S=131072), dict(B=8, S=32768), dict(B=16, S=1024),
+        dict(B=64, S=8192), dict(B=256, S=512), dict(B=16, K=32, S=8192), dict(B=64, N=8, K=1, S=32768),
+        dict(B=1, N=64, S=4096, H=64, V=64), dict(B=64, N=64, S=8192, H=64, V=64),
+        dict(B=16, N=8, K=4, S=8192, H=256, V=256), dict(B=16, N=16, K=16, S=8192, H=192),
+    ),
+)  # fmt: skip

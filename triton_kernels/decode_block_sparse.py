@@ -9,10 +9,10 @@ slot i % block_size of its block i // block_size. The heads of a list are the ro
 `decode_attention`; queries of other tokens have other lists and other programs. Where tiles lie in one block, and in
 one page, a tile is one address and its neighbours; otherwise every row of it is gathered by its own slot, which serves
 any block size from 1 (tokens) on and any page size. An ignored or unseen slot has a mask and no address: nothing is
-read for it. With v=None the kernel of `decode_sparse_mla` loads every row once and uses it twice.
+read for it. With v=None the kernel of `listed_latents` loads every row once and uses it twice.
 
 Sources: NSA (arXiv 2502.11089) and MiniMax-M3 (MSA) for lists that a KV head's group shares, MoBA (arXiv 2502.13189)
-for heads that choose alone.
+for heads that choose alone, DeepSeek-V4 (CSA) for keys that are their own values.
 """
 
 import torch
@@ -20,24 +20,36 @@ import triton
 import triton.language as tl
 
 from torch_ref.ops import check
-from triton_kernels import runtime
-from triton_kernels.decode_attention import MAX_HEAD_DIM, cap_logits, close_rows, load_tile, store_tile
-from triton_kernels.decode_mla import MAX_LATENT
-from triton_kernels.decode_sparse_mla import listed_slot, seen_slots, split_range, tile_rows, whole_tiles
-from triton_kernels.decode_sparse_mla import run as run_keys_as_values
-from triton_kernels.merge_states import LOG2E, finite_or_zero, merge_parts, part_buffers
+from triton_kernels import listed_latents, runtime
+from triton_kernels.device import device_of
+from triton_kernels.merge import merge_parts, outputs, part_buffers
 from triton_kernels.plan import (
-    Config,
+    Key,
+    Record,
     block_rows,
-    default_block_config,
+    default_config,
     fill_splits,
-    nearest,
     pow2_ceil,
     split_dim,
+    sweep_latents,
+    sweep_tiles,
     value_chunks,
 )
+from triton_kernels.tiles import (
+    LOG2E,
+    cap_logits,
+    close_rows,
+    listed_slot,
+    load_tile,
+    seen_slots,
+    split_range,
+    store_tile,
+    tile_rows,
+    weigh,
+    whole_tiles,
+)
 
-OP = "decode_block_sparse"
+MAX_HEAD_DIM, MAX_SHARED_DIM = 256, 512  # the second for rows that are keys and values at once
 
 
 @triton.jit(do_not_specialize=["slots", "n_entries"])
@@ -104,12 +116,7 @@ def block_sparse_kernel(
             x = cap_logits(x, softcap)
         x = tl.where(inside[None, :], x * LOG2E, float("-inf"))
 
-        new_peak = tl.maximum(peak, tl.max(x, 1))
-        shift = finite_or_zero(new_peak)
-        alpha = tl.exp2(peak - shift)
-        p = tl.exp2(x - shift[:, None])
-        total = total * alpha + tl.sum(p, 1)
-        peak = new_peak
+        p, alpha, peak, total = weigh(x, peak, total)
         # V is 0, not only unweighted, where nobody looks: 0 * NaN is NaN.
         v_tile, offsets = tile_rows(v, slot, page, j, v_stride_b, v_stride_s, PAGE, WHOLE)
         p = p.to(v.dtype.element_ty)
@@ -126,88 +133,66 @@ def block_sparse_kernel(
         store_tile(out, index, keep, acc2 * factor[:, None] * shrink[:, None], V1, V2, V)
 
 
-def specialise(shape, block_size, page, config, *, lengths, sink, softcap, split):
-    """The compile-time arguments of `block_sparse_kernel`.
-
-    shape: (T, lists, lists of one KV head, heads of one list, H, V); page: 0 without pages.
-    """
-    tokens, lists, share, group, head_dim, value_dim = shape
-    h1, h2 = split_dim(head_dim)
-    v1, v2 = value_chunks(value_dim)
-    rows = block_rows(group)
-    return {
-        "T": tokens, "LISTS": lists, "SHARE": share, "G": group, "H": head_dim, "V": value_dim,
-        "H1": h1, "H2": h2, "V1": v1, "V2": v2, "BLOCK": block_size, "PAGE": page,
-        "WHOLE": whole_tiles(block_size, page, config.block_n), "ROWS": rows, "BLOCKS": -(-group // rows),
-        "BLOCK_N": config.block_n, "HAS_LENGTHS": lengths, "HAS_SINK": sink, "HAS_CAP": softcap, "SPLIT": split,
-    }  # fmt: skip
-
-
-def _plan(q, value_dim, lists, n_entries, block_size, page, config):
-    """(Config, number of splits). Tables are measured with whole tiles; gathered ones take the default."""
+def site(q, k, v, block_indices, lengths, *, block_size, **options):
+    """(Key, default) of a call; value_dim 0 stands for v=None."""
     batch, tokens, heads, head_dim = q.shape
-    group = heads // lists
-    span = n_entries * block_size
-    shape = (head_dim, value_dim, block_rows(group))
-    if config is None:
-        key = (*shape, group, batch * tokens * lists, span, runtime.device_name(q.device))
-        found = nearest(OP, runtime.FLOAT_DTYPES[q.dtype], *key)
-        usable = found and whole_tiles(block_size, page, found["block_n"])
-        config = Config(**found) if usable else default_block_config(q.element_size(), *shape)
-    programs = batch * tokens * lists * -(-group // block_rows(group))
-    return config, fill_splits(programs, span, config, runtime.sm_count(q.device))
+    lists, n_entries = block_indices.shape[2:]
+    if v is None:
+        key, default = listed_latents.site(q, 0, lists, n_entries * block_size)
+        return key._replace(value_dim=0), default
+    group, value_dim = heads // lists, v.shape[-1]
+    dtype = runtime.FLOAT_DTYPES[q.dtype]
+    key = Key(dtype, head_dim, value_dim, group, batch * tokens * lists, n_entries * block_size)
+    return key, default_config(q.element_size(), head_dim, value_dim, block_rows(group), most_ctas=2)
 
 
 def run(q, k, v, block_indices, lengths, *, block_size, scale, sinks=None, softcap=None, page_table=None,
         out_dtype=None, config=None):  # fmt: skip
-    """`decode_block_sparse` with v, on arguments that were checked; `config` overrides the table (for tuning)."""
+    """`decode_block_sparse` on arguments that were checked; `config` overrides the plan (for tuning)."""
+    key, default = site(q, k, v, block_indices, lengths, block_size=block_size)
+    chosen = config or OP.config(q, key, default)
+    if v is None:
+        options = dict(sinks=sinks, softcap=softcap, page_table=page_table, out_dtype=out_dtype, config=chosen)
+        general = (q, None, k, None, block_indices, lengths)
+        return listed_latents.run(*general, block_size=block_size, scale=scale, **options)
     batch, tokens, heads, head_dim = q.shape
     kv_heads, value_dim = v.shape[2:]
     lists, n_entries = block_indices.shape[2:]
     page = 0 if page_table is None else k.shape[1]
     slots = k.shape[1] if page_table is None else page_table.shape[1] * page
-    out = torch.empty((batch, tokens, heads, value_dim), dtype=out_dtype or q.dtype, device=q.device)
-    lse = torch.empty((batch, tokens, heads), dtype=torch.float32, device=q.device)
+    out, lse = outputs(q, value_dim, out_dtype)
     if not out.numel():
         return out, lse
 
-    config, n_splits = _plan(q, value_dim, lists, n_entries, block_size, page, config)
-    split = n_splits > 1
-    part, part_lse = part_buffers(lse, value_dim, n_splits) if split else (out, lse)
+    if config is None and not whole_tiles(block_size, page, chosen.block_n):
+        chosen = default  # tables are measured with whole tiles
+    rows = block_rows(key.group)
+    blocks = -(-key.group // rows)
+    programs = batch * tokens * lists * blocks
+    n_splits = fill_splits(programs, key.length, chosen, device_of(q).sm_count)
+    part, part_lse = part_buffers(out, lse, n_splits)
     sinks, lengths = (None if x is None else x.contiguous() for x in (sinks, lengths))
     entries, table = (x if x is None or x.stride(-1) == 1 else x.contiguous() for x in (block_indices, page_table))
     table = entries if table is None else table  # never read without pages; Triton wants a pointer
-    flags = dict(lengths=lengths is not None, sink=sinks is not None, softcap=softcap is not None, split=split)
-    shape = (tokens, lists, lists // kv_heads, heads // lists, head_dim, value_dim)
-    constants = specialise(shape, block_size, page, config, **flags)
+    h1, h2 = split_dim(head_dim)
+    v1, v2 = value_chunks(value_dim)
     runtime.launch(
-        block_sparse_kernel, (batch * tokens * lists * constants["BLOCKS"], n_splits),
+        block_sparse_kernel, (programs, n_splits),
         q, k, v, entries, entries if lengths is None else lengths, table, lse if sinks is None else sinks, part,
         part_lse, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *entries.stride()[:3], table.stride(0),
         float(scale), float(softcap or 0.0), slots, n_entries,
-        **constants, num_warps=config.num_warps, num_stages=config.num_stages,
+        T=tokens, LISTS=lists, SHARE=lists // kv_heads, G=key.group, H=head_dim, V=value_dim, H1=h1, H2=h2, V1=v1,
+        V2=v2, BLOCK=block_size, PAGE=page, WHOLE=whole_tiles(block_size, page, chosen.block_n), ROWS=rows,
+        BLOCKS=blocks, BLOCK_N=chosen.block_n, HAS_LENGTHS=lengths is not None, HAS_SINK=sinks is not None,
+        HAS_CAP=softcap is not None, SPLIT=n_splits > 1,
+        num_warps=chosen.num_warps, num_stages=chosen.num_stages,
     )  # fmt: skip
-    if split:
-        merge_parts(part, part_lse, sinks, out, lse, n_splits=n_splits, fixed=False)
+    merge_parts(part, part_lse, sinks, out, lse, n_splits=n_splits, fixed=False)
     return out, lse
 
 
-def decode_block_sparse(
-    q,
-    k,
-    v,
-    block_indices,
-    lengths,
-    *,
-    block_size,
-    scale,
-    sinks=None,
-    softcap=None,
-    page_table=None,
-    k_scale=None,
-    v_scale=None,
-    out_dtype=None,
-):
+def decode_block_sparse(q, k, v, block_indices, lengths, *, block_size, scale, sinks=None, softcap=None,
+                        page_table=None, k_scale=None, v_scale=None, out_dtype=None):  # fmt: skip
     """Attention of T tokens of every row over listed blocks of its cache; the equation is at the top of this file.
 
     q: B T N H, k: B S K H, v: B S K V of one dtype (float16, bfloat16, float32), N a multiple of K, H and V at most
@@ -228,15 +213,49 @@ def decode_block_sparse(
     options |= dict(out_dtype=out_dtype)
     check.decode_block_sparse(q, k, v, block_indices, lengths, **options, k_scale=k_scale, v_scale=v_scale)
     if k_scale is not None or v_scale is not None:
-        raise NotImplementedError(f"{OP}: quantised k and v (k_scale, v_scale) have no Triton kernel yet")
+        raise NotImplementedError(f"{OP.name}: quantised k and v (k_scale, v_scale) have no Triton kernel yet")
     runtime.check_lengths(lengths, k, page_table)
-    runtime.check_slots(OP, k=k, v=v)
-    runtime.check_rows(OP, q=q, block_indices=block_indices)
+    runtime.check_slots(OP.name, k=k, v=v)
+    runtime.check_rows(OP.name, q=q, block_indices=block_indices)
+    widths = {"H": (q.shape[-1], MAX_SHARED_DIM if v is None else MAX_HEAD_DIM)}
+    widths |= {} if v is None else {"V": (v.shape[-1], MAX_HEAD_DIM)}
+    runtime.check_inputs(OP.name, widths, out_dtype, q=q, k=k, v=v)
     slots = k.shape[1] * (1 if page_table is None else page_table.shape[1])
     options["block_size"] = min(int(block_size), pow2_ceil(max(slots, 1)))  # what is longer is one block too
-    if v is None:
-        runtime.check_inputs(OP, {"H": (q.shape[-1], MAX_LATENT)}, out_dtype, q=q, k=k)
-        return run_keys_as_values(q, None, k, None, block_indices, lengths, **options)
-    widths = {"H": (q.shape[-1], MAX_HEAD_DIM), "V": (v.shape[-1], MAX_HEAD_DIM)}
-    runtime.check_inputs(OP, widths, out_dtype, q=q, k=k, v=v)
     return run(q, k, v, block_indices, lengths, **options)
+
+
+def calls(device, *, B=1, T=1, N=64, K=4, S=4096, H=128, V=128, M=128, L=16, page=0, dtype="bfloat16", sinks=False,
+          full=True, **options):  # fmt: skip
+    """Arguments of `run`: one cache, other lists of L blocks of M. full: rows have lengths; V = 0: no v."""
+    kind = dict(dtype=getattr(torch, dtype), device=device)
+    cache = (B * S // page, page) if page else (B, S)
+    q, k, v = (torch.randn(shape, **kind) for shape in ((B, T, N, H), (*cache, K, H), (*cache, K, V)))
+    lengths = torch.full((B,), S, dtype=torch.int32, device=device) if full else None
+    options |= dict(block_size=M, scale=H**-0.5, sinks=torch.zeros(N, device=device) if sinks else None)
+    options |= dict(page_table=torch.randperm(cache[0], device=device).int().view(B, -1) if page else None)
+    while True:
+        lists = torch.rand(B, T, K, S // M, device=device).topk(L).indices.int()
+        yield (q, k, v if V else None, lists, lengths), options
+
+
+OP = Record(
+    "decode_block_sparse", run=run, site=site, calls=calls,
+    kernels=(block_sparse_kernel, listed_latents.latent_list_kernel),
+    sweep=lambda key: sweep_tiles(key) if key.value_dim else sweep_latents(key),
+    # Several splits where L * M is above 128; blocks and pages that are no multiple of a tile are gathered.
+    offline=(
+        dict(L=1), dict(T=2, page=128, sinks=True), dict(T=2, M=64, L=2, H=192), dict(T=2, N=4, M=16, H=64, V=64),
+        dict(T=2, M=1, L=64, page=64, full=False), dict(T=2, M=16, L=4, H=256, V=256, page=16, sinks=True, softcap=9.0),
+        dict(T=2, N=256, S=4800, M=8, L=8, page=24, softcap=9.0),
+        dict(T=2, N=256, M=16, L=2, H=256, V=256, page=16, dtype="float32"),
+        dict(T=2, K=1, H=512, V=0, M=1, L=512, full=False, sinks=True),
+        dict(T=2, N=128, K=1, H=512, V=0, M=1, L=64, page=64, sinks=True, softcap=9.0),
+        dict(T=2, N=4, K=1, V=0, page=128),
+    ),
+    shapes=(
+        dict(B=64, S=131072), dict(B=16, S=131072), dict(B=1, S=131072), dict(B=64, S=65536, H=192, M=64),
+        dict(B=64, K=1, S=32768, H=512, V=0, M=1, L=512, full=False),
+        dict(B=64, N=128, K=1, S=32768, H=512, V=0, M=1, L=1024, full=False),
+    ),
+)  # fmt: skip

@@ -10,16 +10,26 @@ Sources: lightning attention (MiniMax-01, arXiv 2501.08313) for a decay per head
 DeltaNet (arXiv 2412.06464) for beta; Kimi Linear (arXiv 2510.26692) for a decay per key channel.
 """
 
+import itertools
+from dataclasses import dataclass
+
 import torch
 import triton
 import triton.language as tl
 
 from torch_ref.ops import check
 from triton_kernels import runtime
-from triton_kernels.plan import LinearConfig, default_linear_config, nearest, pow2_ceil
+from triton_kernels.plan import Key, Record, pow2_ceil
 
-OP = "decode_linear"
 MAX_KEY_DIM = 1024
+
+
+@dataclass(frozen=True)
+class LinearConfig:
+    """How the kernel is launched."""
+
+    block_v: int  # columns of the state that a program owns
+    num_warps: int
 
 
 @triton.jit
@@ -62,56 +72,50 @@ def linear_kernel(
     tl.store(out + (batch * N + n) * V + c, o.to(out.dtype.element_ty), mask=column)
 
 
-def specialise(heads, key_dim, value_dim, config, *, channel, delta):
-    """The compile-time arguments of `linear_kernel`; channel: a decay per key channel, delta: with beta."""
-    return {
-        "N": heads, "H": key_dim, "V": value_dim, "H_PAD": pow2_ceil(key_dim),
-        "BLOCK_V": min(config.block_v, pow2_ceil(value_dim)), "CHANNEL": channel, "DELTA": delta,
-    }  # fmt: skip
+def default_linear_config(key_dim):
+    """A configuration for any state of H = key_dim <= 1024: a tile of 4096 numbers, 32 of them a thread.
+
+    It is at least 8 columns wide, because memory is read in sectors of 32 bytes.
+    """
+    columns = max(8, 4096 // max(32, pow2_ceil(key_dim)))
+    return LinearConfig(columns, 8 if pow2_ceil(key_dim) * columns > 4096 else 4)
 
 
-def _plan(q, value_dim, config):
-    """The launch configuration: a table's for this dtype and these dims, else the default."""
+def sweep_columns(key):
+    """Tiles of 8 to 64 numbers a thread."""
+    for columns, warps in itertools.product((8, 16, 32, 64, 128), (2, 4, 8)):
+        if columns <= pow2_ceil(key.value_dim) and 8 <= pow2_ceil(key.head_dim) * columns // (32 * warps) <= 64:
+            yield LinearConfig(columns, warps)
+
+
+def site(q, k, v, state, decay, **options):
+    """(Key, default) of a call."""
     batch, heads, key_dim = q.shape
-    if config is None:
-        key = (key_dim, value_dim, 16, 1, batch * heads, 1, runtime.device_name(q.device))
-        found = nearest(OP, runtime.FLOAT_DTYPES[q.dtype], *key)
-        config = LinearConfig(**found) if found else default_linear_config(key_dim)
-    return config
+    key = Key(runtime.FLOAT_DTYPES[q.dtype], key_dim, v.shape[-1], 1, batch * heads, 1)
+    return key, default_linear_config(key_dim)
 
 
 def run(q, k, v, state, decay, *, beta=None, config=None):
-    """`decode_linear` on arguments that were checked; `config` overrides the table (for tuning)."""
+    """`decode_linear` on arguments that were checked; `config` overrides the plan (for tuning)."""
     batch, heads, key_dim = q.shape
     value_dim = v.shape[-1]
     out = torch.empty((batch, heads, value_dim), dtype=q.dtype, device=q.device)
     if not out.numel():
         return out, state
-    config = _plan(q, value_dim, config)
-    constants = specialise(heads, key_dim, value_dim, config, channel=decay.ndim == 3, delta=beta is not None)
+    config = config or OP.config(q, *site(q, k, v, state, decay))
+    columns = min(config.block_v, pow2_ceil(value_dim))
     factors = decay if decay.ndim > 1 else decay[None].expand(batch, -1)
     factors = factors if factors.ndim == 3 else factors[..., None]
     rates = decay if beta is None else beta  # never read without DELTA; Triton wants a pointer
     beta_strides = (0, 0) if beta is None else beta.stride()
     runtime.launch(
-        linear_kernel, (batch * heads * triton.cdiv(value_dim, constants["BLOCK_V"]),),
+        linear_kernel, (batch * heads * triton.cdiv(value_dim, columns),),
         q, k, v, state, factors, rates, out,
         *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], *state.stride()[:3], *factors.stride(), *beta_strides,
-        **constants, num_warps=config.num_warps,
+        N=heads, H=key_dim, V=value_dim, H_PAD=pow2_ceil(key_dim), BLOCK_V=columns, CHANNEL=decay.ndim == 3,
+        DELTA=beta is not None, num_warps=config.num_warps,
     )  # fmt: skip
     return out, state
-
-
-def _check(q, k, v, state, decay, beta):
-    """What this kernel asks beyond the contract: float32 beside q, k, v; a state that can be overwritten in place."""
-    for name, tensor in (("state", state), ("decay", decay), ("beta", beta)):
-        if tensor is not None and tensor.dtype != torch.float32:
-            raise TypeError(f"{OP}: {name} must be float32 in triton_kernels, got {tensor.dtype}")
-    runtime.check_inputs(OP, {"H": (q.shape[-1], MAX_KEY_DIM)}, None, q=q, k=k, v=v, state=state)
-    runtime.check_rows(OP, q=q, k=k, v=v, state=state)
-    for size, stride, letter in zip(state.shape, state.stride(), "BNHV", strict=True):
-        if size > 1 and stride == 0:
-            raise ValueError(f"{OP}: state is overwritten in place, but its {letter}={size} entries share memory")
 
 
 def decode_linear(q, k, v, state, decay, *, beta=None):
@@ -127,5 +131,32 @@ def decode_linear(q, k, v, state, decay, *, beta=None):
     NotImplementedError for wider keys; always before any launch, so a refused state is as it was.
     """
     check.decode_linear(q, k, v, state, decay, beta=beta)
-    _check(q, k, v, state, decay, beta)
+    for name, tensor in (("state", state), ("decay", decay), ("beta", beta)):
+        if tensor is not None and tensor.dtype != torch.float32:
+            raise TypeError(f"{OP.name}: {name} must be float32 in triton_kernels, got {tensor.dtype}")
+    runtime.check_inputs(OP.name, {"H": (q.shape[-1], MAX_KEY_DIM)}, None, q=q, k=k, v=v, state=state)
+    runtime.check_rows(OP.name, q=q, k=k, v=v, state=state)
+    for size, stride, letter in zip(state.shape, state.stride(), "BNHV", strict=True):
+        if size > 1 and stride == 0:
+            raise ValueError(f"{OP.name}: state is overwritten in place, but its {letter}={size} entries share memory")
     return run(q, k, v, state, decay, beta=beta)
+
+
+def calls(device, *, B=1, N=64, H=128, V=128, dtype="bfloat16", channel=False, delta=False):
+    """Arguments of `run`. Zero keys without decay leave the state as it is: every call has the same answer."""
+    kind = dict(dtype=getattr(torch, dtype), device=device)
+    decay = torch.ones((B, N, H) if channel else (N,), device=device)
+    options = dict(beta=torch.ones(B, N, device=device) if delta else None)
+    while True:
+        q, v, state = torch.randn(B, N, H, **kind), torch.randn(B, N, V, **kind), torch.randn(B, N, H, V, device=device)
+        yield (q, torch.zeros_like(q), v, state, decay), options
+
+
+OP = Record(
+    "decode_linear", run=run, site=site, calls=calls, kernels=(linear_kernel,), sweep=sweep_columns,
+    shapes=(dict(B=64), dict(B=8), dict(B=1)),
+    offline=(
+        dict(), dict(channel=True, delta=True), dict(H=256, V=256, delta=True), dict(H=96, V=80, dtype="float32"),
+        dict(H=1024, V=64, channel=True, delta=True),
+    ),
+)  # fmt: skip

@@ -27,12 +27,11 @@ import triton.language as tl
 
 from torch_ref.ops import check
 from triton_kernels import runtime
-from triton_kernels.decode_attention import close_rows, key_range, load_tile, store_tile
-from triton_kernels.merge_states import LOG2E, finite_or_zero, merge_parts, part_buffers
-from triton_kernels.plan import MlaConfig, block_rows, default_mla_config, fill_splits, nearest, pow2_ceil
+from triton_kernels.device import device_of
+from triton_kernels.merge import merge_parts, outputs, part_buffers
+from triton_kernels.plan import Key, Record, count_splits, default_latent_config, mma_width, sweep_latents
+from triton_kernels.tiles import LOG2E, absorb, close_rows, key_range, load_tile, store_tile
 
-OP = "decode_mla"
-MAX_LATENT, MAX_ROPE = 512, 64
 MIN_PAGE = 16
 
 
@@ -47,26 +46,6 @@ def query_rows(block, ROWS: tl.constexpr, N: tl.constexpr, T: tl.constexpr):
     """Token and head of the rows of a block, and which rows exist."""
     row = block * ROWS + tl.arange(0, ROWS)
     return row // N, row % N, row < T * N
-
-
-@triton.jit
-def absorb(x, c, key, seen, window, peak, total, acc, T: tl.constexpr, HAS_WINDOW: tl.constexpr):
-    """The online softmax after one more tile: scores x in base 2, latents c; returns peak, total, acc.
-
-    total keeps a sum for every column of x: a row's sum over the warps would cost barriers in every tile.
-    """
-    if T > 1:  # a single query sees all keys of the tile that are inside the split
-        visible = key[None, :] < seen[:, None]
-        if HAS_WINDOW:
-            visible = visible & (key[None, :] >= (seen - window)[:, None])
-        x = tl.where(visible, x, float("-inf"))
-    new_peak = tl.maximum(peak, tl.max(x, 1))
-    shift = finite_or_zero(new_peak)
-    alpha = tl.exp2(peak - shift)
-    p = tl.exp2(x - shift[:, None])
-    total = total * alpha[:, None] + p
-    acc = tl.dot(p.to(c.dtype), c, acc * alpha[:, None], input_precision="ieee")
-    return new_peak, total, acc
 
 
 @triton.jit(do_not_specialize=["window", "chunk"])
@@ -146,102 +125,57 @@ def mla_kernel(
     store_tile(out, index, keep, acc * factor[:, None] * shrink[:, None], 0, C_PAD, C)
 
 
-def specialise(shape, strides, page, config, *, window, sink, fixed, split):
-    """The compile-time arguments of `mla_kernel`; shape: (T, N, C, R), strides: of a latent and of a rope slot."""
-    tokens, heads, latent_dim, rope_dim = shape
-    return {
-        "T": tokens, "N": heads, "C": latent_dim, "R": rope_dim,
-        "C_PAD": max(16, pow2_ceil(latent_dim)), "R_PAD": max(16, pow2_ceil(rope_dim)),
-        "LATENT_STRIDE": strides[0], "ROPE_STRIDE": strides[1], "PAGE": page,
-        "ROWS": config.rows, "BLOCK_N": min(config.block_n, page or config.block_n),
-        "EARLY": config.early, "HAS_WINDOW": window, "HAS_SINK": sink, "FIXED": fixed, "SPLIT": split,
-    }  # fmt: skip
-
-
-def _plan(q_latent, rope_dim, slots, span, chunk, config):
-    """(MlaConfig, number of splits). A fixed chunk takes nothing from the batch or the other rows."""
+def site(q_latent, q_rope, latent, k_rope, lengths, *, page_table=None, chunk=None, **options):
+    """(Key, default) of a call. A fixed chunk takes nothing from the batch or the other rows, so no table either; and
+    tables are measured with one token: the mask of several takes more registers.
+    """
     batch, tokens, heads, latent_dim = q_latent.shape
-    queries = tokens * heads
-    default = default_mla_config(q_latent.element_size(), latent_dim, tokens, heads)
-    if chunk is not None:
-        return config or default, max(1, -(-span // chunk))
-    if config is None and tokens > 1:
-        config = default  # tables are measured with one token; the mask of several takes more registers
-    if config is None:
-        key = (latent_dim + rope_dim, latent_dim, block_rows(queries), queries, batch, slots)
-        found = nearest(OP, runtime.FLOAT_DTYPES[q_latent.dtype], *key, runtime.device_name(q_latent.device))
-        config = MlaConfig(**found) if found else default
-    programs = batch * -(-queries // config.rows)
-    return config, fill_splits(programs, span, config, runtime.sm_count(q_latent.device))
+    slots = latent.shape[1] * (1 if page_table is None else page_table.shape[1])
+    dtype = runtime.FLOAT_DTYPES[q_latent.dtype]
+    key = Key(dtype, latent_dim + q_rope.shape[-1], latent_dim, tokens * heads, batch, slots)
+    default = default_latent_config(q_latent.element_size(), latent_dim, tokens, heads)
+    return None if chunk or tokens > 1 else key, default
 
 
 def run(q_latent, q_rope, latent, k_rope, lengths, *, scale, window=None, sinks=None, page_table=None, chunk=None,
         out_dtype=None, config=None):  # fmt: skip
-    """`decode_mla` on arguments that were checked; `config` overrides the table (for tuning)."""
+    """`decode_mla` on arguments that were checked; `config` overrides the plan (for tuning)."""
     batch, tokens, heads, latent_dim = q_latent.shape
     rope_dim = q_rope.shape[-1]
     page = 0 if page_table is None else latent.shape[1]
     slots = latent.shape[1] if page_table is None else page_table.shape[1] * page
-    out = torch.empty(q_latent.shape, dtype=out_dtype or q_latent.dtype, device=q_latent.device)
-    lse = torch.empty(q_latent.shape[:3], dtype=torch.float32, device=q_latent.device)
+    out, lse = outputs(q_latent, latent_dim, out_dtype)
     if not out.numel():
         return out, lse
 
     window = None if window is None or window >= slots else int(window)
     span = slots if window is None else min(slots, window + tokens - 1)
     chunk = None if chunk is None else min(int(chunk), max(slots, 1))
-    config, n_splits = _plan(q_latent, rope_dim, slots, span, chunk, config)
-    runtime.check_grid(OP, batch, n_splits)
-    split = n_splits > 1
-    part, part_lse = part_buffers(lse, latent_dim, n_splits) if split else (out, lse)
+    place = site(q_latent, q_rope, latent, k_rope, lengths, page_table=page_table, chunk=chunk)
+    config = config or OP.config(q_latent, *place)
+    blocks = -(-tokens * heads // config.rows)
+    n_splits = count_splits(batch * blocks, span, chunk, config, device_of(q_latent))
+    runtime.check_grid(OP.name, batch, n_splits)
+    part, part_lse = part_buffers(out, lse, n_splits)
     sinks = None if sinks is None else sinks.contiguous()
     table = lengths if page_table is None else page_table if page_table.stride(1) == 1 else page_table.contiguous()
-    flags = dict(window=window is not None, sink=sinks is not None, fixed=chunk is not None, split=split)
-    strides = (latent.stride(1), k_rope.stride(1))
-    constants = specialise((tokens, heads, latent_dim, rope_dim), strides, page, config, **flags)
     runtime.launch(
-        mla_kernel, (-(-tokens * heads // config.rows), n_splits, batch),
+        mla_kernel, (blocks, n_splits, batch),
         q_latent, q_rope, latent, k_rope, lengths.contiguous(), table, lse if sinks is None else sinks, part, part_lse,
         *q_latent.stride()[:3], *q_rope.stride()[:3], latent.stride(0), k_rope.stride(0), table.stride(0),
         float(scale) * LOG2E.value, window or 0, chunk or 0,
-        **constants, num_warps=config.num_warps, num_stages=config.num_stages,
+        T=tokens, N=heads, C=latent_dim, R=rope_dim, C_PAD=mma_width(latent_dim), R_PAD=mma_width(rope_dim),
+        LATENT_STRIDE=latent.stride(1), ROPE_STRIDE=k_rope.stride(1), PAGE=page,
+        ROWS=config.rows, BLOCK_N=min(config.block_n, page or config.block_n), EARLY=config.early,
+        HAS_WINDOW=window is not None, HAS_SINK=sinks is not None, FIXED=chunk is not None, SPLIT=n_splits > 1,
+        num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
-    if split:
-        merge_parts(part, part_lse, sinks, out, lse, n_splits=n_splits, fixed=chunk is not None)
+    merge_parts(part, part_lse, sinks, out, lse, n_splits=n_splits, fixed=chunk is not None)
     return out, lse
 
 
-def _check(q_latent, q_rope, latent, k_rope, lengths, page_table, out_dtype):
-    """What this kernel asks beyond the contract; NotImplementedError for the parts of the contract it lacks."""
-    runtime.check_float(OP, "q_latent", q_latent.dtype)
-    runtime.check_float(OP, "out_dtype", out_dtype)
-    for name, width, most in (("C", q_latent.shape[-1], MAX_LATENT), ("R", q_rope.shape[-1], MAX_ROPE)):
-        if width > most:
-            raise NotImplementedError(f"{OP}: {name}={width} needs more registers than a program has; at most {most}")
-    if page_table is not None and (latent.shape[1] < MIN_PAGE or latent.shape[1] & (latent.shape[1] - 1)):
-        raise NotImplementedError(f"{OP}: the page size is {latent.shape[1]}; allowed: powers of two from {MIN_PAGE}")
-    runtime.check_last_dim(OP, q_latent=q_latent, q_rope=q_rope, latent=latent, k_rope=k_rope)
-    runtime.check_lengths(lengths, latent, page_table)
-    runtime.check_slots(OP, latent=latent, k_rope=k_rope)
-    runtime.check_rows(OP, q_latent=q_latent, q_rope=q_rope)
-    runtime.check_device(OP, "q_latent", q_latent.device)
-
-
-def decode_mla(
-    q_latent,
-    q_rope,
-    latent,
-    k_rope,
-    lengths,
-    *,
-    scale,
-    window=None,
-    sinks=None,
-    page_table=None,
-    latent_scale=None,
-    chunk=None,
-    out_dtype=None,
-):
+def decode_mla(q_latent, q_rope, latent, k_rope, lengths, *, scale, window=None, sinks=None, page_table=None,
+               latent_scale=None, chunk=None, out_dtype=None):  # fmt: skip
     """Attention of the last T tokens of every row over its latent cache; the equation is at the top of this file.
 
     q_latent: B T N C, q_rope: B T N R, latent: B S C, k_rope: B S R of one dtype (float16, bfloat16, float32), C at
@@ -260,7 +194,35 @@ def decode_mla(
     """
     options = dict(scale=scale, window=window, sinks=sinks, page_table=page_table, chunk=chunk, out_dtype=out_dtype)
     check.decode_mla(q_latent, q_rope, latent, k_rope, lengths, **options, latent_scale=latent_scale)
-    if latent_scale is not None:
-        raise NotImplementedError(f"{OP}: a quantised latent (latent_scale) has no Triton kernel yet")
-    _check(q_latent, q_rope, latent, k_rope, lengths, page_table, out_dtype or q_latent.dtype)
+    runtime.check_latents(OP.name, out_dtype, latent_scale, q_latent, q_rope, latent, k_rope)
+    if page_table is not None and (latent.shape[1] < MIN_PAGE or latent.shape[1] & (latent.shape[1] - 1)):
+        page = latent.shape[1]
+        raise NotImplementedError(f"{OP.name}: the page size is {page}; allowed: powers of two from {MIN_PAGE}")
+    runtime.check_lengths(lengths, latent, page_table)
     return run(q_latent, q_rope, latent, k_rope, lengths, **options)
+
+
+def calls(device, *, B=1, T=1, N=128, S=4096, C=512, R=64, page=0, dtype="bfloat16", sinks=False, **options):
+    """Arguments of `run` for full rows, in shuffled pages if `page` is given."""
+    kind = dict(dtype=getattr(torch, dtype), device=device)
+    cache = (B * S // page, page) if page else (B, S)
+    lengths = torch.full((B,), S, dtype=torch.int32, device=device)
+    options |= dict(scale=(C + R) ** -0.5, sinks=torch.zeros(N, device=device) if sinks else None)
+    while True:
+        shapes = (B, T, N, C), (B, T, N, R), (*cache, C), (*cache, R)
+        table = torch.randperm(cache[0], device=device).int().view(B, -1) if page else None
+        yield (*(torch.randn(shape, **kind) for shape in shapes), lengths), options | dict(page_table=table)
+
+
+OP = Record(
+    "decode_mla", run=run, site=site, calls=calls, kernels=(mla_kernel,), sweep=sweep_latents,
+    # One split where S is 64.
+    offline=(
+        dict(S=64), dict(S=64, page=64, sinks=True), dict(page=64), dict(T=2, S=64, page=64, window=32, sinks=True),
+        dict(N=16), dict(N=16, page=64, window=2048, chunk=256), dict(N=32, S=64), dict(S=64, page=64, dtype="float32"),
+    ),
+    shapes=(
+        dict(B=128, S=4096), dict(B=16, S=16384), dict(B=1, S=4096), dict(B=64, N=64, S=8192),
+        dict(B=128, N=16, S=4096), dict(B=1, N=16, S=4096),
+    ),
+)  # fmt: skip

@@ -1,152 +1,15 @@
-"""Merge partial attention results by their log-sum-exps: the public op and the last step of every split kernel.
-
-    m = max_p lse_p      w_p = exp(lse_p - m)      out = sum_p w_p out_p / sum_p w_p      lse = m + log sum_p w_p
-
-A sink is one more logit without a value, so it only enlarges the denominator: with w_s = exp(sink - m), out shrinks by
-1 / (1 + w_s) and lse grows by log(1 + w_s). It is folded in once, after the merge.
-
-Kernels work in base 2 (`lse2` = lse / ln 2), because the hardware has exp2 and log2; natural logs at every boundary.
-The order of the sum is fixed: parts in blocks of BLOCK_P, blocks in sequence. A part with weight 0 adds exact zeros, so
-empty parts at the end change no bit.
-"""
+"""Merge partial attention results of the same queries by their log-sum-exps; the equation and the kernel: `merge`."""
 
 import torch
-import triton
-import triton.language as tl
 
 from torch_ref.ops import check
 from triton_kernels import runtime
-from triton_kernels.plan import pow2_ceil
-
-LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
-LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
-
-# Parts per block of a merge whose bits must not depend on the number of parts (`chunk`, and the public op).
-FIXED_BLOCK_P = 32
-MAX_BLOCK_P = 64
-BLOCK_V = 64
-
-
-@triton.jit
-def finite_or_zero(peak):
-    """The running maximum as something to subtract: -inf (nothing seen yet) would make -inf - -inf = NaN."""
-    return tl.where(peak == float("-inf"), 0.0, peak)
-
-
-@triton.jit
-def safe_log2(peak, total):
-    """peak + log2(total), and -inf where total is 0. A NaN total stays NaN."""
-    empty = total == 0.0
-    return tl.where(empty, float("-inf"), peak + tl.log2(tl.where(empty, 1.0, total)))
-
-
-@triton.jit
-def sink_factor(lse2, sink2):
-    """Factor of the output, and the new lse2, after a sink logit joins the denominator."""
-    peak = finite_or_zero(tl.maximum(lse2, sink2))
-    weight = tl.exp2(lse2 - peak)
-    total = weight + tl.exp2(sink2 - peak)
-    return weight / tl.where(total == 0.0, 1.0, total), safe_log2(peak, total)
-
-
-@triton.jit
-def merge_kernel(
-    parts,  # [.., V] rows: part p of row r starts at p * part_stride + r * row_stride, in rows
-    lses,  # float32, same numbering
-    sinks,
-    out,  # [rows, V]
-    lse,  # [rows], natural log
-    n_parts,
-    part_stride,
-    row_stride,
-    HEADS: tl.constexpr,
-    V: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-    HAS_SINK: tl.constexpr,
-    NATURAL: tl.constexpr,  # lses are natural logs, else base 2
-):
-    row = tl.program_id(0).to(tl.int64)
-    col = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
-    p = tl.arange(0, BLOCK_P)
-    unit: tl.constexpr = LOG2E if NATURAL else 1.0
-    first = row * row_stride
-
-    peak = float("-inf")
-    for start in tl.range(0, n_parts, BLOCK_P):
-        index = first + (start + p).to(tl.int64) * part_stride
-        lse2 = tl.load(lses + index, mask=start + p < n_parts, other=float("-inf")) * unit
-        peak = tl.maximum(peak, tl.max(lse2, 0))
-    peak = finite_or_zero(peak)
-
-    acc = tl.zeros([BLOCK_V], tl.float32)
-    total = 0.0
-    for start in tl.range(0, n_parts, BLOCK_P):
-        index = first + (start + p).to(tl.int64) * part_stride
-        lse2 = tl.load(lses + index, mask=start + p < n_parts, other=float("-inf")) * unit
-        weight = tl.exp2(lse2 - peak)
-        # An empty part may be unwritten memory: it is not read at all. (A NaN weight is read, and stays NaN.)
-        used = (weight != 0.0)[:, None] & (col < V)[None, :]
-        value = tl.load(parts + index[:, None] * V + col[None, :], mask=used, other=0.0).to(tl.float32)
-        acc += tl.sum(value * weight[:, None], 0)
-        total += tl.sum(weight, 0)
-
-    acc = acc / tl.where(total == 0.0, 1.0, total)
-    merged = safe_log2(peak, total)
-    if HAS_SINK:
-        factor, merged = sink_factor(merged, tl.load(sinks + row % HEADS).to(tl.float32) * LOG2E)
-        acc = acc * factor
-    tl.store(out + row * V + col, acc.to(out.dtype.element_ty), mask=col < V)
-    if tl.program_id(1) == 0:
-        tl.store(lse + row, merged * LN2)
-
-
-def merge_warps(block_p):
-    """Warps of a merge program: a narrow tile leaves most of four warps idle, and small programs share an SM better."""
-    return 1 if block_p <= 4 else 2 if block_p <= 16 else 4
-
-
-def launch_merge(parts, lses, sinks, out, lse, *, n_parts, part_stride, row_stride, block_p, natural):
-    """Launch `merge_kernel` on flat buffers; out [.., N, V] and lse [.., N] are contiguous and written in full."""
-    heads, width = out.shape[-2:]
-    rows = lse.numel()
-    runtime.launch(
-        merge_kernel,
-        (rows, triton.cdiv(width, BLOCK_V)),
-        parts,
-        lses,
-        lse if sinks is None else sinks,  # never read without HAS_SINK; Triton wants a pointer
-        out,
-        lse,
-        n_parts,
-        part_stride,
-        row_stride,
-        HEADS=heads,
-        V=width,
-        BLOCK_V=BLOCK_V,
-        BLOCK_P=block_p,
-        HAS_SINK=sinks is not None,
-        NATURAL=natural,
-        num_warps=merge_warps(block_p),
-    )
-
-
-def part_buffers(lse, width, n_splits):
-    """Float32 parts [row, split, width] and their lses [row, split] for `n_splits` splits: one allocation, flat."""
-    size = lse.numel() * n_splits
-    work = torch.empty(size * (width + 1), dtype=torch.float32, device=lse.device)
-    return work[: size * width], work[size * width :]
-
-
-def merge_parts(part, part_lse, sinks, out, lse, *, n_splits, fixed):
-    """Merge what a split kernel wrote into `part_buffers`; `fixed`: with bits that do not depend on `n_splits`."""
-    block_p = FIXED_BLOCK_P if fixed else min(MAX_BLOCK_P, pow2_ceil(n_splits))
-    numbering = dict(n_parts=n_splits, part_stride=1, row_stride=n_splits)
-    launch_merge(part, part_lse, sinks, out, lse, **numbering, block_p=block_p, natural=False)
+from triton_kernels.merge import FIXED_BLOCK_P, launch_merge, merge_kernel, merge_parts, part_buffers
+from triton_kernels.plan import Record
 
 
 def merge_states(outs, lses):
-    """Merge P partial results of the same queries; see the equation at the top of this file.
+    """Merge P partial results of the same queries; see `merge` for the equation.
 
     outs: P B T N V, float16, bfloat16 or float32; lses: float32 P B T N, natural log, sinks included.
     Returns out: B T N V in outs' dtype, and lse: float32 B T N, natural log.
@@ -157,10 +20,10 @@ def merge_states(outs, lses):
     (arXiv 2501.01005, "attention states").
     """
     check.merge_states(outs, lses)
-    runtime.check_float("merge_states", "outs", outs.dtype)
+    runtime.check_float(OP.name, "outs", outs.dtype)
     if lses.dtype != torch.float32:
-        raise TypeError(f"merge_states: lses must be float32 in triton_kernels, got {lses.dtype}")
-    runtime.check_device("merge_states", "outs", outs.device)
+        raise TypeError(f"{OP.name}: lses must be float32 in triton_kernels, got {lses.dtype}")
+    runtime.check_device(OP.name, "outs", outs.device)
     n_parts, rows = outs.shape[0], outs[0, ..., 0].numel()
     out = torch.empty(outs.shape[1:], dtype=outs.dtype, device=outs.device)
     lse = torch.empty(outs.shape[1:-1], dtype=torch.float32, device=outs.device)
@@ -169,3 +32,19 @@ def merge_states(outs, lses):
         parts = (outs.contiguous(), lses.contiguous(), None)
         launch_merge(*parts, out, lse, **numbering, block_p=FIXED_BLOCK_P, natural=True)
     return out, lse
+
+
+def calls(device, *, P, V, dtype="bfloat16", sinks=False, fixed=False):
+    """Arguments of `merge_parts`, which is how the kernels of this package launch the merge."""
+    out = torch.empty(1, 1, 32, V, dtype=getattr(torch, dtype), device=device)
+    lse = torch.zeros(1, 1, 32, device=device)
+    while True:
+        yield (*part_buffers(out, lse, P), lse[0, 0] if sinks else None, out, lse), dict(n_splits=P, fixed=fixed)
+
+
+OP = Record(
+    "merge_states", run=merge_parts, calls=calls, kernels=(merge_kernel,),
+    offline=(
+        dict(P=4, V=128), dict(P=64, V=128, dtype="float32", sinks=True), dict(P=40, V=192, sinks=True, fixed=True),
+    ),
+)  # fmt: skip

@@ -1,226 +1,129 @@
-"""Compile the kernels for sm_90 without a GPU and report registers, spills and shared memory.
+"""Compile the kernels for sm_90 without a GPU and report registers, spills, shared memory and instructions.
 
     python -m triton_kernels.offline                     a table
     python -m triton_kernels.offline --json              one JSON object a line
     python -m triton_kernels.offline --op decode_mla     one op; can be given several times
 
-This cannot run in a process that interprets kernels, so `report` starts a new one. What is measured: see `cubin`.
+Triton and its bundled ptxas need no driver for this. What is compiled are the launches of real calls, on tensors
+without memory: those that each op's record lists, and those of its tuning table. A spill shows as STL/LDL
+instructions. A process that interprets kernels cannot compile, so `report` starts a new one.
 """
 
 import argparse
 import json
 import os
+import re
 import subprocess
 import sys
-from dataclasses import dataclass
+import tempfile
+from pathlib import Path
 
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+import triton_kernels
 from triton_kernels import runtime
-from triton_kernels.cubin import BYTES, POINTER, compile_kernel, measure
-from triton_kernels.decode_attention import decode_kernel, specialise
-from triton_kernels.decode_mla import mla_kernel
-from triton_kernels.decode_mla import specialise as specialise_mla
-from triton_kernels.merge_states import BLOCK_V, FIXED_BLOCK_P, MAX_BLOCK_P, merge_kernel, merge_warps
-from triton_kernels.offline_scores import (
-    BLOCK_SCORES,
-    INDEX_SCORES,
-    LINEARS,
-    TOPKS,
-    Linear,
-    Scores,
-    compile_linear,
-    compile_scores,
-    compile_topk,
-)
-from triton_kernels.offline_sparse import (
-    BLOCK_SPARSES,
-    SPARSE_MLAS,
-    BlockSparse,
-    SparseMla,
-    compile_block_sparse,
-    compile_sparse_mla,
-)
-from triton_kernels.plan import (
-    Config,
-    LinearConfig,
-    MlaConfig,
-    block_rows,
-    default_config,
-    default_mla_config,
-    table,
-)
+from triton_kernels.device import TARGET
+from triton_kernels.plan import table
+
+SM90 = GPUTarget("cuda", TARGET.capability, 32)
+POINTER = {"float16": "*fp16", "bfloat16": "*bf16", "float32": "*fp32", "int32": "*i32", "int64": "*i64"}
+POINTER |= {"int8": "*i8", "float8_e4m3fn": "*fp8e4nv", "float8_e5m2": "*fp8e5"}
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+RECORDS = {name: sys.modules[f"triton_kernels.{name}"].OP for name in triton_kernels.__all__}
 
 
-@dataclass(frozen=True)
-class Decode:
-    """One compiled variant of `decode_kernel`."""
-
-    dtype: str = "bfloat16"
-    head_dim: int = 128
-    value_dim: int = 128
-    tokens: int = 1
-    group: int = 4
-    window: bool = False
-    sink: bool = False
-    softcap: bool = False
-    fixed: bool = False
-    split: bool = True
-
-    def __str__(self):
-        flags = [name for name in ("window", "sink", "softcap", "fixed", "split") if getattr(self, name)]
-        return f"decode {self.dtype} {self.head_dim}x{self.value_dim} T{self.tokens} G{self.group} {' '.join(flags)}"
+def type_of(value):
+    """Triton's name for the type of an argument."""
+    if isinstance(value, torch.Tensor):
+        return POINTER[str(value.dtype).removeprefix("torch.")]
+    return "fp32" if isinstance(value, float) else "i32"
 
 
-DECODES = (
-    Decode(),
-    Decode(split=False, sink=True),
-    Decode(dtype="float16", head_dim=64, value_dim=64, group=8, window=True, sink=True),
-    Decode(head_dim=64, value_dim=64, group=1),
-    Decode(head_dim=80, value_dim=80, group=1),
-    Decode(head_dim=96, value_dim=96, group=6, softcap=True),
-    Decode(head_dim=192, value_dim=128, group=16, split=False),
-    Decode(head_dim=192, value_dim=192, group=8),
-    Decode(head_dim=256, value_dim=256, group=8, softcap=True, window=True),
-    Decode(tokens=4, group=8, window=True, softcap=True),
-    Decode(tokens=8, group=8, fixed=True),
-    Decode(group=128, fixed=True),
-    Decode(head_dim=192, value_dim=128, tokens=4, group=16),
-    Decode(head_dim=256, value_dim=256, tokens=4, group=16, split=False),
-    Decode(head_dim=192, value_dim=192, tokens=4, group=16, softcap=True),
-    Decode(head_dim=256, value_dim=256, tokens=4, group=8),
-    Decode(head_dim=80, value_dim=80, tokens=4, group=16),
-    Decode(dtype="float32", head_dim=64, value_dim=64),
-    Decode(dtype="float32"),
-    Decode(dtype="float32", tokens=4, group=16),
-    Decode(dtype="float32", head_dim=96, value_dim=96, tokens=4, group=8, softcap=True, window=True),
-    Decode(dtype="float32", head_dim=256, value_dim=256, group=8),
-    Decode(dtype="float32", head_dim=256, value_dim=256, tokens=4, group=16),
-)
+def compile_kernel(kernel, args, options):
+    """Compile one launch with pointers and strides that are multiples of 16: without that, copies shrink."""
+    launch = {name: options[name] for name in ("num_warps", "num_stages") if name in options}
+    constants = {name: value for name, value in options.items() if name not in launch}
+    names = [name for name in kernel.arg_names if name not in constants]
+    types = dict(zip(names, map(type_of, args), strict=True))
+    signature = {name: types.get(name, "constexpr") for name in kernel.arg_names}
+    attrs = {
+        (i,): [["tt.divisibility", 16]]
+        for i, name in enumerate(kernel.arg_names)
+        if signature[name].startswith("*") or "stride" in name
+    }
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attrs)
+    return triton.compile(source, target=SM90, options=launch)
 
 
-@dataclass(frozen=True)
-class Mla:
-    """One compiled variant of `mla_kernel`."""
+def measure(compiled):
+    """Registers, spills, shared memory, MMA instructions and memory accesses of a compiled kernel.
 
-    heads: int = 128
-    dtype: str = "bfloat16"
-    latent_dim: int = 512
-    rope_dim: int = 64
-    tokens: int = 1
-    page: int = 0
-    window: bool = False
-    sink: bool = False
-    fixed: bool = False
-    split: bool = False
-
-    def __str__(self):
-        flags = [name for name in ("window", "sink", "fixed", "split") if getattr(self, name)]
-        page = [f"page {self.page}"] if self.page else []
-        shape = f"{self.dtype} {self.latent_dim}+{self.rope_dim} T{self.tokens} N{self.heads}"
-        return " ".join(["mla", shape, *page, *flags])
-
-
-MLAS = (
-    Mla(),
-    Mla(page=64, sink=True),
-    Mla(split=True, page=64),
-    Mla(tokens=2, window=True, sink=True, page=64),
-    Mla(16, split=True),
-    Mla(16, split=True, page=64, window=True, fixed=True),
-    Mla(32),
-    Mla(128, "float32", page=64),
-)
-MERGES = (("bfloat16", 128, 4, False), ("float32", 128, MAX_BLOCK_P, True), ("bfloat16", 192, FIXED_BLOCK_P, True))
+    ldgsts: copies to shared memory; narrow: those below 16 bytes; wide: loads and stores of 16 bytes to registers.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder) / "kernel.cubin"
+        cubin.write_bytes(compiled.asm["cubin"])
+        usage = subprocess.check_output([TOOLS / "cuobjdump", "--dump-resource-usage", cubin], text=True)
+        sass = subprocess.check_output([TOOLS / "cuobjdump", "-sass", cubin], text=True)
+    count = {op: len(re.findall(rf"\b{op}\b", sass)) for op in ("STL", "LDL", "HMMA", "HGMMA", "LDGSTS")}
+    return {
+        "registers": int(re.search(r"REG:(\d+)", usage).group(1)),
+        "spills": count["STL"] + count["LDL"],
+        "shared": compiled.metadata.shared,
+        "narrow": len(re.findall(r"\bLDGSTS(?!\S*\.128)", sass)),
+        "wide": len(re.findall(r"\b(?:LDG|STG)\.\S*\.128", sass)),
+        **{op.lower(): count[op] for op in ("HMMA", "HGMMA", "LDGSTS")},
+    }
 
 
-def compile_decode(case, config=None):
-    """Measurements of one `Decode` case under `config`, by default the one that a call without a table entry takes."""
-    rows = block_rows(case.tokens * case.group)
-    config = config or default_config(BYTES[case.dtype], case.head_dim, case.value_dim, rows)
-    flags = {name: getattr(case, name) for name in ("window", "sink", "softcap", "fixed", "split")}
-    heads = 8 * case.group
-    constants = specialise(case.tokens, case.group, heads, case.head_dim, case.value_dim, config, **flags)
-    data = POINTER[case.dtype]
-    types = {name: data for name in ("q", "k", "v", "out")} | {"lengths": "*i32", "sinks": "*fp32", "lse": "*fp32"}
-    types |= {"scale": "fp32", "softcap": "fp32", "out": "*fp32" if case.split else data}
-    compiled = compile_kernel(decode_kernel, types, constants, config.num_warps, config.num_stages)
-    launch = {"block_n": config.block_n, "warps": config.num_warps, "stages": config.num_stages}
-    return measure(str(case), compiled, **launch)
-
-
-def compile_mla(case, config=None):
-    """As `compile_decode`, for an `Mla` case."""
-    config = config or default_mla_config(BYTES[case.dtype], case.latent_dim, case.tokens, case.heads)
-    flags = {name: getattr(case, name) for name in ("window", "sink", "fixed", "split")}
-    shape = (case.tokens, case.heads, case.latent_dim, case.rope_dim)
-    constants = specialise_mla(shape, (case.latent_dim, case.rope_dim), case.page, config, **flags)
-    data = POINTER[case.dtype]
-    types = {name: data for name in ("q_latent", "q_rope", "latent", "k_rope")} | {"lengths": "*i32"}
-    types |= {"page_table": "*i32", "sinks": "*fp32", "lse": "*fp32", "scale2": "fp32"}
-    types["out"] = "*fp32" if case.split else data
-    compiled = compile_kernel(mla_kernel, types, constants, config.num_warps, config.num_stages)
-    launch = {"block_n": config.block_n, "warps": config.num_warps, "stages": config.num_stages}
-    return measure(str(case), compiled, **launch)
-
-
-def compile_merge(dtype, value_dim, block_p, sink):
-    constants = {"HEADS": 32, "V": value_dim, "BLOCK_V": BLOCK_V, "BLOCK_P": block_p, "HAS_SINK": sink}
-    types = {"parts": "*fp32", "lses": "*fp32", "sinks": "*fp32", "out": POINTER[dtype], "lse": "*fp32"}
-    warps = merge_warps(block_p)
-    compiled = compile_kernel(merge_kernel, types, constants | {"NATURAL": False}, warps, 3)
-    return measure(f"merge {dtype} {value_dim} parts {block_p}{' sink' if sink else ''}", compiled, warps=warps)
-
-
-def tuned_case(op, entry):
-    """The case of an op's list that a table entry was measured with, or the nearest to it."""
-    dtype, width, value_dim, group = (entry[name] for name in ("dtype", "head_dim", "value_dim", "group"))
-    if op == "decode_attention":
-        return Decode(dtype, width, value_dim, group=group)
-    if op == "decode_block_sparse":
-        return BlockSparse(128, dtype, width, value_dim, group)
-    if op == "decode_linear":
-        return Linear(dtype, width, value_dim, channel=True, delta=True)
-    if op in ("index_scores", "block_index_scores"):
-        return Scores(group, dtype, width, block=128 if op == "block_index_scores" else 0)
-    return {"decode_mla": Mla, "decode_sparse_mla": SparseMla}[op](group, dtype, value_dim, width - value_dim)
+def launches(op, sizes, config=None):
+    """The launches of one call of an op: (kernel, grid, args, options), without the merge that other ops share."""
+    args, options = next(op.calls("meta", **sizes))
+    options = options | ({} if config is None else {"config": config})
+    with runtime.recorded() as record:
+        op.run(*args, **options)
+    return [launch for launch in record if launch[0] in op.kernels]
 
 
 def tuned(op):
-    """The kernels that an op's tuning table asks for, each once: (case, Config) pairs."""
-    pairs = {}
-    for entry in table(op):
-        fields = entry["config"]
-        kind = LinearConfig if "block_v" in fields else MlaConfig if "rows" in fields else Config
-        pair = tuned_case(op, entry), kind(**fields)
-        code = {name: value for name, value in fields.items() if name not in ("ctas_per_sm", "min_split")}
-        pairs.setdefault((pair[0], tuple(code.items())), pair)
-    return list(pairs.values())
-
-
-OPS = {
-    "decode_attention": (compile_decode, DECODES),
-    "decode_mla": (compile_mla, MLAS),
-    "decode_block_sparse": (compile_block_sparse, BLOCK_SPARSES),
-    "decode_sparse_mla": (compile_sparse_mla, SPARSE_MLAS),
-    "decode_linear": (compile_linear, LINEARS),
-    "index_scores": (compile_scores, INDEX_SCORES),
-    "block_index_scores": (compile_scores, BLOCK_SCORES),
-    "topk_indices": (compile_topk, TOPKS),
-    "merge_states": (compile_merge, MERGES),
-}
+    """(sizes, configuration) of every entry of an op's table: the shape that it was measured with."""
+    for entry in table(op.name):
+        for sizes in op.shapes:
+            args, options = next(op.calls("meta", **sizes))
+            key, default = op.site(*args, **options)
+            if key.bucket().items() <= entry.items():
+                yield sizes, type(default)(**entry["config"])
+                break
+        else:
+            raise LookupError(f"{op.name}: the tuner has no shape for the table's entry {entry}")
 
 
 def jobs(ops):
-    """(function, arguments) of every compilation for these ops: the listed cases, then the tuning tables'."""
+    """(op, sizes, launch) of every compilation for these ops, each once."""
     for op in ops:
-        function, cases = OPS[op]
-        yield from ((function, case if isinstance(case, tuple) else (case,)) for case in cases)
-        yield from ((function, pair) for pair in tuned(op))
+        seen = []
+        for sizes, config in (*((sizes, None) for sizes in op.offline), *tuned(op)):
+            for kernel, _, args, options in launches(op, sizes, config):
+                code = kernel, [type_of(x) for x in args], options
+                if code not in seen:
+                    seen.append(code)
+                    yield op, sizes, (kernel, args, options)
 
 
-def report(*ops):
+def row(op, sizes, launch):
+    """What the check prints of one compilation: the op's name and sizes, constants, measurements."""
+    kernel, args, options = launch
+    what = {"op": op.name, "kernel": kernel.__name__, "types": [type_of(x) for x in args], "sizes": sizes}
+    return what | options | measure(compile_kernel(*launch))
+
+
+def report(*names):
     """All measurements for some ops, from a process that compiles: a list of dicts. Raises CalledProcessError."""
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "triton_kernels.offline", "--json", *(f"--op={op}" for op in ops)]
+    command = [sys.executable, "-m", "triton_kernels.offline", "--json", *(f"--op={name}" for name in names)]
     done = subprocess.run(command, env=env, check=True, stdout=subprocess.PIPE, text=True)
     return [json.loads(line) for line in done.stdout.splitlines()]
 
@@ -228,17 +131,18 @@ def report(*ops):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", action="store_true", help="one JSON object a line")
-    parser.add_argument("--op", action="append", choices=OPS, help="only this op; can be given several times")
+    parser.add_argument("--op", action="append", choices=RECORDS, help="only this op; can be given several times")
     arguments = parser.parse_args()
     if runtime.INTERPRETED:
         parser.error("unset TRITON_INTERPRET: an interpreting process cannot compile")
-    header = ("registers", "spills", "shared", "block_n", "warps", "stages", "hmma", "hgmma", "ldgsts")
+    header = ("registers", "spills", "shared", "BLOCK_N", "num_warps", "num_stages", "hmma", "hgmma", "ldgsts")
     if not arguments.json:
-        print(f"{'kernel':68}", *(f"{name:>9}" for name in header))
-    for function, case in jobs(arguments.op or OPS):
-        row = function(*case)
-        line = json.dumps(row) if arguments.json else f"{row['name']:68}"
-        print(line, *([] if arguments.json else (f"{row.get(name, '-'):>9}" for name in header)), flush=True)
+        print(f"{'kernel':68}", *(f"{name:>10}" for name in header))
+    for op, sizes, launch in jobs(RECORDS[name] for name in arguments.op or RECORDS):
+        line = row(op, sizes, launch)
+        name = " ".join([line["kernel"], *(f"{size}={value}" for size, value in sizes.items())])
+        table_line = [f"{name:68}", *(f"{line.get(name, '-'):>10}" for name in header)]
+        print(json.dumps(line) if arguments.json else " ".join(table_line), flush=True)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
-"""What every op of this package needs around a launch: the device rule, the SM count, float types.
+"""What every op of this package needs around a launch: the device rule, what kernels ask of their tensors.
 
 Triton decides at import between compiling kernels and interpreting them (`TRITON_INTERPRET=1`), so that choice is read
 once here and is a fact about the process, not about a call.
 """
 
 import warnings
-from functools import lru_cache
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -15,14 +15,29 @@ from torch_ref.ops import check
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 
-# H100 SXM: the planner's default when no GPU is visible, so that plans made on a CPU are the ones of the target card.
-DEFAULT_SM_COUNT = 132
 # CUDA's limit for the second and third grid axis.
 MAX_GRID_YZ = 65535
 # Elements from slot to slot of a cache: offsets inside a tile of up to 128 slots are 32-bit.
 MAX_SLOT_STRIDE = 2**31 // 128 - 1
+# Widths C and R of a latent cache: more needs more registers than a program has.
+MAX_LATENT, MAX_ROPE = 512, 64
 
 FLOAT_DTYPES = {torch.float16: "float16", torch.bfloat16: "bfloat16", torch.float32: "float32"}
+
+
+# Where `recorded` collects launches; None: they run.
+_record = None
+
+
+@contextmanager
+def recorded():
+    """Launches inside are listed as (kernel, grid, args, options), not run: tensors of the meta device will do."""
+    global _record
+    before, _record = _record, []
+    try:
+        yield _record
+    finally:
+        _record = before
 
 
 def launch(kernel, grid, *args, **options):
@@ -31,6 +46,9 @@ def launch(kernel, grid, *args, **options):
     The interpreter's NumPy warnings are left out there: IEEE arithmetic on NaN and Inf is silent on a GPU, and Triton
     3.6 turns one-element arrays into loop bounds, which NumPy 2.3 deprecates.
     """
+    if _record is not None:
+        _record.append((kernel, grid, args, options))
+        return
     if not INTERPRETED:
         with torch.cuda.device_of(args[0]):
             kernel[grid](*args, **options)
@@ -116,17 +134,11 @@ def check_inputs(op, widths, out_dtype, **tensors):
     check_device(op, name, query.device)
 
 
-@lru_cache
-def _cuda_properties(index):
-    properties = torch.cuda.get_device_properties(index)
-    return properties.multi_processor_count, properties.name
-
-
-def sm_count(device):
-    """Streaming multiprocessors of a device: a cached query, no synchronisation."""
-    return _cuda_properties(device.index or 0)[0] if device.type == "cuda" else DEFAULT_SM_COUNT
-
-
-def device_name(device):
-    """Name under which tuning tables know a device, e.g. "NVIDIA H100 80GB HBM3"; "cpu" without a GPU."""
-    return _cuda_properties(device.index or 0)[1] if device.type == "cuda" else "cpu"
+def check_latents(op, out_dtype, latent_scale, q_latent, q_rope, latent, k_rope):
+    """`check_inputs` and the offsets of a call on a latent cache."""
+    if latent_scale is not None:
+        raise NotImplementedError(f"{op}: a quantised latent (latent_scale) has no Triton kernel yet")
+    widths = {"C": (q_latent.shape[-1], MAX_LATENT), "R": (q_rope.shape[-1], MAX_ROPE)}
+    check_inputs(op, widths, out_dtype, q_latent=q_latent, q_rope=q_rope, latent=latent, k_rope=k_rope)
+    check_slots(op, latent=latent, k_rope=k_rope)
+    check_rows(op, q_latent=q_latent, q_rope=q_rope)

@@ -14,23 +14,11 @@ import triton.language as tl
 
 from torch_ref.ops import check
 from triton_kernels import runtime
+from triton_kernels.plan import Record
+from triton_kernels.tiles import ordered
 
-OP = "topk_indices"
 BLOCK: tl.constexpr = tl.constexpr(1024)
 LOW: tl.constexpr = tl.constexpr(0xFFFFFFFF)
-
-
-@triton.jit
-def ordered(x):
-    """int32 that compare as the floats do: -0.0 is 0.0, and every NaN is above +inf."""
-    bits = tl.where(x == 0.0, 0.0, x).to(tl.int32, bitcast=True)
-    return tl.where(x != x, 0x7FFFFFFF, tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits))
-
-
-@triton.jit
-def unordered(rank):
-    """The float32 that `ordered` turned into this integer."""
-    return tl.where(rank < 0, rank ^ 0x7FFFFFFF, rank).to(tl.float32, bitcast=True)
 
 
 @triton.jit(do_not_specialize=["slots"])
@@ -51,17 +39,8 @@ def unpack_kernel(keys, picks, found, k):
     tl.store(picks + row * k + place, tl.where(unseen, -1, (key & LOW) ^ LOW).to(tl.int32), mask=place < k)
 
 
-def topk_indices(scores, k):
-    """Positions of the k largest scores; the order is at the top of this file.
-
-    scores: [..., S], float16, bfloat16 or float32, any strides (a copy is made of what is not contiguous). k: >= 1;
-    above S the picks end with -1. Returns int32 [..., k]. Candidates of -inf are never picked: -1 stands for them.
-
-    Raises ValueError for k < 1 and a scalar, TypeError for dtypes and for CPU tensors outside the interpreter.
-    """
-    check.topk_indices(scores, k)
-    runtime.check_float(OP, "scores", scores.dtype)
-    runtime.check_device(OP, "scores", scores.device)
+def run(scores, k):
+    """`topk_indices` on arguments that were checked."""
     slots, k = scores.shape[-1], int(k)
     picks = torch.empty((*scores.shape[:-1], k), dtype=torch.int32, device=scores.device)
     if not picks.numel() or not slots:
@@ -73,3 +52,29 @@ def topk_indices(scores, k):
     grid = (rows, triton.cdiv(k, BLOCK.value))
     runtime.launch(unpack_kernel, grid, chosen, picks, chosen.shape[-1], k)
     return picks
+
+
+def topk_indices(scores, k):
+    """Positions of the k largest scores; the order is at the top of this file.
+
+    scores: [..., S], float16, bfloat16 or float32, any strides (a copy is made of what is not contiguous). k: >= 1;
+    above S the picks end with -1. Returns int32 [..., k]. Candidates of -inf are never picked: -1 stands for them.
+
+    Raises ValueError for k < 1 and a scalar, TypeError for dtypes and for CPU tensors outside the interpreter.
+    """
+    check.topk_indices(scores, k)
+    runtime.check_float(OP.name, "scores", scores.dtype)
+    runtime.check_device(OP.name, "scores", scores.device)
+    return run(scores, k)
+
+
+def calls(device, *, S=4096, k=512, dtype="float32"):
+    """Arguments of `run`."""
+    while True:
+        yield (torch.randn(1, S, dtype=getattr(torch, dtype), device=device), k), {}
+
+
+OP = Record(
+    "topk_indices", run=run, calls=calls, kernels=(pack_kernel, unpack_kernel),
+    offline=(dict(), dict(dtype="bfloat16")),
+)  # fmt: skip

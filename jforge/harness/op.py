@@ -106,6 +106,7 @@ class Op:
     draw: (case, dtype, rng) -> Inputs, NaN in every slot that no query may read: each case is also a poison test.
     oracle: the op in float64 NumPy, a plain loop; results as a tuple.
     metrics, second: how the two results are judged (compare.py), and what the second one is called.
+    edges: {kernel package: examples at the edges of its plans: forced splits, more tiles than stages, pages ...}.
     refusals: {kernel package: (draw) -> the reason why it documents no answer (a pattern), or None: it must answer}.
     caches, lists, stored: arguments with slots on axis 1; the lists of what is read; the cache that may hold codes.
     attends: whether the first result is an attention's output, which may be asked for in float32.
@@ -127,6 +128,7 @@ class Op:
     fuzz: Fuzz
     metrics: tuple[Callable, ...] = (compare.worst_head, compare.lse_error)
     second: str = "lse"
+    edges: Mapping[str, tuple[Draw, ...]] = field(default_factory=dict)
     refusals: Mapping[str, Callable[[Draw], str | None]] = field(default_factory=dict)
     caches: tuple[str, ...] = ()
     lists: str | None = None

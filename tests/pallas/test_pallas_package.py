@@ -1,4 +1,4 @@
-"""The package exports every op with the signatures of `jforge.ops`, and has a kernel for each."""
+"""The package exports every op with the signatures of `jforge.ops`; its interpreter says what it needs."""
 
 import inspect
 
@@ -15,13 +15,6 @@ def test_signature(name):
     ours, theirs = (inspect.signature(getattr(package, name)) for package in (pallas_kernels, jforge.ops))
     shape = lambda signature: [(p.name, p.kind, p.default) for p in signature.parameters.values()]  # noqa: E731
     assert shape(ours) == shape(theirs)
-
-
-def test_no_op_is_unwritten():
-    """`jforge.ops.mix` takes an op of a module named `unwritten` from its fallback: there is none here."""
-    assert not [
-        name for name in pallas_kernels.__all__ if getattr(pallas_kernels, name).__module__.endswith("unwritten")
-    ]
 
 
 def test_too_few_threads_for_the_interpreter(monkeypatch):

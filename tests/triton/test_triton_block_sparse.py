@@ -1,6 +1,5 @@
 """decode_block_sparse against float64 NumPy, in Triton's interpreter (on a GPU with TRITON_INTERPRET=0)."""
 
-import importlib
 from dataclasses import asdict
 
 import numpy as np
@@ -9,11 +8,9 @@ import torch
 import triton_oracle as oracle
 
 import triton_kernels as tk
-from triton_kernels import plan, runtime
+from triton_kernels import offline, plan, runtime
 
-# the package exports functions under the names of their modules
-block_sparse = importlib.import_module("triton_kernels.decode_block_sparse")
-keys_as_values = importlib.import_module("triton_kernels.decode_sparse_mla")
+OP = offline.RECORDS["decode_block_sparse"]
 
 F16, F32, BF16 = torch.float16, torch.float32, torch.bfloat16
 OUT_LIMIT = {F16: 1e-3, BF16: 4e-3, F32: 1e-5}
@@ -79,10 +76,8 @@ def check(case, block_size, *, config=None, out_dtype=None, **options):
     options |= dict(block_size=block_size, scale=q.shape[-1] ** -0.5)
     if config is None:
         out, lse = tk.decode_block_sparse(*case, out_dtype=out_dtype, **options)
-    elif v is None:
-        out, lse = keys_as_values.run(q, None, k, None, indices, lengths, config=config, **options)
     else:
-        out, lse = block_sparse.run(*case, config=config, **options)
+        out, lse = OP.run(*case, config=config, **options)
     expected, expected_lse = oracle.decode_block_sparse(*case, **options)
     assert out.dtype == (out_dtype or q.dtype) and lse.dtype == F32
     assert oracle.worst(out, expected) < max(OUT_LIMIT[q.dtype], OUT_LIMIT[out.dtype])
@@ -252,8 +247,8 @@ def test_split_plans(block_size, value_dim):
     """One split, and so many that some end up without a seen slot; the same call gives the same bits."""
     sizes = dict(slots=250, heads=2, kv_heads=1, block_size=block_size, entries=256 // block_size)
     case = make([250, 1, 100], value_dim=value_dim, **sizes)
-    few = plan.Config(32, 4, 2, 1, 2**20) if value_dim else plan.MlaConfig(32, 4, 2, 1, 2**20, rows=16)
-    many = plan.Config(32, 4, 2, 4, 32) if value_dim else plan.MlaConfig(32, 4, 2, 4, 32, rows=16)
+    few = plan.Config(32, 4, 2, 1, 2**20) if value_dim else plan.LatentConfig(32, 4, 2, 1, 2**20, rows=16)
+    many = plan.Config(32, 4, 2, 4, 32) if value_dim else plan.LatentConfig(32, 4, 2, 4, 32, rows=16)
     for config in (few, many):
         first, again = (check(case, block_size, config=config) for _ in range(2))
         assert torch.equal(first[0], again[0]) and torch.equal(first[1], again[1])
@@ -262,25 +257,22 @@ def test_split_plans(block_size, value_dim):
 @pytest.mark.parametrize("batch, splits", [(64, 1), (16, 4), (1, 16)])
 def test_default_plan_fills_an_h100(batch, splits):
     """MiniMax-M3's shape: no merge where the rows fill 132 SMs, as many splits as fill them otherwise."""
-    q = torch.empty(batch, 1, 64, 128, dtype=BF16, device="meta")
-    config, n_splits = block_sparse._plan(q, 128, 4, 16, 128, 0, None)
-    assert config == plan.default_block_config(2, 128, 128, 16) and n_splits == splits
+    ((_, grid, _, constants),) = offline.launches(OP, dict(B=batch, S=131072))
+    assert grid[1] == splits and constants["BLOCK_N"] == plan.default_config(2, 128, 128, 16).block_n
 
 
 def test_table_serves_whole_tiles(monkeypatch):
-    config = plan.Config(128, 4, 3, 2, 128)
-    key = dict(dtype="float16", head_dim=32, value_dim=32, group=2, batch_heads=4, length=512, device="")
-    monkeypatch.setattr(plan, "table", lambda op: [key | dict(config=asdict(config))])
-    q = torch.empty(2, 1, 4, 32, dtype=F16, device="meta")
+    monkeypatch.setattr(plan, "nearest", lambda *key: asdict(plan.Config(128, 4, 3, 2, 128)))
     for block_size, page, found in ((128, 0, True), (256, 128, True), (64, 0, False), (128, 64, False)):
-        assert (block_sparse._plan(q, 32, 2, 4, block_size, page, None)[0] == config) == found
+        (launch,) = offline.launches(OP, dict(M=block_size, L=1, page=page))
+        assert (launch[-1]["BLOCK_N"] == 128) == found
 
 
 def test_early_copies():
     """Both orders of a 64-row program's copies."""
     case = make(None, slots=90, heads=33, kv_heads=1, block_size=3, entries=30, value_dim=0)
     for early in (False, True):
-        check(case, 3, config=plan.MlaConfig(64, 8, 2, 1, 128, rows=64, early=early), softcap=3.0)
+        check(case, 3, config=plan.LatentConfig(64, 8, 2, 1, 128, rows=64, early=early), softcap=3.0)
 
 
 def test_launches_do_not_depend_on_values(monkeypatch):

@@ -3,17 +3,12 @@
 bfloat16 is tested on a GPU only: the interpreter multiplies its bit patterns.
 """
 
-import importlib
-
 import pytest
 import torch
 import triton_oracle as oracle
 
 import triton_kernels as tk
-
-# the package exports functions under the names of their modules
-module = importlib.import_module("triton_kernels.decode_attention")
-plan = importlib.import_module("triton_kernels.plan")
+from triton_kernels import plan
 
 F16, F32, BF16 = torch.float16, torch.float32, torch.bfloat16
 OUT_LIMIT = {F16: 1e-3, BF16: 4e-3, F32: 1e-5}
@@ -174,13 +169,11 @@ def test_slots_too_far_apart_for_offsets_of_32_bits_are_refused():
             tk.decode_attention(q, far, v, lengths, scale=1.0)
 
 
-def test_merge_is_skipped_for_one_split(monkeypatch):
-    launches = []
-    monkeypatch.setattr(module, "merge_parts", lambda *args, **kwargs: launches.append(kwargs["n_splits"]))
-    for slots in (40, 400):
-        q, k, v, lengths = make([slots], slots=slots)
-        tk.decode_attention(q, k, v, lengths, scale=1.0)
-    assert len(launches) == 1 and launches[0] > 1
+def test_merge_is_skipped_for_one_split():
+    for slots, kernels in ((40, 1), (400, 2)):
+        with tk.runtime.recorded() as launches:
+            tk.decode_attention(*make([slots], slots=slots), scale=1.0)
+        assert len(launches) == kernels
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

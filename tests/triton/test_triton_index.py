@@ -1,18 +1,15 @@
 """index_scores, block_index_scores and topk_indices against float64 NumPy, in Triton's interpreter (on a GPU with
 TRITON_INTERPRET=0)."""
 
-import importlib
-
 import numpy as np
 import pytest
 import torch
 import triton_oracle as oracle
 
 import triton_kernels as tk
-from triton_kernels import plan, runtime
+from triton_kernels import device, indexer, offline, plan, runtime
 
-# the package exports functions under the names of their modules
-module = importlib.import_module("triton_kernels.index_scores")
+OP, BLOCK_OP = (offline.RECORDS[name] for name in ("index_scores", "block_index_scores"))
 
 F16, F32, BF16 = torch.float16, torch.float32, torch.bfloat16
 LIMIT = {F16: 1e-3, BF16: 4e-3, F32: 1e-5}
@@ -41,7 +38,7 @@ def make(lengths, *, slots, heads=3, dim=24, tokens=1, dtype=F16, stored=None, s
 
 
 def check_tokens(case, k_scale=None, config=None):
-    scores = module.run_tokens(*case, k_scale=k_scale, config=config) if config else (
+    scores = OP.run(*case, k_scale=k_scale, config=config) if config else (
         tk.index_scores(*case, k_scale=k_scale)
     )  # fmt: skip
     assert scores.dtype == F32
@@ -52,7 +49,7 @@ def check_tokens(case, k_scale=None, config=None):
 def check_blocks(case, block_size, k_scale=None, config=None):
     q, k, _, lengths = case
     options = dict(block_size=block_size, k_scale=k_scale)
-    scores = module.run_blocks(q, k, lengths, **options, config=config) if config else (
+    scores = BLOCK_OP.run(q, k, lengths, **options, config=config) if config else (
         tk.block_index_scores(q, k, lengths, **options)
     )  # fmt: skip
     assert scores.dtype == F32
@@ -63,7 +60,7 @@ def check_blocks(case, block_size, k_scale=None, config=None):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_lengths(dtype):
     """Rows that end before, at and after the edge of a tile."""
-    block = plan.default_score_config(dtype.itemsize, dtype.itemsize, 24, 3).block_n
+    block = indexer.default_score_config(dtype.itemsize, dtype.itemsize, 24, 3).block_n
     lengths = [0, 1, block - 1, block, block + 1, 2 * block + 7]
     case, _ = make(lengths, slots=2 * block + 7, dtype=dtype)
     check_tokens(case)
@@ -130,7 +127,7 @@ def test_seen_nan_is_not_hidden():
     scores = tk.index_scores(q, k, weights, lengths)
     assert scores[0, 0, 40].isnan() and scores.isnan().sum() == 1
     for config, block_size in ((None, 16), (SMALL, 7), (SMALL, 80)):
-        blocks = module.run_blocks(q, k, lengths, block_size=block_size, config=config)
+        blocks = BLOCK_OP.run(q, k, lengths, block_size=block_size, config=config)
         assert blocks[0, 0, :, 40 // block_size].isnan().all() and blocks.isnan().sum() == q.shape[2]
     k[0, 40] = INF
     q, weights = q.abs(), weights.abs()
@@ -156,9 +153,9 @@ def test_strides():
 def test_splits_change_no_bit(monkeypatch):
     """One split, and so many that most have no key: scores do not depend on them."""
     case, _ = make([0, 3, 150], slots=200)
-    monkeypatch.setattr(runtime, "sm_count", lambda device: 132)
+    monkeypatch.setattr(indexer, "device_of", lambda tensor: device.TARGET)
     many, one = plan.Config(32, 4, 2, 1, 32), plan.Config(32, 4, 2, 1, 2**20)
-    assert [module._plan("index_scores", *case[:2], False, 1, config)[1] for config in (many, one)] == [7, 1]
+    assert [indexer.splits("", *case[:2], 1, config) for config in (many, one)] == [7, 1]
     assert torch.equal(check_tokens(case, config=many), check_tokens(case, config=one))
     assert torch.equal(check_blocks(case, 20, config=many), check_blocks(case, 20, config=one))
 
@@ -167,8 +164,8 @@ def test_a_length_past_the_cache_stays_in_its_row():
     """Invalid, and unchecked on a GPU: whatever the scores are, they must not be written over the next row's."""
     (q, k, weights, _), _ = make([40, 40], slots=40)
     given, valid = torch.tensor([1000, 5], dtype=torch.int32), torch.tensor([40, 5], dtype=torch.int32)
-    tokens = [module.run_tokens(q, k, weights, lengths, k_scale=None) for lengths in (given, valid)]
-    blocks = [module.run_blocks(q, k, lengths, block_size=8, k_scale=None) for lengths in (given, valid)]
+    tokens = [OP.run(q, k, weights, lengths, k_scale=None) for lengths in (given, valid)]
+    blocks = [BLOCK_OP.run(q, k, lengths, block_size=8, k_scale=None) for lengths in (given, valid)]
     assert torch.equal(*tokens) and torch.equal(*blocks)
     if given.device.type == "cpu":  # whose values are at hand
         for call in (
@@ -206,27 +203,27 @@ def test_launches_do_not_depend_on_values(monkeypatch):
     assert len(launches) == 4 and launches[:2] == launches[2:]
 
 
-@pytest.mark.parametrize("op, unit, batch, splits", [("index_scores", 1, 16, 32), ("index_scores", 1, 1, 256),
-                                                     ("block_index_scores", 128, 16, 32)])  # fmt: skip
-def test_default_plan_fills_an_h100(op, unit, batch, splits):
+@pytest.mark.parametrize("op, batch, splits", [(OP, 16, 32), (OP, 1, 256), (BLOCK_OP, 16, 32)])
+def test_default_plan_fills_an_h100(op, batch, splits):
     """DeepSeek-V3.2's and MiniMax-M3's shapes: two programs for each that fits 132 SMs, each of two tiles or more."""
-    q, k = (torch.empty(batch, *rest, 128, dtype=BF16, device="meta") for rest in ((1, 64), (65536,)))
-    config, n_splits = module._plan(op, q, k, False, unit, None)
-    assert config == plan.default_score_config(2, 2, 128, 64) and n_splits == splits
+    ((_, grid, _, constants),) = offline.launches(op, dict(B=batch, S=65536))
+    assert grid[1] == splits and constants["BLOCK_N"] == indexer.default_score_config(2, 2, 128, 64).block_n
 
 
 def test_table_lookup(monkeypatch):
     """An entry serves its number of heads, rounded up to a power of two, and keys that are not quantised."""
-    config = dict(block_n=64, num_warps=4, num_stages=4, ctas_per_sm=2, min_split=64)
-    key = dict(dtype="bfloat16", head_dim=128, value_dim=0, group=32, batch_heads=1, length=4096, device="")
+    config = dict(block_n=64, num_warps=4, num_stages=5, ctas_per_sm=2, min_split=64)
+    key = dict(dtype="bfloat16", head_dim=128, value_dim=0, group=32, batch_heads=1, length=4096, device="cpu")
     monkeypatch.setattr(plan, "table", lambda op: [key | dict(config=config)])
+    plan.nearest.cache_clear()
 
-    def found(heads, dtype=BF16, scaled=False, dim=128):
-        q, k = (torch.empty(1, *rest, dim, dtype=dtype, device="meta") for rest in ((1, heads), (4096,)))
-        return module._plan("index_scores", q, k, scaled, 1, None)[0] == plan.Config(**config)
+    def found(heads, **sizes):
+        ((_, _, _, constants),) = offline.launches(OP, dict(I=heads) | sizes)
+        return constants["num_stages"] == 5
 
     assert found(32) and found(20)
-    assert not (found(16) or found(64) or found(32, F16) or found(32, scaled=True) or found(32, dim=64))
+    assert not (found(16) or found(64) or found(32, dtype="float16") or found(32, stored="int8") or found(32, J=64))
+    plan.nearest.cache_clear()
 
 
 @pytest.mark.parametrize("dtype", [F16, BF16, F32])

@@ -1,17 +1,15 @@
 """decode_linear against float64 NumPy, in Triton's interpreter (on a GPU with TRITON_INTERPRET=0)."""
 
-import importlib
-
 import numpy as np
 import pytest
 import torch
 import triton_oracle as oracle
 
 import triton_kernels as tk
-from triton_kernels import plan, runtime
+from triton_kernels import offline, plan, runtime
+from triton_kernels.decode_linear import LinearConfig, default_linear_config
 
-# the package exports functions under the names of their modules
-module = importlib.import_module("triton_kernels.decode_linear")
+OP = offline.RECORDS["decode_linear"]
 
 F16, F32, BF16 = torch.float16, torch.float32, torch.bfloat16
 LIMIT = {F16: 1e-3, BF16: 4e-3, F32: 1e-5}
@@ -41,7 +39,7 @@ def agree(got, expected, limit):
 def check(args, beta=None, *, config=None):
     q, state = args[0], args[3]
     expected, expected_state = oracle.decode_linear(*args, beta=beta)
-    out, new = module.run(*args, beta=beta, config=config) if config else tk.decode_linear(*args, beta=beta)
+    out, new = OP.run(*args, beta=beta, config=config) if config else tk.decode_linear(*args, beta=beta)
     assert new is state and new.dtype == F32 and out.dtype == q.dtype
     agree(out, expected, LIMIT[q.dtype])
     agree(new, expected_state, LIMIT[F32])  # as exact from 16-bit inputs as from float32
@@ -129,7 +127,7 @@ def test_nan_stays_in_its_column():
 
 @pytest.mark.parametrize("columns, warps", [(8, 2), (16, 4), (64, 8)])
 def test_configs(columns, warps):
-    check(*make(value_dim=50, delta=True), config=plan.LinearConfig(columns, warps))
+    check(*make(value_dim=50, delta=True), config=LinearConfig(columns, warps))
 
 
 def test_empty_batch():
@@ -140,14 +138,15 @@ def test_empty_batch():
 
 
 def test_table_and_default(monkeypatch):
-    config = plan.LinearConfig(64, 8)
-    key = dict(dtype="bfloat16", head_dim=128, value_dim=128, group=1, batch_heads=4096, length=1, device="")
+    key = dict(dtype="bfloat16", head_dim=128, value_dim=128, group=1, batch_heads=4096, length=1, device="cpu")
     monkeypatch.setattr(plan, "table", lambda op: [key | dict(config=dict(block_v=64, num_warps=8))])
-    q = torch.empty(64, 64, 128, dtype=BF16, device="meta")
-    assert module._plan(q, 128, None) == config
-    assert module._plan(q, 64, None) == module._plan(q.half(), 128, None) == plan.default_linear_config(128)
+    plan.nearest.cache_clear()
+    for sizes, columns in ((dict(), 64), (dict(V=64), 32), (dict(dtype="float16"), 32)):
+        ((_, _, _, constants),) = offline.launches(OP, sizes)
+        assert constants["BLOCK_V"] == columns
+    plan.nearest.cache_clear()
     for dim in (1, 5, 64, 128, 1000):
-        default = plan.default_linear_config(dim)
+        default = default_linear_config(dim)
         assert default.block_v >= 8 and plan.pow2_ceil(dim) * default.block_v <= 32 * 32 * default.num_warps
 
 

@@ -66,7 +66,7 @@ def check(case, **options):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("heads, chunk", [(4, None), (4, 64), (4, 50), (33, None)])
 def test_lengths(dtype, heads, chunk):
-    block = plan.default_mla_config(dtype.itemsize, 32, 1, heads).block_n
+    block = plan.default_latent_config(dtype.itemsize, 32, 1, heads).block_n
     lengths = [0, 1, block - 1, block, block + 1, 2 * block + 1, 150] if heads < 33 else [block - 1, block + 1, 110]
     check(make(lengths, slots=max(lengths), heads=heads, dtype=dtype), chunk=chunk)
 

@@ -1,17 +1,14 @@
 """decode_sparse_mla against float64 NumPy, in Triton's interpreter (on a GPU with TRITON_INTERPRET=0)."""
 
-import importlib
-
 import numpy as np
 import pytest
 import torch
 import triton_oracle as oracle
 
 import triton_kernels as tk
-from triton_kernels import plan, runtime
+from triton_kernels import offline, plan, runtime
 
-# the package exports functions under the names of their modules
-module = importlib.import_module("triton_kernels.decode_sparse_mla")
+OP = offline.RECORDS["decode_sparse_mla"]
 
 F16, F32, BF16 = torch.float16, torch.float32, torch.bfloat16
 OUT_LIMIT = {F16: 1e-3, BF16: 4e-3, F32: 1e-5}
@@ -51,7 +48,7 @@ def check(case, *, config=None, out_dtype=None, **options):
     if config is None:
         out, lse = tk.decode_sparse_mla(*case, out_dtype=out_dtype, **options)
     else:
-        out, lse = module.run(q_latent, q_rope, c[:, :, None], r, indices[:, :, None], config=config, **options)
+        out, lse = OP.run(q_latent, q_rope, c, r, indices, config=config, **options)
     expected, expected_lse = oracle.decode_sparse_mla(*case, **options)
     assert out.dtype == (out_dtype or q_latent.dtype) and lse.dtype == F32
     assert oracle.worst(out, expected) < max(OUT_LIMIT[q_latent.dtype], OUT_LIMIT[out.dtype])
@@ -122,7 +119,7 @@ def test_split_plans(rows):
     """One split, and so many that some have no entry to read; the same call gives the same bits."""
     case = make([1, 130, 160], slots=200, entries=160, heads=20)
     for early, min_split, ctas in ((False, 2**20, 1), (False, 32, 4), (True, 64, 4)):
-        config = plan.MlaConfig(32, 8, 2, ctas, min_split, rows=rows, early=early)
+        config = plan.LatentConfig(32, 8, 2, ctas, min_split, rows=rows, early=early)
         first, again = (check(case, config=config, sinks=torch.linspace(-1, 1, 20)) for _ in range(2))
         assert torch.equal(first[0], again[0]) and torch.equal(first[1], again[1])
 
@@ -130,9 +127,8 @@ def test_split_plans(rows):
 @pytest.mark.parametrize("batch, heads, splits", [(64, 128, 1), (64, 64, 2), (8, 128, 8), (1, 128, 16)])
 def test_default_plan_fills_an_h100(batch, heads, splits):
     """DeepSeek-V3.2's lists of 2048: 64 heads a program, no merge where 132 SMs are busy without it."""
-    q_latent = torch.empty(batch, 1, heads, 512, dtype=BF16, device="meta")
-    config, n_splits = module._plan(q_latent, 64, 1, 2048, None)
-    assert config == plan.default_mla_config(2, 512, 1, heads) and n_splits == splits
+    ((_, grid, _, constants),) = offline.launches(OP, dict(B=batch, N=heads))
+    assert grid[1] == splits and constants["ROWS"] == 64
 
 
 def test_read_nan_is_not_hidden():

@@ -1,5 +1,7 @@
 """block_index_scores: the largest product of an index query with the seen keys of each block."""
 
+from functools import partial
+
 import numpy as np
 
 from jforge.core import compare
@@ -33,6 +35,29 @@ CASES = (
     case("block_index_blocks_of_16", NAME, 3, 2, 136, 64, (136, 0, 17), "memcheck", block_size=16),
     case("block_index_two_queries", NAME, 2, 4, 128, 64, (128, 65), T=2, block_size=64),
     case("block_index_e4m3_keys", NAME, 2, 4, 128, 64, (128, 65), "memcheck", block_size=64, stored="float8_e4m3fn"),
+)
+
+# --- edges of the kernels' plans
+
+edge = partial(index_scores.edge, NAME)
+MOSAIC_EDGES = (
+    # Every size, rows of any length, a partial last block, whole groups of 8 blocks and not.
+    edge(index_scores.AROUND_A_TILE, 136, block_size=8, splits=1),
+    edge((136, 0, 75), 136, 4, 128, block_size=16, dtype="bfloat16", splits=2),
+    edge((512, 300), 512, 5, block_size=32, splits=2),
+    edge((512, 0, 129), 512, 8, block_size=64, splits=1),
+    edge((1000, 300), 1000, 4, 128, block_size=128, dtype="bfloat16", splits=1),
+    edge((1100, 2048), 2048, block_size=128, splits=2),
+    edge((300,), 400, 2, block_size=192),
+    edge((5,), 8, 1, block_size=64),
+    # Several queries, some of which see nothing; more rows than a program has, in whole boxes and with boxes to spare.
+    edge((2, 67), 72, 5, block_size=8, T=3),
+    edge((70, 9), 128, 64, block_size=16, T=2),
+    edge((70,), 72, 36, block_size=32, T=2),
+    # Keys of 8 bits.
+    edge((136, 75), 136, 4, 128, block_size=16, dtype="bfloat16", stored="float8_e4m3fn"),
+    edge((136, 0), 136, block_size=64, stored="float8_e5m2"),
+    edge((300,), 512, block_size=128, T=2, stored="int8"),
 )
 
 # --- fuzz
@@ -78,6 +103,7 @@ OP = Op(
     cases=CASES,
     fuzz=Fuzz(question, SIZES, MOSAIC, index_scores.VIEWS, index_scores.change, exact=True, same_bits=True),
     metrics=(compare.worst_row,),
+    edges={"pallas": MOSAIC_EDGES},
     refusals={"triton": index_scores.triton, "pallas": _pallas},
     caches=(KEYS,),
     stored="k",

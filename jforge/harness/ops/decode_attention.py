@@ -72,6 +72,53 @@ CASES = (
     _case("head_256", 2, 8, 2, 256, 128, (128, 31)),
 )
 
+# --- edges of the kernels' plans
+
+
+def _edge(lengths, S, N=4, K=1, H=64, *, dtype="float16", page=0, splits=0, **more) -> Draw:
+    case = _case("edge", len(lengths), N, K, H, S, lengths, plan={"splits": splits} if splits else {}, **more)
+    return Draw(case, dtype, 0, "paged" if page else "plain", page)
+
+
+AROUND_A_TILE = (0, 1, 63, 64, 65, 136)
+MOSAIC_EDGES = (
+    # Groups of 1, 4 and 8, one split and several.
+    _edge(AROUND_A_TILE, 136, splits=1),
+    _edge(AROUND_A_TILE, 136, 8, H=128, dtype="bfloat16", splits=2),
+    _edge((136, 70), 136, 2, 2, 128, splits=2),
+    _edge((0, 5), 8, H=128, dtype="bfloat16"),
+    # More tiles than the ring has stages, so that slots are reused.
+    _edge((500,), 504, 8, 2, splits=1),
+    # Sinks with one split (folded in the kernel), with several (folded in the merge), and with empty rows.
+    _edge((0, 100), 136, sinks=True, splits=1),
+    _edge((0, 100), 136, 6, 2, sinks=True, splits=2, softcap=2.0, out_dtype="float32"),
+    # Several queries: the first ones of a short row see nothing.
+    _edge((2, 67), 72, T=3, splits=2),
+    _edge((70,), 72, 12, 2, T=2, sinks=True, window=5),
+    # Windows within a tile and across tiles; only their tiles are touched.
+    _edge((3, 250), 264, window=70, splits=2),
+    _edge((130,), 136, window=1),
+    # Groups above 8: whole boxes, a prime, and more than one block of query rows.
+    _edge((70,), 72, 16),
+    _edge((70,), 72, 11),
+    _edge((66,), 72, 128, H=128, dtype="bfloat16"),
+    # Head dims that are not multiples of 64, and values narrower or wider than keys.
+    _edge((70,), 72, H=80),
+    _edge((70,), 72, H=80, splits=2),
+    _edge((70,), 72, H=96),
+    _edge((70,), 72, H=192, V=128),
+    _edge((70,), 72, H=256),
+    _edge((70,), 72, H=16, V=32),
+    # Pages that divide a tile, hold several tiles, or neither; the last tile has no page of its own.
+    _edge((0, 1, 130, 144), 144, page=16, splits=2),
+    _edge((70,), 72, page=8, window=20),
+    _edge((30, 200), 256, 8, 2, page=128),
+    _edge((90, 25), 96, page=24, chunk=64),
+    # Fixed split size.
+    _edge((65, 250), 264, 8, chunk=100),
+    _edge((250,), 264, chunk=64, window=70),
+)
+
 # --- fuzz
 
 # B, T, N, K, S, H, V: groups of 1 to 8, 12 and 16; all head dims; 67 and 129 slots, which Pallas refuses
@@ -132,6 +179,7 @@ OP = Op(
     oracle=oracle,
     cases=CASES,
     fuzz=Fuzz(question, SIZES, MOSAIC, views.of_a_cache(CACHES)),
+    edges={"pallas": MOSAIC_EDGES},
     refusals={"triton": _triton, "pallas": questions.mosaic_cache},
     caches=CACHES,
     moved=moved,

@@ -79,6 +79,63 @@ CASES = (
     _case("tokens_two_queries", 1, 4, 1, 128, 128, 1, 70, (128,), "memcheck", T=2),
 )
 
+# --- edges of the kernels' plans
+
+
+def _edge(lengths, S, size, L, N=4, K=1, H=64, *, dtype="float16", page=0, splits=0, B=1, **more) -> Draw:
+    """lengths () with B rows: the lists alone decide."""
+    plan = {"splits": splits} if splits else {}
+    case = _case("edge", len(lengths) or B, N, K, H, S, size, L, lengths, plan=plan, **more)
+    return Draw(case, dtype, 0, "paged" if page else "plain", page)
+
+
+MOSAIC_EDGES = (
+    # Every size, blocks smaller than a tile and larger, a partial last block, rows of any length.
+    _edge((136, 0, 75), 136, 8, 13, splits=1),
+    _edge((136, 1, 75), 136, 16, 5, K=2, dtype="bfloat16", splits=2),
+    _edge((120, 96), 136, 32, 3, 8, H=128),
+    _edge((200, 70), 200, 64, 4, 8, dtype="bfloat16"),
+    _edge((1000, 321), 1000, 128, 8, 16, 2, 128, splits=1),
+    # A list that is longer than the cache has blocks, and a cache of less than one block.
+    _edge((72, 60), 72, 16, 9, splits=2),
+    _edge((5,), 8, 64, 2),
+    # The list alone decides; heads choose alone; several queries, the first of which see less or nothing.
+    _edge((), 136, 32, 3, 8, B=2),
+    _edge((100, 136), 136, 16, 4, 8, 2, X=8, sinks=True),
+    _edge((2, 67), 72, 8, 6, 4, 2, T=3, splits=1),
+    _edge((70,), 72, 16, 4, 4, T=2, X=4, softcap=2.0, out_dtype="float32"),
+    # Sinks in the kernel and in the merge, groups above 8, a prime one, more rows than a program has, odd widths.
+    _edge((70, 0), 72, 16, 4, 6, 2, sinks=True, splits=1),
+    _edge((70, 0), 72, 16, 5, 6, 2, sinks=True, splits=2),
+    _edge((70,), 72, 64, 2, 11),
+    _edge((70,), 72, 64, 2, 128, H=128, dtype="bfloat16"),
+    _edge((70,), 72, 32, 3, H=80, V=96, splits=1),
+    _edge((70,), 72, 32, 3, H=80, splits=2),
+    _edge((70,), 72, 32, 3, H=256),
+    # Pages that are made of blocks, are blocks, and divide them.
+    _edge((140, 30), 144, 8, 9, page=24, splits=2),
+    _edge((140, 1), 144, 16, 5, page=16),
+    _edge((140, 130), 144, 64, 3, 8, page=8),
+    _edge((250, 130), 256, 128, 2, page=64),
+    # Tokens: more tiles than the ring has stages, K and V heads, odd numbers of slots, tokens at all lengths.
+    _edge((150, 0, 64), 150, 1, 100, K=2, H=128, splits=1),
+    _edge((401,), 401, 1, 390, 8, H=128, V=64, dtype="bfloat16", splits=1),
+    _edge((70, 1), 77, 1, 130, 12, 2, T=2, sinks=True, splits=2),
+    _edge((70, 35), 70, 1, 64, X=4, softcap=2.0),
+    _edge((), 84, 1, 70, page=12, B=2),
+    # Keys that are the values: the kernel of few rows, by tokens and by blocks, and the kernel of many rows.
+    _edge((), 150, 1, 150, 16, H=128, V=0, B=2, splits=1),
+    _edge((70, 35), 77, 8, 9, 12, 2, T=2, V=0, sinks=True, splits=2),
+    _edge((70, 35), 80, 16, 5, V=0, X=4, page=8),
+    _edge((150, 70), 150, 1, 330, 64, H=128, V=0, dtype="bfloat16", sinks=True, splits=1),
+    _edge((), 77, 1, 70, 128, H=512, V=0, sinks=True, splits=2),
+    _edge((150, 70), 152, 32, 5, 80, H=128, T=2, V=0, sinks=True, splits=3),
+    # Many rows in several lists, whole blocks of 64 and not.
+    _edge((70,), 72, 8, 9, 128, 2, 128, V=0, sinks=True, splits=2),
+    _edge((70,), 72, 8, 9, 80, 2, 128, V=0, sinks=True, splits=2),
+    _edge((70,), 77, 1, 77, 64, H=256, V=0, splits=1, out_dtype="float32"),
+)
+
 # --- fuzz
 
 # B, T, N, K, S, H, V, X, L, block_size: lists for a key head or (X = N) a query head, partial last blocks, more entries
@@ -132,7 +189,7 @@ def _pallas(draw: Draw) -> str | None:
         (draw.dtype == "float32", questions.TF32),
         (keys_are_values and "softcap" in options, "has no cap"),
         (not keys_are_values and size > 1 and (page or sizes["S"]) % 8 > 0, "TMA needs a multiple of 8"),
-        (not keys_are_values and page and page % size and size % page, "its multiple or divide it"),
+        (not keys_are_values and page > 0 and page % size > 0 and size % page > 0, "its multiple or divide it"),
     )
 
 
@@ -174,6 +231,7 @@ OP = Op(
     oracle=oracle,
     cases=CASES,
     fuzz=Fuzz(question, SIZES, MOSAIC, VIEWS, change),
+    edges={"pallas": MOSAIC_EDGES},
     refusals={"pallas": _pallas},
     caches=CACHES,
     lists=LISTS,

@@ -51,6 +51,27 @@ CASES = (
     _case("linear_decay_a_channel", 1, 2, 128, "memcheck", V=64, decay=3, beta=1),
 )
 
+# --- edges of the kernels' plans
+
+
+def _edge(B, N, H, V, dtype, *, width=0, **more) -> Draw:
+    return Draw(_case("edge", B, N, H, V=V, plan={"width": width} if width else {}, **more), dtype, 0)
+
+
+MOSAIC_EDGES = (
+    # Tiles of every width; decays of a head, a row and a channel; with and without delta rule.
+    _edge(2, 3, 128, 128, "bfloat16", width=128),
+    _edge(2, 3, 128, 128, "float32", decay=2, beta=1, width=128),
+    _edge(1, 2, 64, 128, "float16", decay=3, beta=1, width=64),
+    _edge(1, 2, 128, 64, "float32", decay=3, width=64),
+    _edge(1, 2, 256, 96, "bfloat16", decay=2, width=32),
+    _edge(1, 1, 64, 64, "float32", beta=1),
+    # Key channels that are no whole pieces of 32, fewer value columns than a tile has.
+    _edge(2, 2, 40, 32, "float16", decay=3, beta=1),
+    _edge(2, 3, 8, 8, "bfloat16", decay=2, beta=1),
+    _edge(1, 3, 24, 16, "float32"),
+)
+
 # --- fuzz
 
 # B, N, H, V: tiles of several widths and parts of one; 12, 17 and 1032 key channels, 5 and 40 value columns, which a
@@ -133,6 +154,7 @@ OP = Op(
     fuzz=Fuzz(question, SIZES, MOSAIC, VIEWS, change, same_bits=True),
     metrics=(compare.worst_row, compare.worst_row),
     second="state",
+    edges={"pallas": MOSAIC_EDGES},
     refusals={"triton": _triton, "pallas": _pallas},
     attends=False,
     moved=moved,

@@ -41,6 +41,52 @@ CASES = (
     _case("mla_chunked", 3, 16, 256, (256, 130, 0), "memcheck", C=128, chunk=64),
 )
 
+# --- edges of the kernels' plans
+
+
+def _edge(lengths, S, N, C=128, R=64, *, dtype="float16", page=0, splits=0, **more) -> Draw:
+    case = _case("edge", len(lengths), N, S, lengths, C=C, R=R, plan={"splits": splits} if splits else {}, **more)
+    return Draw(case, dtype, 0, "paged" if page else "plain", page)
+
+
+AROUND_A_TILE = decode_attention.AROUND_A_TILE
+MOSAIC_EDGES = (
+    # The kernel of few rows: one split and several.
+    _edge(AROUND_A_TILE, 136, 16, dtype="bfloat16", splits=1),
+    _edge(AROUND_A_TILE, 136, 8, splits=2),
+    _edge((0, 70), 72, 1, splits=1),
+    # More tiles than the ring has stages, at the model's widths, in pages of one tile.
+    _edge((330, 100), 384, 16, 512, dtype="bfloat16", page=64, splits=1),
+    # Sinks with one split and with several, empty rows, several queries, heads that are no whole boxes of 8.
+    _edge((0, 100), 136, 4, T=2, sinks=True, splits=1, out_dtype="float32"),
+    _edge((2, 100), 136, 12, T=2, sinks=True, splits=2),
+    _edge((70,), 72, 11),
+    _edge((70,), 72, 16, T=2, window=5),
+    # Narrow latents and rope keys, windows across tiles, pages smaller than a tile, fixed split size.
+    _edge((3, 250), 264, 4, 64, 16, splits=2, window=70),
+    _edge((90, 25), 96, 4, R=32, page=24, chunk=64),
+    # Too many rows for one program of this kernel, and not the other's shape.
+    _edge((70,), 72, 20, 64, T=2),
+    # The kernel of many rows: odd and even numbers of tiles, more of them than stages, one split and several.
+    _edge(AROUND_A_TILE, 136, 64, dtype="bfloat16", splits=1),
+    _edge((330,), 336, 64, splits=1),
+    _edge((250, 64), 256, 40, splits=2),
+    _edge((70,), 72, 128, dtype="bfloat16", sinks=True, splits=1),
+    # At the model's widths, in pages of one tile.
+    _edge((330,), 384, 64, 512, dtype="bfloat16", page=64, splits=1),
+    # Blocks of 64 rows that are not full: final in 16 bits, final in float32, partial.
+    _edge((70,), 72, 48, sinks=True),
+    _edge((70,), 72, 40, 256, 32, out_dtype="float32"),
+    _edge((150,), 152, 40, sinks=True, splits=2),
+    _edge((70,), 72, 64, splits=1, out_dtype="float32"),
+    # Several queries, windows within a tile and across tiles, pages that are no tile, fixed split size.
+    _edge((1, 250), 264, 64, T=2, splits=1, window=70),
+    _edge((130,), 136, 64, splits=1, window=1),
+    _edge((30, 200), 256, 64, page=128, splits=1),
+    _edge((70,), 72, 40, page=8, window=20),
+    _edge((250,), 264, 40, chunk=100),
+)
+
 # --- fuzz
 
 # B, T, N, S, C, R
@@ -94,6 +140,7 @@ OP = Op(
     oracle=oracle,
     cases=CASES,
     fuzz=Fuzz(question, SIZES, MOSAIC, views.of_a_cache(CACHES)),
+    edges={"pallas": MOSAIC_EDGES},
     refusals={"triton": _triton, "pallas": questions.mosaic_cache},
     caches=CACHES,
     moved=moved,

@@ -56,6 +56,45 @@ CASES = (
     _case("sparse_mla_nothing_picked", 2, 16, 64, 16, C=128, filled=(0, 1)),
 )
 
+# --- edges of the kernels' plans
+
+
+def _edge(filled, S, N, L, C=128, R=64, *, dtype="float16", splits=0, **more) -> Draw:
+    """filled: how many tokens the list of each row's last query names."""
+    plan = {"splits": splits} if splits else {}
+    return Draw(_case("edge", len(filled), N, S, L, C=C, R=R, filled=filled, plan=plan, **more), dtype, 0)
+
+
+MOSAIC_EDGES = (
+    # The kernel of few rows: lists of less than a tile, around one and of several, longer than the cache.
+    _edge((150, 64, 0), 150, 16, 150, dtype="bfloat16", splits=1),
+    _edge((129, 65, 1), 150, 8, 129, splits=2),
+    _edge((37, 20), 37, 1, 70),
+    _edge((1, 0), 300, 4, 1),
+    # More tiles than the ring has stages, at the model's widths.
+    _edge((320,), 330, 16, 320, 512, dtype="bfloat16", splits=1),
+    # Sinks with one split and with several, several queries, heads that are no whole boxes of 8.
+    _edge((64, 0), 136, 4, 64, T=2, sinks=True, splits=1, out_dtype="float32"),
+    _edge((65, 30), 136, 12, 65, T=2, sinks=True, splits=2),
+    _edge((63, 7), 70, 11, 63),
+    # Narrow latents and rope keys; too many rows for one program of this kernel, and not the other's shape.
+    _edge((200,), 264, 4, 200, 64, 16, splits=3),
+    _edge((70,), 70, 40, 70, 64, 8),
+    # The kernel of many rows: odd and even numbers of tiles, one and more than there are stages, one split and several.
+    _edge((60, 0), 150, 64, 60, splits=1),
+    _edge((150, 64, 0), 150, 64, 150, dtype="bfloat16", splits=1),
+    _edge((400,), 400, 64, 400, splits=1),
+    _edge((250, 100), 250, 40, 250, splits=2),
+    _edge((70,), 72, 128, 70, dtype="bfloat16", sinks=True, splits=1),
+    # At the model's widths.
+    _edge((256,), 330, 128, 256, 512, dtype="bfloat16", splits=1),
+    # Blocks of 64 rows that are not full: final in 16 bits, final in float32, partial; several queries.
+    _edge((64, 9), 70, 48, 64, sinks=True),
+    _edge((70,), 70, 40, 70, 256, 32, out_dtype="float32"),
+    _edge((140,), 150, 40, 140, T=2, sinks=True, splits=3),
+    _edge((70,), 70, 64, 70, T=2, splits=1, out_dtype="float32"),
+)
+
 # --- fuzz
 
 # B, T, N, S, C, R, L, the dtype of a latent with scales: more entries than slots, no slots at all, and rows that are
@@ -153,6 +192,7 @@ OP = Op(
     oracle=oracle,
     cases=CASES,
     fuzz=Fuzz(question, SIZES, MOSAIC, VIEWS, change),
+    edges={"pallas": MOSAIC_EDGES},
     refusals={"triton": _triton, "pallas": _pallas},
     caches=CACHES,
     lists=LISTS,

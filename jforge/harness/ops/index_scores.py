@@ -59,6 +59,40 @@ CASES = (
     case("index_int8_keys", NAME, 2, 8, 136, 64, (136, 70), "memcheck", stored="int8"),
 )
 
+# --- edges of the kernels' plans
+
+
+def edge(op, lengths, S, heads=4, J=64, *, dtype="float16", stored=None, splits=0, **more) -> Draw:
+    """An example of either op."""
+    plan = {"splits": splits} if splits else {}
+    example = case("edge", op, len(lengths), heads, S, J, lengths, plan=plan, **more)
+    return Draw(example, dtype, 0, values="coarse", stored=stored)
+
+
+AROUND_A_TILE = (0, 1, 63, 64, 65, 136)
+MOSAIC_EDGES = (
+    # Heads that fill boxes and that do not, one split and several.
+    edge(NAME, AROUND_A_TILE, 136, 8, splits=1),
+    edge(NAME, (136, 70, 0), 136, 8, 128, dtype="bfloat16", splits=2),
+    edge(NAME, (136, 0, 75), 136, 5, splits=3),
+    edge(NAME, (136, 75), 136, 4, 128),
+    edge(NAME, (70,), 72, 12, 80, dtype="bfloat16"),
+    edge(NAME, (70,), 128, 1, 16),
+    # More tiles than the ring has, a cache of less than one tile, heads that need two accumulators.
+    edge(NAME, (840, 100), 840, 8, splits=1),
+    edge(NAME, (5, 0), 8),
+    edge(NAME, (70,), 72, 136),
+    # Several queries: some see nothing, in one program and in several.
+    edge(NAME, (1, 64, 136), 136, 5, T=2, splits=2),
+    edge(NAME, (2, 67), 72, 8, T=8),
+    edge(NAME, (70,), 72, 64, 128, T=4, dtype="bfloat16"),
+    # Keys of 8 bits.
+    edge(NAME, (136, 75), 136, 8, 128, dtype="bfloat16", stored="float8_e4m3fn"),
+    edge(NAME, (136, 0), 136, 5, T=2, stored="float8_e5m2"),
+    edge(NAME, (600,), 840, dtype="bfloat16", stored="int8", splits=1),
+    edge(NAME, (70,), 72, 4, 96, stored="int8"),
+)
+
 # --- fuzz
 
 # B, T, I, S, J: one box of heads, several and a part of one; no keys at all; 67 slots, and widths of 24 and 272, which
@@ -170,6 +204,7 @@ OP = Op(
     cases=CASES,
     fuzz=Fuzz(question, SIZES, MOSAIC, VIEWS, change, exact=True, same_bits=True),
     metrics=(compare.worst_row,),
+    edges={"pallas": MOSAIC_EDGES},
     refusals={"triton": triton, "pallas": _pallas},
     caches=(KEYS,),
     stored="k",

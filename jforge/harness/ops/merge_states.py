@@ -45,6 +45,15 @@ CASES = (
     _case("merge_many", 5, 3, 2, 4, 64, (5, 0, 3), "basic", "memcheck"),
 )
 
+# --- edges of the kernels' plans: two groups of parts (more than 32), one part, rows that are no whole number of 64
+# columns
+MOSAIC_EDGES = tuple(
+    Draw(_case("edge", P, 3, 2, 2, V, (P, P // 2, 0)), dtype, 0)
+    for P, V, dtype in (
+        (3, 128, "float32"), (1, 64, "float16"), (5, 80, "bfloat16"), (34, 64, "float32"), (2, 256, "float16"),
+    )
+)  # fmt: skip
+
 # --- fuzz
 
 # P, B, T, N, V: rows of 12 values are not a multiple of 16 bytes in 16 bits, 40 parts are more than one TMA copy
@@ -83,5 +92,6 @@ OP = Op(
     oracle=oracle,
     cases=CASES,
     fuzz=Fuzz(question, SIZES, SIZES, VIEWS, same_bits=True),
+    edges={"pallas": MOSAIC_EDGES},
     refusals={"pallas": _pallas},
 )
