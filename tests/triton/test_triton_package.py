@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 import torch
 
-import jforge.ops
 import torch_ref.ops
 import triton_kernels as tk
 from triton_kernels import device, offline, plan, runtime, tune
@@ -29,13 +28,6 @@ def test_signatures_are_the_contract():
         ours, theirs = inspect.signature(getattr(tk, name)), inspect.signature(getattr(torch_ref.ops, name))
         kinds = [[(p.name, p.kind, p.default) for p in s.parameters.values()] for s in (ours, theirs)]
         assert kinds[0] == kinds[1], name
-
-
-def test_no_op_is_unwritten():
-    """`jforge.ops.mix` takes an op of a module named `unwritten` from its fallback: there is none here."""
-    assert {getattr(tk, name).__module__ for name in OPS} <= {f"triton_kernels.{name}" for name in OPS}
-    mixed = jforge.ops.mix(tk, fallback=jforge.ops)
-    assert repr(mixed) == "mix(triton_kernels, fallback=jforge.ops for nothing)"
 
 
 @pytest.mark.parametrize(
