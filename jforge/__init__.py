@@ -5,13 +5,16 @@ cfg = att.Config(hidden_size=4096, num_attention_heads=32, num_key_value_heads=8
 y, cache = att.decode(params, cfg, x, cache)
 """
 
+import importlib
+
 from jforge import ops
 from jforge.attention import REGISTRY
 from jforge.core.attention import Attention
 from jforge.cost import Cost
 from jforge.laws import check
 
-__all__ = ["Attention", "Cost", "check", "get", "names", "ops"]
+__all__ = ["Attention", "Cost", "check", "get", "hf", "names", "ops", "stack"]
+_LAZY = ("hf", "stack")
 
 
 def names() -> tuple[str, ...]:
@@ -24,3 +27,10 @@ def get(name: str) -> Attention:
     if name not in REGISTRY:
         raise ValueError(f"no mechanism is called {name!r}; there are {', '.join(REGISTRY)}")
     return REGISTRY[name]
+
+
+def __getattr__(name: str):
+    """Parts that most programs do without are imported when they are first asked for."""
+    if name in _LAZY:
+        return importlib.import_module(f"jforge.{name}")
+    raise AttributeError(f"module 'jforge' has no attribute {name!r}")
