@@ -8,7 +8,7 @@ a pass is not a matter of luck; an error that forward and decode share is left t
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 
 import jax
 import jax.numpy as jnp
@@ -72,28 +72,32 @@ class Report:
 def check(att: Attention, cfg=None, *, laws: Sequence[str] = tuple(TITLES), seed: int = 0) -> Report:
     """Run the laws (default: all) on `att` with `cfg` (default: its first example). Works on anybody's Attention.
 
-    An exception inside a law fails that row and is its note; nothing is raised for a broken mechanism. Raises
-    TypeError when att is no Attention and ValueError for a law that does not exist.
+    An exception inside a law, or in what all laws need (a Config, its cache spec), fails the row and is its note;
+    nothing is raised for a broken mechanism. Raises TypeError when att is no Attention and ValueError for a law that
+    does not exist.
     """
     if not isinstance(att, Attention):
         raise TypeError(f"att is a {type(att).__name__}; it must be a jforge.Attention")
     if unknown := [law for law in laws if law not in TITLES]:
         raise ValueError(f"laws holds {unknown[0]!r}; there are {', '.join(TITLES)}")
-    cfg = att.examples[0] if cfg is None else cfg
     rows = []
     with jax.enable_x64(True):
-        bench = Bench(att, cfg, seed)
+        bench = cache(lambda: Bench(att, _example(att) if cfg is None else cfg, seed))
         for law in laws:
             tolerance = 0.0 if law in ("L7", "L8", "L9") else compare.OUT["float64"]
             try:
-                error, note = LAWS[law](bench)
+                error, note = LAWS[law](bench())
             except Exception as problem:  # a broken mechanism may raise anything; the report must still come
-                error, note = (
-                    math.inf,
-                    f"{type(problem).__name__}: {str(problem).splitlines()[0] if str(problem) else ''}",
-                )
+                first = (str(problem).splitlines() or [""])[0]
+                error, note = math.inf, f"{type(problem).__name__}: {first}"
             rows.append(Row(law, error, tolerance, note))
     return Report(tuple(rows))
+
+
+def _example(att: Attention):
+    if not att.examples:
+        raise ValueError("examples is empty; a Config must be given")
+    return att.examples[0]
 
 
 class Bench:

@@ -1,5 +1,7 @@
 """The laws on every mechanism and example; torch_ref as the judge from outside; a toy that only registers itself."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -53,6 +55,31 @@ def test_an_exception_fails_the_row_and_is_shown():
     assert not result.ok
     assert [row.ok for row in result] == [True, False]
     assert "KeyError: 'no such weight'" in str(result)
+
+
+def _breaks(*args, **kwargs):
+    raise AttributeError("no such field")
+
+
+@pytest.mark.parametrize(
+    "changes, laws, said",
+    [
+        ({"cache_spec": _breaks}, ("L1", "L8"), "AttributeError: no such field"),
+        ({"cost": _breaks}, ("L8",), "AttributeError: no such field"),
+        ({"examples": ()}, ("L1", "L8"), "ValueError: examples is empty"),
+    ],
+)
+def test_what_all_laws_need_fails_them_all(capsys, monkeypatch, changes, laws, said):
+    """In the report and on the command line, where a check of nothing is no success."""
+    broken = jforge.get("gqa")._replace(**changes)
+    result = jforge.check(broken, laws=laws)
+    assert [row.ok for row in result] == [False] * len(laws) and str(result).count(said) == len(laws)
+    monkeypatch.setitem(REGISTRY, "broken", broken._replace(examples=broken.examples[:1]))
+    monkeypatch.setattr(cli.jforge, "check", partial(jforge.check, laws=laws))
+    for arguments in (["check", "broken"], ["check", "broken", "--json"]):
+        assert cli.main(arguments) == 1
+        shown = capsys.readouterr()
+        assert said in shown.out and "Traceback" not in shown.err
 
 
 def test_check_takes_an_attention_and_known_laws(untyped):
