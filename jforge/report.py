@@ -152,9 +152,8 @@ def cost(
         "context": context,
         "batch": batch,
         "dtype": dtype,
-        "layers": len(mine),
         "layer": _plain(mine[0]),
-        "all_layers": _plain(sum(mine[1:], mine[0])),
+        "layers_of_mechanism": {"layers": len(mine), **_plain(sum(mine[1:], mine[0]))},
         "kinds": [{"mechanism": mechanisms[i], "layers": at, **_plain(costs[i])} for i, at in kinds.items()],
         "model": {"layers": len(costs), **_plain(sum(costs[1:], costs[0]))},
     }

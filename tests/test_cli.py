@@ -83,10 +83,10 @@ def test_cost_of_llama(capsys):
     """mechanisms.md 1.4: 4096 B a token and layer in bfloat16, 32 layers."""
     code, out, _ = run(capsys, "cost", "gqa", "--config", str(CONFIG), "--context", "128k", "--batch", "2", "--json")
     data = json.loads(out)
-    assert code == 0 and data["layers"] == 32
+    assert code == 0 and data["layers_of_mechanism"]["layers"] == data["model"]["layers"] == 32
     assert data["layer"]["bytes_per_token"] == 2 * 4096
-    assert data["all_layers"]["read"] == data["all_layers"]["stored"] == 2 * 32 * 4096 * 131072
-    assert data["all_layers"]["written"] == 2 * 32 * 4096
+    assert data["layers_of_mechanism"]["read"] == data["layers_of_mechanism"]["stored"] == 2 * 32 * 4096 * 131072
+    assert data["layers_of_mechanism"]["written"] == 2 * 32 * 4096
     code, out, _ = run(capsys, "cost", "gqa", "--config", str(CONFIG), "--context", "128k")
     assert code == 0 and "17,179,869,184 B" in out and "16.0 GiB" in out
 
@@ -113,7 +113,7 @@ def test_cost_of_a_model_with_two_mechanisms(capsys):
     argv = "cost", "gqa", "--config", str(CONFIGS / "gemma-3-27b.json"), "--context", "8k"
     data = json.loads(run(capsys, *argv, "--json")[1])
     assert {kind["mechanism"]: len(kind["layers"]) for kind in data["kinds"]} == {"sliding_window": 52, "gqa": 10}
-    assert data["layers"] == 10 and data["all_layers"]["read"] == 10 * 8192 * 8192
+    assert data["layers_of_mechanism"]["layers"] == 10 and data["layers_of_mechanism"]["read"] == 10 * 8192 * 8192
     assert data["model"]["read"] == 8192 * (10 * 8192 + 52 * 1024)
     _, out, _ = run(capsys, *argv)
     rows = {line.split("  ")[0]: line for line in out.splitlines()}
