@@ -60,6 +60,14 @@ MOSAIC_EDGES = (
     edge((300,), 512, block_size=128, T=2, stored="int8"),
 )
 
+TRITON_EDGES = (
+    *index_scores.triton_edges(NAME, 24),
+    # Blocks that are a part of a tile, one and several of them; the last block of the cache is partial.
+    *(edge((0, min(size, 139), 65, 139), 139, 3, 24, T=2, block_size=size, plan=index_scores.SMALL)
+      for size in (1, 5, 16, 24, 32, 33, 64, 100, 139, 10**9)),
+    *(edge((0, size, 65, 139), 139, 3, 24, T=2, block_size=size) for size in (5, 64)),
+)  # fmt: skip
+
 # --- fuzz
 
 # Those of index_scores with blocks of several sizes, up to one that no cache fills
@@ -103,7 +111,7 @@ OP = Op(
     cases=CASES,
     fuzz=Fuzz(question, SIZES, MOSAIC, index_scores.VIEWS, index_scores.change, exact=True, same_bits=True),
     metrics=(compare.worst_row,),
-    edges={"pallas": MOSAIC_EDGES},
+    edges={"pallas": MOSAIC_EDGES, "triton": TRITON_EDGES},
     refusals={"triton": index_scores.triton, "pallas": _pallas},
     caches=(KEYS,),
     stored="k",

@@ -119,6 +119,34 @@ MOSAIC_EDGES = (
     _edge((250,), 264, chunk=64, window=70),
 )
 
+AROUND_TILES = {"float16": (0, 1, 63, 64, 65, 127, 129, 150), "float32": (0, 1, 31, 32, 33, 63, 65, 150)}
+TRITON_EDGES = (
+    # One split and several, of the plan's size and of fixed ones.
+    *(_edge(lengths, 150, 2, H=16, dtype=dtype, chunk=chunk)
+      for dtype, lengths in AROUND_TILES.items() for chunk in (None, 64, 100)),
+    # Groups and queries that fill a block of rows in part, one block, and several.
+    *(_edge((0, T, 70), 70, N, K, 16, T=T)
+      for N, K, T in ((2, 2, 1), (6, 2, 1), (8, 1, 1), (5, 1, 3), (12, 2, 4), (8, 1, 4))),
+    _edge((70,), 70, 128, H=16),
+    _edge((1, 100), 100, 40, H=16, T=2, window=20),
+    _edge((1, 100), 100, 34, 2, 16, T=4, window=20),
+    # Head dims in one piece and in two, padded and not.
+    *(_edge(lengths, S, 3, H=H, V=V, dtype=dtype, chunk=chunk)
+      for H, V in ((128, 128), (80, 80), (96, 96), (192, 128), (192, 192), (256, 256), (24, 8))
+      for lengths, S, dtype, chunk in (((70, 131), 131, "float16", None), ((33,), 40, "float32", 17))),
+    # Windows within a tile, of a tile, and longer than the cache.
+    *(_edge((0, 3, 64, 160), 160, 3, H=16, T=T, window=window, chunk=chunk)
+      for T in (1, 2, 4) for window, chunk in ((1, None), (63, 32), (64, None), (1000, 100))),
+    # A sink enters once, whether the kernel folds it or the merge.
+    *(_edge((0, 1, S - 3), S, 6, 2, 16, dtype="float32", T=T, chunk=chunk, **more)
+      for T, chunk, S in ((1, None, 40), (1, None, 150), (2, 48, 150), (2, None, 150))
+      for more in ({"sinks": True, "softcap": 5.0, "scale": 1.0},
+                   {"softcap": 0.5, "scale": 1.0, "out_dtype": "float16"}, {"sinks": True, "window": 9})),
+    # No slots, and no rows.
+    _edge((0, 0), 0, H=16),
+    _edge((), 4, H=16),
+)  # fmt: skip
+
 # --- fuzz
 
 # B, T, N, K, S, H, V: groups of 1 to 8, 12 and 16; all head dims; 67 and 129 slots, which Pallas refuses
@@ -179,7 +207,7 @@ OP = Op(
     oracle=oracle,
     cases=CASES,
     fuzz=Fuzz(question, SIZES, MOSAIC, views.of_a_cache(CACHES)),
-    edges={"pallas": MOSAIC_EDGES},
+    edges={"pallas": MOSAIC_EDGES, "triton": TRITON_EDGES},
     refusals={"triton": _triton, "pallas": questions.mosaic_cache},
     caches=CACHES,
     moved=moved,

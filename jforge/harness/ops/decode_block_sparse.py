@@ -82,9 +82,9 @@ CASES = (
 # --- edges of the kernels' plans
 
 
-def _edge(lengths, S, size, L, N=4, K=1, H=64, *, dtype="float16", page=0, splits=0, B=1, **more) -> Draw:
+def _edge(lengths, S, size, L, N=4, K=1, H=64, *, dtype="float16", page=0, splits=0, B=1, plan=(), **more) -> Draw:
     """lengths () with B rows: the lists alone decide."""
-    plan = {"splits": splits} if splits else {}
+    plan = {"splits": splits} if splits else plan
     case = _case("edge", len(lengths) or B, N, K, H, S, size, L, lengths, plan=plan, **more)
     return Draw(case, dtype, 0, "paged" if page else "plain", page)
 
@@ -135,6 +135,51 @@ MOSAIC_EDGES = (
     _edge((70,), 72, 8, 9, 80, 2, 128, V=0, sinks=True, splits=2),
     _edge((70,), 77, 1, 77, 64, H=256, V=0, splits=1, out_dtype="float32"),
 )
+
+VALUES = (32, 0)  # V; 0: the values are the keys, which another kernel reads
+FEW, MANY = {"ctas_per_sm": 1, "min_split": 2**20}, {"block_n": 32, "ctas_per_sm": 4, "min_split": 32}
+TRITON_EDGES = (
+    # Rows that end before, at and after the edge of a block; the last block of the cache is partial.
+    *(_edge(lengths, 2 * size + size // 2, size, 3, 2, H=32, V=V, dtype=dtype, B=2)
+      for size in (1, 5, 8, 16, 32, 64, 128) for V in (24, 0) for dtype in ("float16", "float32")
+      for lengths in ((0, size, size + 1, 2 * size + size // 2), ())),
+    # Lists of key heads and of query heads, which fill a block of rows in part, one block, and several.
+    *(_edge((130, 77)[: 1 + (X < 16)], 130, size, max(2, 50 // size), N, K, 32, X=X, V=V)
+      for N, K, X in ((3, 3, 3), (6, 2, 2), (6, 2, 6), (5, 1, 1), (16, 1, 16), (80, 1, 1))
+      for size in (1, 64) for V in VALUES),
+    # Every query has its own lists, and sees one slot more than the one before it; some see nothing.
+    *(_edge((1, T, 70), 70, size, 2, 4, 2, 16, T=T, X=X, V=V)
+      for T, X in ((2, 2), (4, 2), (3, 4)) for size, V in ((16, 16), (16, 0), (64, 16))),
+    # Head dims in one piece and in two, padded and not; whole tiles and gathered ones.
+    *(_edge((131, 70), 131, size, 3, 3, H=H, V=V, dtype=dtype)
+      for H, V in ((128, 128), (80, 80), (96, 96), (192, 128), (256, 256), (24, 8), (80, 0), (256, 0))
+      for size, dtype in ((64, "float16"), (8, "float16"), (16, "float32"))),
+    # DeepSeek-V4's entries.
+    *(_edge((), 200, 1, 90, N, H=512, V=0, B=2, sinks=True) for N in (64, 128)),
+    *(_edge((3, 150), 150, 1, 66, N, H=512, V=0) for N in (64, 128)),
+    # Pages that are a multiple of the block, part of it, and neither.
+    *(_edge((0, page + 1, S), S, size, 3, 4, 2, 32, T=T, V=V, dtype=dtype, page=page)
+      for size, page, S, T, dtype in (
+          (1, 16, 48, 1, "float16"), (16, 64, 192, 2, "float16"), (64, 16, 144, 1, "float16"),
+          (128, 64, 192, 1, "float16"), (64, 128, 256, 2, "float32"), (64, 64, 192, 1, "float16"),
+          (16, 24, 120, 1, "float32"))
+      for V in VALUES),
+    # A sink enters once, whether the kernel folds it or the merge.
+    *(_edge((0, S, S - 3), S, size, L, 6, 2, 32, V=V, **more)
+      for size, S, L in ((64, 130, 2), (64, 310, 5), (8, 130, 6), (1, 300, 160)) for V in VALUES
+      for more in ({"sinks": True, "softcap": 5.0, "scale": 0.7},
+                   {"softcap": 0.5, "scale": 0.7, "out_dtype": "float32"}, {"sinks": True})),
+    # One split, and so many that some end up without a seen slot: in whole tiles, and gathered ones.
+    *(_edge((250, 1, 100), 250, size, 256 // size, 2, H=32, V=V, plan=plan)
+      for size, V in ((128, 32), (128, 0), (4, 0)) for plan in (FEW, MANY)),
+    *(_edge((250, 1, 100), 250, size, 256 // size, 2, H=32, dtype="float32") for size in (1, 4)),
+    # Both orders of the copies of a program of 64 rows.
+    *(_edge((90, 70), 90, 3, 30, 33, H=32, V=0, softcap=3.0, plan={"early": early}) for early in (False, True)),
+    # Blocks that are longer than the cache, and than 32 bits; no slots, and no rows.
+    *(_edge((100, 33), 100, size, 2, 4, 2, 16, V=V) for size in (128, 2**30, 2**31 - 1, 2**40) for V in (16, 0)),
+    *(_edge(lengths, 0, 2, 4, H=16, V=V, B=2) for lengths in ((0, 0), ()) for V in (16, 0)),
+    *(_edge((), 4, 2, 4, H=16, V=V, B=0) for V in (16, 0)),
+)  # fmt: skip
 
 # --- fuzz
 
@@ -231,7 +276,7 @@ OP = Op(
     oracle=oracle,
     cases=CASES,
     fuzz=Fuzz(question, SIZES, MOSAIC, VIEWS, change),
-    edges={"pallas": MOSAIC_EDGES},
+    edges={"pallas": MOSAIC_EDGES, "triton": TRITON_EDGES},
     refusals={"pallas": _pallas},
     caches=CACHES,
     lists=LISTS,

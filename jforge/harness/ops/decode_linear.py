@@ -54,8 +54,8 @@ CASES = (
 # --- edges of the kernels' plans
 
 
-def _edge(B, N, H, V, dtype, *, width=0, **more) -> Draw:
-    return Draw(_case("edge", B, N, H, V=V, plan={"width": width} if width else {}, **more), dtype, 0)
+def _edge(B, N, H, V, dtype, *, width=0, plan=(), **more) -> Draw:
+    return Draw(_case("edge", B, N, H, V=V, plan={"width": width} if width else plan, **more), dtype, 0)
 
 
 MOSAIC_EDGES = (
@@ -71,6 +71,19 @@ MOSAIC_EDGES = (
     _edge(2, 3, 8, 8, "bfloat16", decay=2, beta=1),
     _edge(1, 3, 24, 16, "float32"),
 )
+
+TRITON_EDGES = (
+    # Decays of a head, a row and a channel, with and without delta rule, in tiles that are padded.
+    *(_edge(2, 3, 20, 40, dtype, decay=decay, beta=beta)
+      for dtype in ("float16", "float32") for decay in (1, 2, 3) for beta in (0, 1)),
+    # From one key channel to the most that there may be, from one value column to several tiles.
+    *(_edge(*rows, H, V, dtype, decay=decay, beta=beta)
+      for H, V in ((128, 128), (64, 64), (1, 1), (5, 3), (96, 80), (16, 200), (256, 256), (130, 33), (1024, 9))
+      for rows, dtype, decay, beta in (((1, 2), "float16", 3, 1), ((2, 1), "float32", 1, 0))),
+    # Tiles of several widths.
+    *(_edge(2, 3, 20, 50, "float16", beta=1, plan={"block_v": columns, "num_warps": warps})
+      for columns, warps in ((8, 2), (16, 4), (64, 8))),
+)  # fmt: skip
 
 # --- fuzz
 
@@ -154,7 +167,7 @@ OP = Op(
     fuzz=Fuzz(question, SIZES, MOSAIC, VIEWS, change, same_bits=True),
     metrics=(compare.worst_row, compare.worst_row),
     second="state",
-    edges={"pallas": MOSAIC_EDGES},
+    edges={"pallas": MOSAIC_EDGES, "triton": TRITON_EDGES},
     refusals={"triton": _triton, "pallas": _pallas},
     attends=False,
     moved=moved,

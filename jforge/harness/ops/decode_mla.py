@@ -87,6 +87,41 @@ MOSAIC_EDGES = (
     _edge((250,), 264, 40, chunk=100),
 )
 
+AROUND_TILES = {"float16": (0, 1, 31, 32, 33, 65, 150), "float32": (0, 1, 15, 16, 17, 33, 150)}
+TRITON_EDGES = (
+    # One split and several, of the plan's size and of fixed ones, for few rows and for blocks of 64.
+    *(_edge(lengths, max(lengths), N, 32, 8, dtype=dtype, chunk=chunk)
+      for dtype, rows in AROUND_TILES.items()
+      for N, lengths, chunk in ((4, rows, None), (4, rows, 64), (4, rows, 50), (33, (63, 65), None))),
+    # Heads and queries that fill a block of rows in part, one block, and several.
+    *(_edge((0, T, 40), 40, N, 16, 8, dtype=dtype, T=T)
+      for dtype in ("float16", "float32")
+      for N, T in ((1, 1), (1, 2), (4, 2), (16, 1), (16, 2), (20, 1), (20, 2), (5, 3))),
+    *(_edge((40,), 40, 80, 16, 8, dtype=dtype) for dtype in ("float16", "float32")),
+    # Widths, padded and not.
+    *(_edge(lengths, S, 3, C, R, dtype=dtype, chunk=chunk)
+      for C, R in ((64, 16), (16, 4), (48, 24), (128, 64), (512, 64))
+      for lengths, S, dtype, chunk in (((33, 70), 70, "float16", None), ((20,), 40, "float32", 17))),
+    # The widths of DeepSeek-V2 and V3 at both ends of their head counts.
+    *(_edge((1, 100), 128, N, 512, page=64, sinks=True) for N in (16, 128)),
+    # Windows within a tile, of two tiles, and longer than the cache.
+    *(_edge((0, 3, 64, 130), 144, 4, 16, 8, T=T, page=page, window=window, chunk=chunk)
+      for T in (1, 2) for window, chunk in ((1, None), (31, 32), (64, None), (1000, 50)) for page in (0, 16)),
+    # A sink enters once, whether the kernel folds it or the merge.
+    *(_edge((0, 1, S - 3), S, 6, 32, 8, T=T, chunk=chunk, sinks=True, **more)
+      for T, chunk, S in ((1, None, 20), (1, None, 150), (2, 48, 150))
+      for more in ({"out_dtype": "float32"}, {"window": 9})),
+    # Pages of less than a tile and of several; rows that end at and beside their edges.
+    *(_edge((0, 1, page - 1, page, page + 1, 2 * page + 22)[:rows], 3 * page, N, 16, 8, dtype=dtype, T=T, page=page,
+            chunk=chunk)
+      for dtype in ("float16", "float32")
+      for page, rows, N, T, chunk in ((16, 5, 4, 1, None), (64, 6, 4, 2, None), (128, 5, 4, 2, 64))),
+    *(_edge((0, 86), 128, 33, 16, 8, dtype=dtype, page=64, chunk=50) for dtype in ("float16", "float32")),
+    # No slots, no pages, and no rows.
+    _edge((0, 0), 0, 4, 16, 8),
+    _edge((), 4, 4, 16, 8),
+)  # fmt: skip
+
 # --- fuzz
 
 # B, T, N, S, C, R
@@ -140,7 +175,7 @@ OP = Op(
     oracle=oracle,
     cases=CASES,
     fuzz=Fuzz(question, SIZES, MOSAIC, views.of_a_cache(CACHES)),
-    edges={"pallas": MOSAIC_EDGES},
+    edges={"pallas": MOSAIC_EDGES, "triton": TRITON_EDGES},
     refusals={"triton": _triton, "pallas": questions.mosaic_cache},
     caches=CACHES,
     moved=moved,

@@ -59,9 +59,9 @@ CASES = (
 # --- edges of the kernels' plans
 
 
-def _edge(filled, S, N, L, C=128, R=64, *, dtype="float16", splits=0, **more) -> Draw:
+def _edge(filled, S, N, L, C=128, R=64, *, dtype="float16", splits=0, plan=(), **more) -> Draw:
     """filled: how many tokens the list of each row's last query names."""
-    plan = {"splits": splits} if splits else {}
+    plan = {"splits": splits} if splits else plan
     return Draw(_case("edge", len(filled), N, S, L, C=C, R=R, filled=filled, plan=plan, **more), dtype, 0)
 
 
@@ -94,6 +94,31 @@ MOSAIC_EDGES = (
     _edge((140,), 150, 40, 140, T=2, sinks=True, splits=3),
     _edge((70,), 70, 64, 70, T=2, splits=1, out_dtype="float32"),
 )
+
+TRITON_EDGES = (
+    # Empty, partly and wholly used lists, shorter and longer than a tile, for few rows and for a block of 64.
+    *(_edge((0, 1, L - 1, L), 250, N, L, 32, 8, dtype=dtype)
+      for dtype in ("float16", "float32") for N, L in ((4, 1), (4, 31), (4, 33), (4, 200), (33, 70))),
+    # Heads that fill a block of rows in part, one block, and several; every query has a list of its own.
+    *(_edge((9, 40)[-1 - (N < 80) :], 90, N, 40, 32, 8, dtype=dtype, T=T)
+      for dtype in ("float16", "float32") for N, T in ((1, 1), (1, 3), (5, 2), (16, 1), (20, 2), (80, 1), (128, 2))),
+    # Widths, padded and not.
+    *(_edge(filled, S, 3, L, C, R, dtype=dtype)
+      for C, R in ((64, 16), (16, 4), (48, 24), (128, 64), (512, 64))
+      for filled, S, L, dtype in (((33, 70), 70, 70, "float16"), ((20,), 40, 33, "float32"))),
+    # The widths of DeepSeek-V3.2 at both ends of the head counts.
+    *(_edge((100, 7), 400, N, 100, 512, sinks=True) for N in (16, 128)),
+    # A sink enters once, whether the kernel folds it or the merge, and alone where a list is empty.
+    *(_edge((0, 1, L - 3), 400, 6, L, 32, 8, sinks=True, **more)
+      for L in (20, 300) for more in ({"out_dtype": "float32"}, {})),
+    # One split, and so many that some have no entry to read, for both orders of copies.
+    *(_edge((1, 130, 160), 200, 20, 160, 16, 8, sinks=True,
+            plan={"block_n": 32, "rows": rows, "early": early, "min_split": least, "ctas_per_sm": 4})
+      for rows in (16, 64) for early, least in ((False, 2**20), (False, 32), (True, 64))),
+    # No slots, and no rows.
+    _edge((0, 0), 0, 4, 5, 32, 8),
+    _edge((), 9, 4, 5, 32, 8),
+)  # fmt: skip
 
 # --- fuzz
 
@@ -192,7 +217,7 @@ OP = Op(
     oracle=oracle,
     cases=CASES,
     fuzz=Fuzz(question, SIZES, MOSAIC, VIEWS, change),
-    edges={"pallas": MOSAIC_EDGES},
+    edges={"pallas": MOSAIC_EDGES, "triton": TRITON_EDGES},
     refusals={"triton": _triton, "pallas": _pallas},
     caches=CACHES,
     lists=LISTS,

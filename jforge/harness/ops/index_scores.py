@@ -14,6 +14,7 @@ from jforge.harness import draws, questions, views
 from jforge.harness.op import DTYPES, Case, Draw, Fuzz, Inputs, Op, Work
 
 NAME, KEYS = "index_scores", "k_index"
+QUANTISED = ("int8", "float8_e4m3fn", "float8_e5m2")
 
 
 def oracle(q_index, k_index, weights, lengths, *, k_scale=None):
@@ -62,9 +63,9 @@ CASES = (
 # --- edges of the kernels' plans
 
 
-def edge(op, lengths, S, heads=4, J=64, *, dtype="float16", stored=None, splits=0, **more) -> Draw:
+def edge(op, lengths, S, heads=4, J=64, *, dtype="float16", stored=None, splits=0, plan=(), **more) -> Draw:
     """An example of either op."""
-    plan = {"splits": splits} if splits else {}
+    plan = {"splits": splits} if splits else plan
     example = case("edge", op, len(lengths), heads, S, J, lengths, plan=plan, **more)
     return Draw(example, dtype, 0, values="coarse", stored=stored)
 
@@ -93,6 +94,31 @@ MOSAIC_EDGES = (
     edge(NAME, (70,), 72, 4, 96, stored="int8"),
 )
 
+SMALL = {"block_n": 32, "num_stages": 2, "ctas_per_sm": 1, "min_split": 32}  # several tiles in a short row
+
+
+def triton_edges(op: str, size: int = 0) -> tuple[Draw, ...]:
+    """Those of either op; `size` is of a block."""
+    of = partial(edge, op, **({"block_size": size} if size else {}))
+    both = ("float16", "float32")
+    return (
+        # Rows that end before, at and after the edge of a tile, of 128 keys and of 32; no row, no keys.
+        of((0, 1, 127, 128, 129, 263), 263, 3, 24),
+        of((0, 1, 31, 32, 33, 71), 71, 3, 24, dtype="float32"),
+        of((0, 0), 0, 3, 24),
+        of((), 4, 3, 24),
+        # Every query sees one key more than the one before it; some see nothing.
+        *(of((1, T, 33, 70), 70, 3, 24, T=T, plan=SMALL) for T in (2, 5)),
+        # Heads and channels, padded and not.
+        *(of((70, 9), 70, heads, 24, dtype=dtype) for heads in (1, 5, 16, 33, 64, 130) for dtype in both),
+        *(of((70, 9), 70, 8, J, dtype=dtype) for J in (1, 16, 80, 128, 200) for dtype in both),
+        # Scales of either sign: they multiply before the relu, and before the maximum.
+        *(of((0, 40, 70), 70, 3, 24, T=2, dtype=dtype, stored=stored) for stored in QUANTISED for dtype in both),
+    )
+
+
+TRITON_EDGES = triton_edges(NAME)
+
 # --- fuzz
 
 # B, T, I, S, J: one box of heads, several and a part of one; no keys at all; 67 slots, and widths of 24 and 272, which
@@ -105,7 +131,6 @@ SIZES = (
 MOSAIC = (
     (2, 1, 8, 72, 64), (1, 2, 5, 72, 32), (1, 1, 12, 64, 80), (3, 1, 1, 8, 64), (1, 1, 4, 136, 32), (1, 3, 3, 67, 64),
 )  # fmt: skip
-QUANTISED = ("int8", "float8_e4m3fn", "float8_e5m2")
 
 
 def question(draw, st, sizes, dtypes: tuple[str, ...], out: tuple[str, ...]) -> Draw:
@@ -204,7 +229,7 @@ OP = Op(
     cases=CASES,
     fuzz=Fuzz(question, SIZES, MOSAIC, VIEWS, change, exact=True, same_bits=True),
     metrics=(compare.worst_row,),
-    edges={"pallas": MOSAIC_EDGES},
+    edges={"pallas": MOSAIC_EDGES, "triton": TRITON_EDGES},
     refusals={"triton": triton, "pallas": _pallas},
     caches=(KEYS,),
     stored="k",

@@ -54,6 +54,13 @@ MOSAIC_EDGES = tuple(
     )
 )  # fmt: skip
 
+# One part, one block of parts and several, rows of several widths
+TRITON_EDGES = tuple(
+    Draw(_case("edge", P, 3, 2, 3, V, (P, P // 2, 0)), dtype, 0)
+    for P, V in ((1, 64), (3, 80), (33, 24), (70, 128))
+    for dtype in ("float16", "float32")
+)
+
 # --- fuzz
 
 # P, B, T, N, V: rows of 12 values are not a multiple of 16 bytes in 16 bits, 40 parts are more than one TMA copy
@@ -92,6 +99,6 @@ OP = Op(
     oracle=oracle,
     cases=CASES,
     fuzz=Fuzz(question, SIZES, SIZES, VIEWS, same_bits=True),
-    edges={"pallas": MOSAIC_EDGES},
+    edges={"pallas": MOSAIC_EDGES, "triton": TRITON_EDGES},
     refusals={"pallas": _pallas},
 )

@@ -50,6 +50,23 @@ CASES = (
     _case("topk_more_than_there_are", 3, 7, 9, (7, 0, 3), "basic"),
 )
 
+# --- edges of the kernels' plans: more scores than a program takes, as many picks as scores and more; ties, 0.0 and
+# -0.0, infinities, and NaN of either sign; one row of scores, none of them, and no rows
+
+
+def _edge(sizes: dict, k: int, lengths: tuple[int, ...], dtype: str, values: str = "coarse") -> Draw:
+    return Draw(Case("edge", NAME, sizes, lengths, {"k": k}), dtype, 0, values=values)
+
+
+TRITON_EDGES = (
+    *(_edge({"B": 2, "T": 2, "S": 1500}, k, (1500, 5, 0, 700), dtype, values)
+      for k in (1, 8, 1030, 1500, 1600) for dtype in ("float16", "bfloat16", "float32")
+      for values in ("coarse", "broken")),
+    _edge({"S": 4}, 6, (3,), "float32"),
+    _edge({"S": 0}, 2, (0,), "float32"),
+    _edge({"B": 0, "S": 4}, 2, (), "float32"),
+)  # fmt: skip
+
 # --- fuzz
 
 # The axes before S, and S: one row and many, one score, none, and more scores than one program of Triton's takes
@@ -135,5 +152,6 @@ OP = Op(
     cases=CASES,
     fuzz=Fuzz(question, SIZES, SIZES, VIEWS, change, judge=judge),
     metrics=(compare.different,),
+    edges={"triton": TRITON_EDGES},
     attends=False,
 )
