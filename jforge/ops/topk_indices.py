@@ -14,8 +14,12 @@ def topk_indices(scores: Float[Array, "*b S"], k: int) -> Int[Array, "*b L"]:
     0 and -0 are equal. Raises ValueError and TypeError from jforge.ops.check.
     """
     check.topk_indices(scores, k)
-    # top_k keeps the lower index on a tie, but puts -0.0 after 0.0 and tells the NaNs of either sign apart.
-    scores = jnp.where(scores == 0, 0, jnp.where(jnp.isnan(scores), jnp.nan, scores))
+    # top_k keeps the lower index on a tie, but puts -0.0 after 0.0 and tells the NaNs of either sign apart. Zeros lose
+    # their sign as bits: XLA's comparisons with 0 on a CPU, and LLVM's of a float select, take denormals for zeros.
+    bits = jax.lax.bitcast_convert_type(scores, f"uint{8 * scores.dtype.itemsize}")
+    bits = jnp.where(bits << 1 == 0, 0, bits)
+    scores = jax.lax.bitcast_convert_type(bits, scores.dtype)
+    scores = jnp.where(jnp.isnan(scores), jnp.nan, scores)
     values, picks = jax.lax.top_k(scores, min(int(k), scores.shape[-1]))
     picks = jnp.where(jnp.isneginf(values), -1, picks.astype(jnp.int32))
     missing = k - picks.shape[-1]

@@ -2,6 +2,7 @@
 
 import math
 
+import ml_dtypes
 import numpy as np
 
 from jforge.core import compare
@@ -22,16 +23,17 @@ def oracle(scores, k):
 
 
 def draw(case: Case, dtype: np.dtype, rng: np.random.Generator) -> Inputs:
-    return _drawn(case, dtype, rng, "coarse")
+    return _drawn(case, dtype, rng, "tiny" if "tiny" in case.tags else "coarse")
 
 
 def _drawn(case: Case, dtype: np.dtype, rng: np.random.Generator, values: str) -> Inputs:
-    """As many scores above -inf as a row's length says, some of them +inf; coarse ones tie, 0.0 with -0.0 too;
-    broken ones hold NaN of either sign.
+    """As many scores above -inf as a row's length says, some of them +inf; coarse ones tie, 0.0 with -0.0 too; tiny
+    ones are a few steps of the dtype round 0; broken ones hold NaN of either sign.
     """
     *axes, S = case.sizes.values()
     scores = rng.standard_normal((len(case.lengths), S))
     scores = np.round(2 * scores) / 2 if values == "coarse" else scores
+    scores = np.round(9 * scores) * float(ml_dtypes.finfo(dtype).smallest_subnormal) if values == "tiny" else scores
     scores[rng.random(scores.shape) < 0.02] = np.inf
     if values == "broken":
         signed = np.copysign(np.nan, rng.standard_normal(scores.shape))
@@ -48,6 +50,7 @@ def _case(name: str, B: int, S: int, k: int, lengths: tuple[int, ...], *tags: st
 CASES = (
     _case("topk_of_many", 2, 1030, 64, (1030, 40), "basic"),
     _case("topk_more_than_there_are", 3, 7, 9, (7, 0, 3), "basic"),
+    _case("topk_of_denormals", 2, 70, 16, (70, 9), "basic", "tiny"),
 )
 
 # --- edges of the kernels' plans: more scores than a program takes, as many picks as scores and more; ties, 0.0 and
@@ -62,6 +65,9 @@ TRITON_EDGES = (
     *(_edge({"B": 2, "T": 2, "S": 1500}, k, (1500, 5, 0, 700), dtype, values)
       for k in (1, 8, 1030, 1500, 1600) for dtype in ("float16", "bfloat16", "float32")
       for values in ("coarse", "broken")),
+    # Not in bfloat16, whose denormals Triton's interpreter reads as other numbers.
+    *(_edge({"B": 2, "T": 2, "S": 1500}, k, (1500, 5, 0, 700), dtype, "tiny")
+      for k in (8, 1500) for dtype in ("float16", "float32")),
     _edge({"S": 4}, 6, (3,), "float32"),
     _edge({"S": 0}, 2, (0,), "float32"),
     _edge({"B": 0, "S": 4}, 2, (), "float32"),
@@ -69,6 +75,7 @@ TRITON_EDGES = (
 
 # --- fuzz
 
+VALUES = ("coarse", "normal", "tiny", "broken")
 # The axes before S, and S: one row and many, one score, none, and more scores than one program of Triton's takes
 SIZES = (((), 7), ((3,), 40), ((2, 2), 64), ((2, 1, 3), 17), ((2,), 1030), ((2,), 1), ((3,), 0), ((2, 3), 128))
 
@@ -82,7 +89,7 @@ def question(draw, st, sizes, dtypes: tuple[str, ...], out: tuple[str, ...]) -> 
     view = draw(st.sampled_from(tuple(VIEWS)))
     at = draw(st.integers(0, S)) if view == "split" else 0
     case = Case("fuzz", NAME, chosen, lengths, {"k": k})
-    values = draw(st.sampled_from(("coarse", "normal", "broken")))
+    values = draw(st.sampled_from(VALUES))
     return Draw(case, draw(st.sampled_from(dtypes)), draw(questions.seeds(st)), view, at, values)
 
 
