@@ -65,6 +65,10 @@ class KvFacts(Facts):
     softcap: float | None
 
     @property
+    def unit(self):
+        return super().unit if self.softcap is None else 1.0
+
+    @property
     def width(self):
         """Value columns of the accumulator, whose M is a multiple of 64; TMA fills the ones past V with zeros."""
         return -(-self.V // 64) * 64
@@ -146,7 +150,7 @@ def consume(f, where, out, lse, *, k, v, q_s, p_s, q_full, **smem):
         plgpu.barrier_wait(k.full.at[slot])
         x = matmul(k.tiles.at[slot], q_s.transpose((1, 0)), (f.block, f.rows))
         plgpu.barrier_arrive(k.free.at[slot])
-        return jnp.where(seen(), _logits(f, x), -jnp.inf)
+        return jnp.where(seen(), _scores(f, x), -jnp.inf)
 
     def values(slot):
         plgpu.barrier_wait(v.full.at[slot])
@@ -161,17 +165,17 @@ def consume(f, where, out, lse, *, k, v, q_s, p_s, q_full, **smem):
     _finish(where, *carry, out, lse, **smem)
 
 
-def _logits(f, x):
-    """Scaled and capped logits in base-2 units. tanh by exp2, as the hardware's has only 11 bits; where 1 - 2 / (e + 1)
-    would cancel, by its series, which is exact to float32 there.
+def _scores(f, x):
+    """Products as scores. Capped, they are logits: tanh by exp2, as the hardware's has only 11 bits; where
+    1 - 2 / (e + 1) would cancel, by its series, which is exact to float32 there, and without the cap as a factor, whose
+    quotient may be 0.
     """
     if f.softcap is None:
-        return x * (f.scale * softmax.LOG2E)
-    y = x * (f.scale / f.softcap)
+        return f.signed(x)
+    y = x * min(f.scale / f.softcap, softmax.LARGEST)
     square = y * y
-    small = y * (1 + square * (square * (2 / 15) - 1 / 3))
-    e = jnp.exp2(y * (2 * softmax.LOG2E))
-    return (f.softcap * softmax.LOG2E) * jnp.where(square < 0.0625**2, small, 1 - 2 / (e + 1))
+    small = x * f.scale * (1 + square * (square * (2 / 15) - 1 / 3))
+    return jnp.where(square < 0.0625**2, small, f.softcap * (1 - 2 / (softmax.power(y, 2) + 1)))
 
 
 def _finish(where, acc, top, mass, out, lse, *, out_s, row_s):

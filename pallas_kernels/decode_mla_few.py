@@ -62,8 +62,8 @@ def consume(f, where, out, lse, *, latents, ql_s, qr_s, r_s, p_s, q_full, **smem
                 plgpu.wgmma(accumulator, r_s.at[slot], qr_s.at[zero].transpose((1, 0)))
             return accumulator[...]
 
-        x = pl.run_scoped(run, plgpu.ACC((f.block, f.rows), jnp.float32)) * (f.scale * softmax.LOG2E)
-        return jnp.where(seen(), x, -jnp.inf)
+        x = pl.run_scoped(run, plgpu.ACC((f.block, f.rows), jnp.float32))
+        return jnp.where(seen(), f.signed(x), -jnp.inf)
 
     def add(at, acc, shrink):
         def products(total):

@@ -2,7 +2,7 @@
 
 Warpgroup 2 fills a ring of tiles by TMA. Warpgroups 0 and 1 each own half of the value channels of
 
-    S = Q K^T,   P = exp2(S - max),   O <- O exp2(old max - max) + P L,
+    S = Q K^T,   P = exp(S - max),   O <- O exp(old max - max) + P L,
 
 where K is a tile's latents L beside its rope keys. The scores of a tile are computed once, by the warpgroup that owns
 it: warpgroup 0 the even tiles, warpgroup 1 the odd ones. An owner publishes P and the running maximum in shared memory,
@@ -93,7 +93,7 @@ def _produce(f, where, given, *, latents, ql_s, qr_s, r_s, q_full, **_):
 
 def consume(f, where, w, out, lse, *, latents, ql_s, qr_s, r_s, top_s, row_s, q_full, ready, done):
     """Online softmax over pairs of tiles, of which warpgroup w owns number w. acc: O [rows, C/2]; top: running maximum
-    [rows], base 2 and finite from the start so that no difference is inf - inf; mass: sums of the own P [rows].
+    [rows], finite from the start so that no difference is inf - inf; mass: sums of the own P [rows].
 
     An odd number of tiles ends with an empty one, which takes part without having been loaded.
     """
@@ -110,6 +110,9 @@ def consume(f, where, w, out, lse, *, latents, ql_s, qr_s, r_s, top_s, row_s, q_
 
         return accumulate(acc * spread(shrink, result, 0), products, beside)
 
+    def decay(old, new):
+        return softmax.power(old - new, f.unit)
+
     def await_top(slot):
         plgpu.barrier_wait(ready.at[slot])
         return plgpu.load(top_s.at[slot], layout=BY_ROW)
@@ -121,16 +124,16 @@ def consume(f, where, w, out, lse, *, latents, ql_s, qr_s, r_s, top_s, row_s, q_
         x = _scores(f, where, w, (even, odd)[w], slots[w], ql_s, qr_s, latents, r_s)
         if w == 0:
             first, own = publish(even, slots[0], x, top)
-            (acc,) = attend(slots[0], acc, jnp.exp2(top - first))
+            (acc,) = attend(slots[0], acc, decay(top, first))
             plgpu.barrier_arrive(latents.free.at[slots[0] * 2 + w])
             last = await_top(slots[1])
-            mass = (mass * jnp.exp2(top - first) + own) * jnp.exp2(first - last)
+            mass = (mass * decay(top, first) + own) * decay(first, last)
         else:
             first = await_top(slots[0])
-            acc, last, own = attend(slots[0], acc, jnp.exp2(top - first), lambda: publish(odd, slots[1], x, first))
+            acc, last, own = attend(slots[0], acc, decay(top, first), lambda: publish(odd, slots[1], x, first))
             plgpu.barrier_arrive(latents.free.at[slots[0] * 2 + w])
-            mass = mass * jnp.exp2(top - last) + own
-        (acc,) = attend(slots[1], acc, jnp.exp2(first - last))
+            mass = mass * decay(top, last) + own
+        (acc,) = attend(slots[1], acc, decay(first, last))
         pl.when(odd < where.steps)(lambda: plgpu.barrier_arrive(latents.free.at[slots[1] * 2 + w]))
         return acc, last, mass
 
@@ -145,7 +148,7 @@ def consume(f, where, w, out, lse, *, latents, ql_s, qr_s, r_s, top_s, row_s, q_
 
 
 def _scores(f, where, w, i, slot, ql_s, qr_s, latents, r_s):
-    """Q K^T of tile i in base-2 units: [rows, block]. Anything for a tile that does not exist."""
+    """Scores of tile i: [rows, block]. Anything for a tile that does not exist."""
     zero = hidden_zero(i)
 
     def wait(part):
@@ -161,7 +164,7 @@ def _scores(f, where, w, i, slot, ql_s, qr_s, latents, r_s):
             plgpu.wgmma(accumulator, qr_s.at[zero], r_s.at[slot].transpose((1, 0)))
         return accumulator[...]
 
-    return pl.run_scoped(run, plgpu.ACC((f.rows, f.block), jnp.float32)) * (f.scale * softmax.LOG2E)
+    return f.signed(pl.run_scoped(run, plgpu.ACC((f.rows, f.block), jnp.float32)))
 
 
 def _publish(f, where, i, x, top, l_s, p_s, top_s, ready):
@@ -177,7 +180,7 @@ def _publish(f, where, i, x, top, l_s, p_s, top_s, ready):
 
     pl.when(unread)(blank_both)
     x = jnp.where(where.visible(start, keys_first=False), x, -jnp.inf)
-    raised, _, p = softmax.step(x, top, 0)
+    raised, _, p = softmax.step(f, x, top, 0)
     top_s[...] = raised
     p_s[...] = p.astype(p_s.dtype)
     plgpu.commit_smem()

@@ -7,7 +7,7 @@ import jax
 from jforge.ops import check
 from pallas_kernels.compat import BY_ROW, jnp, lax, pl, plgpu
 from pallas_kernels.limits import need
-from pallas_kernels.softmax import LOG2E, LOWEST, fold_sink, natural_lse, normalised
+from pallas_kernels.softmax import LOWEST, fold_sink, natural_lse, normalised, power
 from pallas_kernels.tiles import launch_programs
 
 GROUP = 32  # parts that one TMA copy brings in: 32 KB of float32 at 256 columns
@@ -112,7 +112,7 @@ def _kernel(f, given, out, lse, *, parts, staged, full):
         return jnp.full((width,), scalar)
 
     if "sinks" in given:
-        sink = given["sinks"][lax.rem(row, jnp.int32(N))].astype(jnp.float32) * LOG2E
+        sink = given["sinks"][lax.rem(row, jnp.int32(N))].astype(jnp.float32)
         total, top, mass = fold_sink(total, top, mass, sink, widen)
     pl.when(column == 0)(lambda: _store(lse, row, natural_lse(top, mass)))
     result = normalised(total, mass, widen).astype(out.dtype)
@@ -137,8 +137,8 @@ def _store(ref, at, value):
 
 
 def _part_lse(lses, part, P, row):
-    """Base-2 lse of a part; -inf past the last one, whose tile TMA filled with zeros."""
-    value = lses[jnp.minimum(part, P - 1), row] * LOG2E
+    """lse of a part; -inf past the last one, whose tile TMA filled with zeros."""
+    value = lses[jnp.minimum(part, P - 1), row]
     return jnp.where(part < P, value, jnp.float32(-jnp.inf))
 
 
@@ -146,10 +146,10 @@ def _fold(parts, levels, carry):
     """One group of parts into the running result. The maximum starts finite, so no difference is inf - inf."""
     total, top, mass = carry
     raised = functools.reduce(jnp.maximum, levels, top)
-    shrink = jnp.exp2(top - raised)
+    shrink = power(top - raised)
     total, mass = total * jnp.full(total.shape, shrink), mass * shrink
     for i, level in enumerate(levels):
-        weight = jnp.exp2(level - raised)
+        weight = power(level - raised)
         mass = mass + weight
         spread = jnp.full(total.shape, weight)
         part = plgpu.load(parts.at[i], layout=BY_ROW).astype(jnp.float32)

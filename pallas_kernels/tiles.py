@@ -66,6 +66,15 @@ class Facts:
         return BOX * self.boxes
 
     @property
+    def unit(self):
+        """The logit of a score of 1, positive: see softmax.py."""
+        return abs(self.scale) or 1.0
+
+    def signed(self, x):
+        """Products of queries and keys as scores; logits are scores * unit."""
+        return x if self.scale > 0 else -x if self.scale < 0 else x * 0.0
+
+    @property
     def row_blocks(self):
         """Programs of one KV head and split."""
         return -(-self.T * self.units // self.boxes)

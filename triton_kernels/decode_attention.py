@@ -31,7 +31,7 @@ from triton_kernels.plan import (
     sweep_tiles,
     value_chunks,
 )
-from triton_kernels.tiles import LOG2E, cap_logits, close_rows, key_range, load_tile, store_tile, weigh
+from triton_kernels.tiles import cap_logits, cap_numbers, close_rows, key_range, load_tile, store_tile, weigh
 
 MAX_HEAD_DIM = 256
 
@@ -40,7 +40,7 @@ MAX_HEAD_DIM = 256
 def decode_kernel(
     q, k, v, lengths, sinks, out, lse,
     q_stride_b, q_stride_t, q_stride_n, k_stride_b, k_stride_s, k_stride_k, v_stride_b, v_stride_s, v_stride_k,
-    scale, softcap, window, chunk,
+    scale, softcap, inverse, window, chunk,
     T: tl.constexpr, G: tl.constexpr, HEADS: tl.constexpr, H: tl.constexpr, V: tl.constexpr,
     H1: tl.constexpr, H2: tl.constexpr, V1: tl.constexpr, V2: tl.constexpr,
     ROWS: tl.constexpr, BLOCKS: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -88,9 +88,7 @@ def decode_kernel(
             x = tl.dot(q2, load_tile(k_tile, k_offsets, inside, H1, H2, H, True), x, input_precision="ieee")
         x = x * scale
         if HAS_CAP:
-            x = cap_logits(x, softcap) * LOG2E
-        else:
-            x = x * LOG2E
+            x = cap_logits(x, softcap, inverse)
         visible = inside[None, :]
         if T > 1:  # a single query sees all of [start, end)
             visible = visible & (key[None, :] < seen[:, None])
@@ -148,7 +146,7 @@ def run(q, k, v, lengths, *, scale, window=None, sinks=None, softcap=None, chunk
     runtime.launch(
         decode_kernel, (kv_heads * blocks, n_splits, batch),
         q, k, v, lengths.contiguous(), lse if sinks is None else sinks, part, part_lse,
-        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], float(scale), float(softcap or 0.0), window or 0, chunk or 0,
+        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], float(scale), *cap_numbers(softcap), window or 0, chunk or 0,
         T=tokens, G=group, HEADS=heads, H=head_dim, V=value_dim, H1=h1, H2=h2, V1=v1, V2=v2,
         ROWS=rows, BLOCKS=blocks, BLOCK_N=config.block_n, HAS_WINDOW=window is not None, HAS_SINK=sinks is not None,
         HAS_CAP=softcap is not None, FIXED=chunk is not None, SPLIT=n_splits > 1,

@@ -36,8 +36,8 @@ from triton_kernels.plan import (
     value_chunks,
 )
 from triton_kernels.tiles import (
-    LOG2E,
     cap_logits,
+    cap_numbers,
     close_rows,
     listed_slot,
     load_tile,
@@ -57,7 +57,7 @@ def block_sparse_kernel(
     q, k, v, block_indices, lengths, page_table, sinks, out, lse,
     q_stride_b, q_stride_t, q_stride_n, k_stride_b, k_stride_s, k_stride_k, v_stride_b, v_stride_s, v_stride_k,
     list_stride_b, list_stride_t, list_stride_n, table_stride,
-    scale, softcap, slots, n_entries,
+    scale, softcap, inverse, slots, n_entries,
     T: tl.constexpr, LISTS: tl.constexpr, SHARE: tl.constexpr, G: tl.constexpr, H: tl.constexpr, V: tl.constexpr,
     H1: tl.constexpr, H2: tl.constexpr, V1: tl.constexpr, V2: tl.constexpr, BLOCK: tl.constexpr, PAGE: tl.constexpr,
     WHOLE: tl.constexpr, ROWS: tl.constexpr, BLOCKS: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -113,8 +113,8 @@ def block_sparse_kernel(
             x = tl.dot(q2, load_tile(k_tile, offsets, inside, H1, H2, H, True), x, input_precision="ieee")
         x = x * scale
         if HAS_CAP:
-            x = cap_logits(x, softcap)
-        x = tl.where(inside[None, :], x * LOG2E, float("-inf"))
+            x = cap_logits(x, softcap, inverse)
+        x = tl.where(inside[None, :], x, float("-inf"))
 
         p, alpha, peak, total = weigh(x, peak, total)
         # V is 0, not only unweighted, where nobody looks: 0 * NaN is NaN.
@@ -180,7 +180,7 @@ def run(q, k, v, block_indices, lengths, *, block_size, scale, sinks=None, softc
         block_sparse_kernel, (programs, n_splits),
         q, k, v, entries, entries if lengths is None else lengths, table, lse if sinks is None else sinks, part,
         part_lse, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *entries.stride()[:3], table.stride(0),
-        float(scale), float(softcap or 0.0), slots, n_entries,
+        float(scale), *cap_numbers(softcap), slots, n_entries,
         T=tokens, LISTS=lists, SHARE=lists // kv_heads, G=key.group, H=head_dim, V=value_dim, H1=h1, H2=h2, V1=v1,
         V2=v2, BLOCK=block_size, PAGE=page, WHOLE=whole_tiles(block_size, page, chosen.block_n), ROWS=rows,
         BLOCKS=blocks, BLOCK_N=chosen.block_n, HAS_LENGTHS=lengths is not None, HAS_SINK=sinks is not None,

@@ -30,7 +30,7 @@ from triton_kernels import runtime
 from triton_kernels.device import device_of
 from triton_kernels.merge import merge_parts, outputs, part_buffers
 from triton_kernels.plan import Key, Record, count_splits, default_latent_config, mma_width, sweep_latents
-from triton_kernels.tiles import LOG2E, absorb, close_rows, key_range, load_tile, store_tile
+from triton_kernels.tiles import absorb, close_rows, key_range, load_tile, store_tile
 
 MIN_PAGE = 16
 
@@ -53,7 +53,7 @@ def mla_kernel(
     q_latent, q_rope, latent, k_rope, lengths, page_table, sinks, out, lse,
     ql_stride_b, ql_stride_t, ql_stride_n, qr_stride_b, qr_stride_t, qr_stride_n,
     latent_stride_b, rope_stride_b, table_stride,
-    scale2, window, chunk,
+    scale, window, chunk,
     T: tl.constexpr, N: tl.constexpr, C: tl.constexpr, R: tl.constexpr, C_PAD: tl.constexpr, R_PAD: tl.constexpr,
     LATENT_STRIDE: tl.constexpr, ROPE_STRIDE: tl.constexpr, PAGE: tl.constexpr,
     ROWS: tl.constexpr, BLOCK_N: tl.constexpr, EARLY: tl.constexpr,
@@ -108,7 +108,7 @@ def mla_kernel(
         # Two sums and a branch, for the layout of the MMAs: see "Layouts" at the top of this file.
         x_rope = tl.dot(qr, r, input_precision="ieee")
         x = tl.dot(ql, tl.trans(c), input_precision="ieee")
-        x = x * scale2 + x_rope * scale2
+        x = x * scale + x_rope * scale
         if (tile < start) | (tile + BLOCK_N > end):
             x = tl.where(inside[None, :], x, float("-inf"))
         if EARLY:
@@ -163,7 +163,7 @@ def run(q_latent, q_rope, latent, k_rope, lengths, *, scale, window=None, sinks=
         mla_kernel, (blocks, n_splits, batch),
         q_latent, q_rope, latent, k_rope, lengths.contiguous(), table, lse if sinks is None else sinks, part, part_lse,
         *q_latent.stride()[:3], *q_rope.stride()[:3], latent.stride(0), k_rope.stride(0), table.stride(0),
-        float(scale) * LOG2E.value, window or 0, chunk or 0,
+        float(scale), window or 0, chunk or 0,
         T=tokens, N=heads, C=latent_dim, R=rope_dim, C_PAD=mma_width(latent_dim), R_PAD=mma_width(rope_dim),
         LATENT_STRIDE=latent.stride(1), ROPE_STRIDE=k_rope.stride(1), PAGE=page,
         ROWS=config.rows, BLOCK_N=min(config.block_n, page or config.block_n), EARLY=config.early,

@@ -20,9 +20,9 @@ from triton_kernels.device import device_of
 from triton_kernels.merge import merge_parts, outputs, part_buffers
 from triton_kernels.plan import Key, default_latent_config, fill_splits, mma_width
 from triton_kernels.tiles import (
-    LOG2E,
     absorb,
     cap_logits,
+    cap_numbers,
     close_rows,
     listed_slot,
     load_tile,
@@ -39,7 +39,7 @@ def latent_list_kernel(
     q_latent, q_rope, latent, k_rope, indices, lengths, page_table, sinks, out, lse,
     ql_stride_b, ql_stride_t, ql_stride_n, qr_stride_b, qr_stride_t, qr_stride_n,
     latent_stride_b, latent_stride_k, rope_stride_b, list_stride_b, list_stride_t, list_stride_n, table_stride,
-    scale, softcap, slots, n_entries,
+    scale, softcap, inverse, slots, n_entries,
     T: tl.constexpr, LISTS: tl.constexpr, SHARE: tl.constexpr, G: tl.constexpr,
     C: tl.constexpr, R: tl.constexpr, C_PAD: tl.constexpr, R_PAD: tl.constexpr,
     LATENT_STRIDE: tl.constexpr, ROPE_STRIDE: tl.constexpr, BLOCK: tl.constexpr, PAGE: tl.constexpr,
@@ -107,7 +107,7 @@ def latent_list_kernel(
             x = tl.dot(ql, tl.trans(c), input_precision="ieee") * scale
         if tile + BLOCK_N > start:
             if HAS_CAP:
-                x = cap_logits(x, softcap) * LOG2E
+                x = cap_logits(x, softcap, inverse)
             x = tl.where(inside[None, :], x, float("-inf"))
         if EARLY:
             if tile < end:
@@ -163,7 +163,7 @@ def run(q_latent, q_rope, latent, k_rope, indices, lengths=None, *, config, scal
         lse if sinks is None else sinks, part, part_lse,
         *q_latent.stride()[:3], *q_rope.stride()[:3],
         latent.stride(0), latent.stride(2), k_rope.stride(0), *indices.stride()[:3], table.stride(0),
-        float(scale) * (1.0 if softcap else LOG2E.value), float(softcap or 0.0), slots, n_entries,
+        float(scale), *cap_numbers(softcap), slots, n_entries,
         T=tokens, LISTS=lists, SHARE=lists // latent.shape[2], G=group, C=latent_dim, R=rope_dim,
         C_PAD=mma_width(latent_dim), R_PAD=mma_width(rope_dim),
         LATENT_STRIDE=latent.stride(1), ROPE_STRIDE=k_rope.stride(1), BLOCK=block_size, PAGE=page,

@@ -15,7 +15,7 @@ import triton.language as tl
 
 from triton_kernels import runtime
 from triton_kernels.plan import pow2_ceil
-from triton_kernels.tiles import LN2, LOG2E, finite_or_zero, safe_log2, sink_factor
+from triton_kernels.tiles import finite_or_zero, log_sum, sink_factor
 
 # Parts per block of a merge whose bits must not depend on the number of parts (`chunk`, and the public op).
 FIXED_BLOCK_P = 32
@@ -26,7 +26,7 @@ BLOCK_V = 64
 @triton.jit
 def merge_kernel(
     parts,  # [.., V] rows: part p of row r starts at p * part_stride + r * row_stride, in rows
-    lses,  # float32, same numbering
+    lses,  # float32, same numbering, natural logs
     sinks,
     out,  # [rows, V]
     lse,  # [rows], natural log
@@ -38,27 +38,25 @@ def merge_kernel(
     BLOCK_V: tl.constexpr,
     BLOCK_P: tl.constexpr,
     HAS_SINK: tl.constexpr,
-    NATURAL: tl.constexpr,  # lses are natural logs, else base 2
 ):
     row = tl.program_id(0).to(tl.int64)
     col = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
     p = tl.arange(0, BLOCK_P)
-    unit: tl.constexpr = LOG2E if NATURAL else 1.0
     first = row * row_stride
 
     peak = float("-inf")
     for start in tl.range(0, n_parts, BLOCK_P):
         index = first + (start + p).to(tl.int64) * part_stride
-        lse2 = tl.load(lses + index, mask=start + p < n_parts, other=float("-inf")) * unit
-        peak = tl.maximum(peak, tl.max(lse2, 0))
+        part_lse = tl.load(lses + index, mask=start + p < n_parts, other=float("-inf"))
+        peak = tl.maximum(peak, tl.max(part_lse, 0))
     peak = finite_or_zero(peak)
 
     acc = tl.zeros([BLOCK_V], tl.float32)
     total = 0.0
     for start in tl.range(0, n_parts, BLOCK_P):
         index = first + (start + p).to(tl.int64) * part_stride
-        lse2 = tl.load(lses + index, mask=start + p < n_parts, other=float("-inf")) * unit
-        weight = tl.exp2(lse2 - peak)
+        part_lse = tl.load(lses + index, mask=start + p < n_parts, other=float("-inf"))
+        weight = tl.exp(part_lse - peak)
         # An empty part may be unwritten memory: it is not read at all. (A NaN weight is read, and stays NaN.)
         used = (weight != 0.0)[:, None] & (col < V)[None, :]
         value = tl.load(parts + index[:, None] * V + col[None, :], mask=used, other=0.0).to(tl.float32)
@@ -66,13 +64,13 @@ def merge_kernel(
         total += tl.sum(weight, 0)
 
     acc = acc / tl.where(total == 0.0, 1.0, total)
-    merged = safe_log2(peak, total)
+    merged = log_sum(peak, total)
     if HAS_SINK:
-        factor, merged = sink_factor(merged, tl.load(sinks + row % HEADS).to(tl.float32) * LOG2E)
+        factor, merged = sink_factor(merged, tl.load(sinks + row % HEADS).to(tl.float32))
         acc = acc * factor
     tl.store(out + row * V + col, acc.to(out.dtype.element_ty), mask=col < V)
     if tl.program_id(1) == 0:
-        tl.store(lse + row, merged * LN2)
+        tl.store(lse + row, merged)
 
 
 def merge_warps(block_p):
@@ -80,14 +78,14 @@ def merge_warps(block_p):
     return 1 if block_p <= 4 else 2 if block_p <= 16 else 4
 
 
-def launch_merge(parts, lses, sinks, out, lse, *, n_parts, part_stride, row_stride, block_p, natural):
+def launch_merge(parts, lses, sinks, out, lse, *, n_parts, part_stride, row_stride, block_p):
     """Launch `merge_kernel` on flat buffers; out [.., N, V] and lse [.., N] are contiguous and written in full."""
     heads, width = out.shape[-2:]
     runtime.launch(
         merge_kernel, (lse.numel(), triton.cdiv(width, BLOCK_V)),
         parts, lses, lse if sinks is None else sinks,  # never read without HAS_SINK; Triton wants a pointer
         out, lse, n_parts, part_stride, row_stride,
-        HEADS=heads, V=width, BLOCK_V=BLOCK_V, BLOCK_P=block_p, HAS_SINK=sinks is not None, NATURAL=natural,
+        HEADS=heads, V=width, BLOCK_V=BLOCK_V, BLOCK_P=block_p, HAS_SINK=sinks is not None,
         num_warps=merge_warps(block_p),
     )  # fmt: skip
 
@@ -114,4 +112,4 @@ def merge_parts(part, part_lse, sinks, out, lse, *, n_splits, fixed):
     if n_splits > 1:
         block_p = FIXED_BLOCK_P if fixed else min(MAX_BLOCK_P, pow2_ceil(n_splits))
         numbering = dict(n_parts=n_splits, part_stride=1, row_stride=n_splits)
-        launch_merge(part, part_lse, sinks, out, lse, **numbering, block_p=block_p, natural=False)
+        launch_merge(part, part_lse, sinks, out, lse, **numbering, block_p=block_p)

@@ -30,7 +30,7 @@ def merge_states(outs, lses):
     if rows:
         numbering = dict(n_parts=n_parts, part_stride=rows, row_stride=1)
         parts = (outs.contiguous(), lses.contiguous(), None)
-        launch_merge(*parts, out, lse, **numbering, block_p=FIXED_BLOCK_P, natural=True)
+        launch_merge(*parts, out, lse, **numbering, block_p=FIXED_BLOCK_P)
     return out, lse
 
 

@@ -1,13 +1,10 @@
 """Device functions that the kernels share: tiles of a cache, the online softmax, splits, lists of entries.
 
-Kernels work in base 2 (`lse2` = lse / ln 2), because the hardware has exp2 and log2; natural logs at every boundary.
+Logits stay in natural units until the maximum is taken off: times log2 e, the largest of float32 would overflow.
 """
 
 import triton
 import triton.language as tl
-
-LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
-LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
@@ -17,19 +14,19 @@ def finite_or_zero(peak):
 
 
 @triton.jit
-def safe_log2(peak, total):
-    """peak + log2(total), and -inf where total is 0. A NaN total stays NaN."""
+def log_sum(peak, total):
+    """peak + log(total), and -inf where total is 0. A NaN total stays NaN."""
     empty = total == 0.0
-    return tl.where(empty, float("-inf"), peak + tl.log2(tl.where(empty, 1.0, total)))
+    return tl.where(empty, float("-inf"), peak + tl.log(tl.where(empty, 1.0, total)))
 
 
 @triton.jit
-def sink_factor(lse2, sink2):
-    """Factor of the output, and the new lse2, after a sink logit joins the denominator."""
-    peak = finite_or_zero(tl.maximum(lse2, sink2))
-    weight = tl.exp2(lse2 - peak)
-    total = weight + tl.exp2(sink2 - peak)
-    return weight / tl.where(total == 0.0, 1.0, total), safe_log2(peak, total)
+def sink_factor(lse, sink):
+    """Factor of the output, and the new lse, after a sink logit joins the denominator."""
+    peak = finite_or_zero(tl.maximum(lse, sink))
+    weight = tl.exp(lse - peak)
+    total = weight + tl.exp(sink - peak)
+    return weight / tl.where(total == 0.0, 1.0, total), log_sum(peak, total)
 
 
 @triton.jit
@@ -56,14 +53,17 @@ def store_tile(base, index, keep, acc, COL: tl.constexpr, COLS: tl.constexpr, WI
 
 
 @triton.jit
-def cap_logits(x, softcap):
-    """softcap * tanh(x / softcap). tanh from exp2 of a negative number, which cannot overflow."""
-    y = x / softcap
-    decay = tl.exp2(tl.abs(y) * (-2.0 * LOG2E))
-    # 1 - decay cancels for small y; there three terms of the series are exact to float32
-    small = y * (1.0 + y * y * (-1.0 / 3.0 + y * y * (2.0 / 15.0)))
-    large = tl.where(y < 0.0, -1.0, 1.0) * (1.0 - decay) / (1.0 + decay)
-    return softcap * tl.where(tl.abs(y) < 0.0625, small, large)
+def cap_logits(x, softcap, inverse):
+    """softcap * tanh(x / softcap). tanh from exp of a negative number, which cannot overflow.
+
+    inverse: 1 / softcap from the host, as the hardware's fast division gives 0 for divisors above 2^126.
+    """
+    y = x * inverse
+    decay = tl.exp(-2.0 * tl.abs(y))
+    # 1 - decay cancels for small y; there three terms of the series are exact to float32, even where y is a denormal
+    small = x * (1.0 + y * y * (-1.0 / 3.0 + y * y * (2.0 / 15.0)))
+    large = tl.where(y < 0.0, -softcap, softcap) * ((1.0 - decay) / (1.0 + decay))
+    return tl.where(tl.abs(y) < 0.0625, small, large)
 
 
 @triton.jit
@@ -90,37 +90,37 @@ def key_range(length, block, split, n_splits, chunk, window, T: tl.constexpr, G:
 def close_rows(peak, total, lse, index, real, sinks, n, HAS_SINK: tl.constexpr, SPLIT: tl.constexpr):
     """Store the lse of every row; returns its output's two factors, and which rows of the output are to be stored.
 
-    A part of a split keeps its lse in base 2 and leaves the sink to the merge. Otherwise the sink shrinks the output in
+    A part of a split leaves the sink to the merge. Otherwise the sink shrinks the output in
     a second multiplication, as in the merge: a row's bits must not depend on how many splits the grid has.
     """
     # Test for 0, not for > 0: a NaN among the visible keys must reach the output.
     factor = 1.0 / tl.where(total == 0.0, 1.0, total)
-    lse2 = safe_log2(finite_or_zero(peak), total)
+    row_lse = log_sum(finite_or_zero(peak), total)
     shrink = tl.full(peak.shape, 1.0, tl.float32)
     keep = real
     if SPLIT:
-        tl.store(lse + index, lse2, mask=real)
+        tl.store(lse + index, row_lse, mask=real)
         keep = real & (total != 0.0)  # the merge does not read empty parts
     else:
         if HAS_SINK:
-            shrink, lse2 = sink_factor(lse2, tl.load(sinks + n, mask=real, other=0.0).to(tl.float32) * LOG2E)
-        tl.store(lse + index, lse2 * LN2, mask=real)
+            shrink, row_lse = sink_factor(row_lse, tl.load(sinks + n, mask=real, other=0.0).to(tl.float32))
+        tl.store(lse + index, row_lse, mask=real)
     return factor, shrink, keep
 
 
 @triton.jit
 def weigh(x, peak, total):
-    """The online softmax after one more tile of scores x in base 2: weights, factor of what was, peak, total."""
+    """The online softmax after one more tile of logits x: weights, factor of what was, peak, total."""
     new_peak = tl.maximum(peak, tl.max(x, 1))
     shift = finite_or_zero(new_peak)
-    alpha = tl.exp2(peak - shift)
-    p = tl.exp2(x - shift[:, None])
+    alpha = tl.exp(peak - shift)
+    p = tl.exp(x - shift[:, None])
     return p, alpha, new_peak, total * alpha + tl.sum(p, 1)
 
 
 @triton.jit
 def absorb(x, c, key, seen, window, peak, total, acc, T: tl.constexpr, HAS_WINDOW: tl.constexpr):
-    """The online softmax after one more tile: scores x in base 2, latents c; returns peak, total, acc.
+    """The online softmax after one more tile: logits x, latents c; returns peak, total, acc.
 
     total keeps a sum for every column of x: a row's sum over the warps would cost barriers in every tile.
     """
@@ -131,8 +131,8 @@ def absorb(x, c, key, seen, window, peak, total, acc, T: tl.constexpr, HAS_WINDO
         x = tl.where(visible, x, float("-inf"))
     new_peak = tl.maximum(peak, tl.max(x, 1))
     shift = finite_or_zero(new_peak)
-    alpha = tl.exp2(peak - shift)
-    p = tl.exp2(x - shift[:, None])
+    alpha = tl.exp(peak - shift)
+    p = tl.exp(x - shift[:, None])
     total = total * alpha[:, None] + p
     acc = tl.dot(p.to(c.dtype), c, acc * alpha[:, None], input_precision="ieee")
     return new_peak, total, acc
@@ -200,3 +200,8 @@ def unordered(rank):
 def whole_tiles(block_size, page, block_n):
     """Whether every tile lies in one block, and in one page: its rows then have one slot and one stride."""
     return block_size % block_n == 0 and page % block_n == 0
+
+
+def cap_numbers(softcap):
+    """softcap and inverse of `cap_logits`; anything without a cap."""
+    return (float(softcap), 1.0 / float(softcap)) if softcap else (0.0, 0.0)

@@ -14,8 +14,17 @@ def accumulation_dtype(*arrays):
 
 
 def cap(scores: Array, limit: float | None) -> Array:
-    """limit * tanh(scores / limit), on scaled scores and before the mask (Gemma 2). None leaves them alone."""
-    return scores if limit is None else limit * jnp.tanh(scores / limit)
+    """limit * tanh(scores / limit), on scaled scores and before the mask (Gemma 2). None leaves them alone.
+
+    limit: 1e-30 to 1e38. Where the quotient is so small that tanh changes nothing, it may be a denormal, which XLA
+    flushes to 0: the scores stay. A large limit is divided by a power of two beforehand, as its reciprocal is one too;
+    the clip, where tanh is 1, keeps XLA from folding the two factors.
+    """
+    if limit is None:
+        return scores
+    unit = 2.0**-64 if limit > 1 else 1.0
+    ratio = jnp.clip(scores * unit, -20 * limit * unit, 20 * limit * unit) / (limit * unit)
+    return jnp.where(jnp.abs(ratio) < 1e-9, scores, limit * jnp.tanh(ratio))
 
 
 def masked_softmax(
