@@ -71,6 +71,46 @@ def as_codes(draw: Draw, inputs: Inputs, rng: np.random.Generator, cache: str, s
     return Inputs({**inputs.arrays, cache: codes}, {**inputs.options, scale_name: scale})
 
 
+LARGEST = float(np.finfo(np.float32).max)
+MAGNITUDES = (2.0**20, 3.1e9, 1.3e10, 1e30, 0.97 * LARGEST)
+
+
+def levels(count: int, rng: np.random.Generator) -> np.ndarray:
+    """Numbers of eight bits up to 1, of either sign and in random order; no two magnitudes are closer than 1/256 of
+    them, so that of their multiples by one of MAGNITUDES only the largest has a weight.
+    """
+    number = np.arange(count)
+    sizes = (128 + number % 128) * 2.0 ** (number // 128)
+    return rng.permutation(sizes / (256 * 2.0 ** (count // 128)) * rng.choice([-1, 1], count))
+
+
+def huge(draw: Draw, inputs: Inputs, rng: np.random.Generator, queries: tuple, keys: tuple) -> Inputs:
+    """Logits up to the ends of float32, where the example asks for them: exact multiples of `levels`, since queries and
+    keys are vectors of signs by a number. Sinks lie between, above and below them. queries and keys: names, in pairs
+    that are multiplied.
+    """
+    if draw.values != "huge":
+        return inputs
+    arrays, options = dict(inputs.arrays), dict(inputs.options)
+    width = sum(arrays[name].shape[-1] for name in queries)
+    row, most = rng.choice([-1, 1], arrays[queries[0]].shape[:-1]), rng.choice(MAGNITUDES)
+    raised = 2.0 ** rng.integers(0, 16)
+    slots = arrays[keys[0]].shape[:-1]
+    along = np.moveaxis(np.array([levels(slots[1], rng) for _ in range(math.prod(slots) // max(1, slots[1]))]), -1, 0)
+    level = np.moveaxis(along.reshape(slots[1], *slots[:1], *slots[2:]), 0, 1)
+    for query, key in zip(queries, keys, strict=True):
+        signs = rng.choice([-1, 1], arrays[query].shape[-1])
+        arrays[query] = (raised * row[..., None] * signs).astype(arrays[query].dtype)
+        unread = np.isnan(arrays[key].astype(np.float32))
+        arrays[key] = np.where(unread, np.nan, level[..., None] * signs).astype(arrays[key].dtype)
+    options["scale"] = float(most / (width * raised))
+    if "sinks" in options:
+        between = most * (2 * rng.integers(128, 256, options["sinks"].shape) + 1) / 512
+        ends = rng.choice([0.0, 1e10, LARGEST, -LARGEST], options["sinks"].shape)
+        options["sinks"] = np.where(rng.random(between.shape) < 0.5, between, ends).astype(np.float32)
+    return Inputs(arrays, options)
+
+
 # --- for benchmarks, on the device
 
 

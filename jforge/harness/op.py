@@ -47,7 +47,8 @@ class Draw:
     view: "plain"; "permuted" (the batch in another order); "alone" (row `at`, all others emptied); "paged" (pages of
     `at` slots); "split" (keys before and after slot `at` in two calls, or entries of the lists, or parts, or scores, or
     two tokens); "shuffled" (the entries of a list, or the scores, in another order).
-    values: "normal"; "coarse" (few bits: sums are exact and scores tie); "positive" (sums do not cancel).
+    values: "normal"; "coarse" (few bits: sums are exact and scores tie); "positive" (sums do not cancel); "huge"
+        (logits to the ends of float32); "tiny" (denormals); "broken" (NaN).
     stored: the dtype of keys that come with a scale.
     """
 

@@ -7,7 +7,7 @@ lengths, options and values are free.
 
 from jforge.harness.op import Case, Draw
 
-SOFTCAPS = (0.5, 5.0, 50.0)
+SOFTCAPS = (0.5, 5.0, 50.0, 1e-30, 1e38)
 CACHED = ("plain", "permuted", "alone", "paged", "split")  # the views of an op that attends a cache
 
 
@@ -28,12 +28,17 @@ def optional(draw, st, **strategies) -> dict:
 
 
 def common(st, width: int, out: tuple[str, ...]) -> dict:
-    """Logits of a spread from 0.1, nearly uniform weights, to 4.
+    """Logits of a spread from 0, uniform weights, to 4, and a negative scale.
 
-    No larger ones: float32 holds a logit x to x * 2^-24, and exp makes that the relative error of a weight.
+    No larger ones: float32 holds a logit x to x * 2^-24, and exp makes that the relative error of a weight. Those of
+    `draws.huge` are so far apart that only the largest counts.
     """
-    scale = st.sampled_from((0.1, 4.0)).map(lambda spread: spread * width**-0.5)
+    scale = st.sampled_from((0.1, 4.0, -1.0, 0.0)).map(lambda spread: spread * width**-0.5)
     return {"sinks": st.just(True), "scale": scale, "out_dtype": st.sampled_from(out)}
+
+
+def values(st):
+    return st.sampled_from(("normal", "normal", "huge"))
 
 
 def pages(st, S: int):
@@ -64,7 +69,8 @@ def over_a_cache(draw, st, op: str, sizes: dict[str, int], options: dict, dtypes
     lengths = tuple(draw(row) for _ in range(B))
     choices = {"alone": st.integers(0, B - 1), "paged": pages(st, S), "split": st.integers(0, S)}
     at = draw(choices.get(view, st.just(0)))
-    return Draw(Case("fuzz", op, sizes, lengths, options), draw(st.sampled_from(dtypes)), draw(seeds(st)), view, at)
+    case, dtype = Case("fuzz", op, sizes, lengths, options), draw(st.sampled_from(dtypes))
+    return Draw(case, dtype, draw(seeds(st)), view, at, draw(values(st)))
 
 
 # --- refusals

@@ -6,6 +6,7 @@ from functools import partial
 
 import numpy as np
 
+from jforge.harness import draws
 from jforge.harness.backends import Backend
 from jforge.harness.op import Draw, Inputs
 
@@ -92,10 +93,10 @@ def split_cache(backend: Backend, draw: Draw, inputs: Inputs, caches: tuple[str,
 
 def _two_calls(backend: Backend, draw: Draw, arrays: list[dict], options) -> tuple[np.ndarray, ...]:
     """Two partial results in float32, joined by the backend's own merge; one call carries the sink, and the other one
-    that is too small to count.
+    that is too small to count beside any logit.
     """
     options = {**options, "out_dtype": "float32"}
-    small = {"sinks": np.full_like(options["sinks"], -1e4)} if "sinks" in options else {}
+    small = {"sinks": np.full_like(options["sinks"], -draws.LARGEST)} if "sinks" in options else {}
     calls = zip(arrays, (options, options | small), strict=True)
     return backend.merge([backend.call(draw.case.op, Inputs(*call)) for call in calls])
 

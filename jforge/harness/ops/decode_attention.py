@@ -1,5 +1,7 @@
 """decode_attention: dense attention of the new queries over a cache, a prefix of it, or a window."""
 
+from functools import partial
+
 import numpy as np
 
 from jforge.harness import draws, peers, questions, views
@@ -169,6 +171,9 @@ def question(draw, st, sizes, dtypes: tuple[str, ...], out: tuple[str, ...]) -> 
     return questions.over_a_cache(draw, st, NAME, chosen, options, dtypes)
 
 
+change = partial(draws.huge, queries=("q",), keys=("k",))
+
+
 def _triton(draw: Draw) -> str | None:
     return "page_table has no Triton kernel yet" if draw.view == "paged" else None
 
@@ -206,7 +211,7 @@ OP = Op(
     draw=draw,
     oracle=oracle,
     cases=CASES,
-    fuzz=Fuzz(question, SIZES, MOSAIC, views.of_a_cache(CACHES)),
+    fuzz=Fuzz(question, SIZES, MOSAIC, views.of_a_cache(CACHES), change),
     edges={"pallas": MOSAIC_EDGES, "triton": TRITON_EDGES},
     refusals={"triton": _triton, "pallas": questions.mosaic_cache},
     caches=CACHES,

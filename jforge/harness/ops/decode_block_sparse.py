@@ -210,10 +210,12 @@ def question(draw, st, sizes, dtypes: tuple[str, ...], out: tuple[str, ...]) -> 
     choices = {"alone": st.integers(0, B - 1), "paged": questions.pages(st, S), "split": st.integers(0, L)}
     case = Case("fuzz", NAME, chosen, lengths, options)
     at = draw(choices.get(view, st.just(0)))
-    return Draw(case, draw(st.sampled_from(dtypes)), draw(questions.seeds(st)), view, at)
+    dtype, seed = draw(st.sampled_from(dtypes)), draw(questions.seeds(st))
+    return Draw(case, dtype, seed, view, at, draw(questions.values(st)))
 
 
 def change(draw: Draw, inputs: Inputs, rng: np.random.Generator) -> Inputs:
+    inputs = draws.huge(draw, inputs, rng, queries=("q",), keys=("k",))
     past = -(-draw.case.sizes["S"] // draw.case.options["block_size"])
     return Inputs({**inputs.arrays, LISTS: draws.with_garbage(inputs.arrays[LISTS], past, rng)}, inputs.options)
 

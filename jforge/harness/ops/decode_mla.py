@@ -1,5 +1,7 @@
 """decode_mla: absorbed latent attention of the new queries over one shared head of latents and rope keys."""
 
+from functools import partial
+
 import numpy as np
 
 from jforge.harness import draws, peers, questions, views
@@ -142,6 +144,9 @@ def question(draw, st, sizes, dtypes: tuple[str, ...], out: tuple[str, ...]) -> 
     return questions.over_a_cache(draw, st, NAME, chosen, options, dtypes)
 
 
+change = partial(draws.huge, queries=("q_latent", "q_rope"), keys=("latent", "k_rope"))
+
+
 def _triton(draw: Draw) -> str | None:
     odd = draw.view == "paged" and (draw.at < 16 or draw.at & (draw.at - 1))
     return "the page size is" if odd else None
@@ -174,7 +179,7 @@ OP = Op(
     draw=draw,
     oracle=oracle,
     cases=CASES,
-    fuzz=Fuzz(question, SIZES, MOSAIC, views.of_a_cache(CACHES)),
+    fuzz=Fuzz(question, SIZES, MOSAIC, views.of_a_cache(CACHES), change),
     edges={"pallas": MOSAIC_EDGES, "triton": TRITON_EDGES},
     refusals={"triton": _triton, "pallas": questions.mosaic_cache},
     caches=CACHES,

@@ -151,13 +151,15 @@ def question(draw, st, sizes, dtypes: tuple[str, ...], out: tuple[str, ...]) -> 
     view = draw(st.sampled_from(tuple(VIEWS)))
     at = draw({"alone": st.integers(0, B - 1), "split": st.integers(0, L)}.get(view, st.just(0)))
     case = Case("fuzz", NAME, chosen, lengths, options)
-    return Draw(case, draw(st.sampled_from(dtypes)), draw(questions.seeds(st)), view, at, stored=stored)
+    values = "normal" if stored else draw(questions.values(st))
+    return Draw(case, draw(st.sampled_from(dtypes)), draw(questions.seeds(st)), view, at, values, stored)
 
 
 def change(draw: Draw, inputs: Inputs, rng: np.random.Generator) -> Inputs:
     """At most lengths[b] tokens in the list of row b's last query, perhaps fewer in the others, and NaN in the slots
     that no list names any more.
     """
+    inputs = draws.huge(draw, inputs, rng, queries=("q_latent", "q_rope"), keys=("latent", "k_rope"))
     arrays, lengths = dict(inputs.arrays), draw.case.lengths
     B, T, L = arrays[LISTS].shape
     for b, t in np.ndindex(B, T):

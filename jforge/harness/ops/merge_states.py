@@ -4,7 +4,7 @@ from functools import partial
 
 import numpy as np
 
-from jforge.harness import questions, views
+from jforge.harness import draws, questions, views
 from jforge.harness.op import DTYPES, Case, Draw, Fuzz, Inputs, Op
 
 NAME = "merge_states"
@@ -73,7 +73,17 @@ def question(draw, st, sizes, dtypes: tuple[str, ...], out: tuple[str, ...]) -> 
     view = draw(st.sampled_from(tuple(VIEWS)))
     at = draw(st.integers(0, chosen["P"])) if view == "split" else 0
     case = Case("fuzz", NAME, chosen, lengths)
-    return Draw(case, draw(st.sampled_from(dtypes)), draw(questions.seeds(st)), view, at)
+    dtype, seed = draw(st.sampled_from(dtypes)), draw(questions.seeds(st))
+    return Draw(case, dtype, seed, view, at, draw(questions.values(st)))
+
+
+def change(draw: Draw, inputs: Inputs, rng: np.random.Generator) -> Inputs:
+    if draw.values != "huge":
+        return inputs
+    lses = inputs.arrays["lses"]
+    order = np.array([draws.levels(len(lses), rng) for _ in range(lses[0].size)]).T.reshape(lses.shape)
+    far = (rng.choice(draws.MAGNITUDES) * order).astype(lses.dtype)
+    return Inputs({**inputs.arrays, "lses": np.where(np.isneginf(lses), lses, far)}, inputs.options)
 
 
 def _split(backend, draw: Draw, inputs: Inputs) -> views.Answer:
@@ -98,7 +108,7 @@ OP = Op(
     draw=draw,
     oracle=oracle,
     cases=CASES,
-    fuzz=Fuzz(question, SIZES, SIZES, VIEWS, same_bits=True),
+    fuzz=Fuzz(question, SIZES, SIZES, VIEWS, change, same_bits=True),
     edges={"pallas": MOSAIC_EDGES, "triton": TRITON_EDGES},
     refusals={"pallas": _pallas},
 )
