@@ -300,6 +300,40 @@ def test_replace_moves_what_follows():
     assert torch_error(att, "mla", moved, 9) <= compare.OUT["float32"]
 
 
+# --- the modes of JAX that careful users run
+
+
+@pytest.mark.parametrize("cfg", CONFIGS.items(), ids=CONFIGS)
+@pytest.mark.parametrize("dtype,cached", [("float32", "bfloat16"), ("bfloat16", "float16")])
+def test_strict_promotion_has_nothing_to_object_to(cfg, dtype, cached):
+    """Traced with a cache of another dtype than the activations."""
+    name, cfg = cfg
+    att, key = jforge.get(name.split("-")[0]), jax.random.key(0)
+    with jax.numpy_dtype_promotion("strict"):
+        params = jax.eval_shape(lambda: att.init_params(key, cfg, jnp.dtype(dtype)))
+        x, cache = jnp.zeros((2, 7, cfg.hidden_size), dtype), att.init_cache(cfg, 2, 16, jnp.dtype(cached))
+        lengths = jnp.array([7, 5])
+        y = jax.eval_shape(lambda p: att.forward(p, cfg, x), params)
+        chunk, _ = jax.eval_shape(lambda p, c: att.prefill(p, cfg, x, c, lengths=lengths), params, cache)
+        step, _ = jax.eval_shape(lambda p, c: att.decode(p, cfg, x[:, :1], c), params, cache)
+        jax.eval_shape(lambda p, c: att.select(p, cfg, x[:, :1], c), params, cache)
+    assert {y.dtype, chunk.dtype, step.dtype} == {jnp.dtype(dtype)} and step.shape == (2, 1, cfg.hidden_size)
+
+
+@pytest.mark.parametrize("name", REGISTRY)
+def test_debug_infs_does_not_mind_masks(name):
+    """Eager steps of a row with tokens and of one that has none, where every operation is looked at."""
+    att = jforge.get(name)
+    cfg = att.examples[0]
+    params, x = jax.tree.map(jnp.asarray, (weights(att, cfg, "float32"), tokens(cfg, 2, 5, "float32")))
+    cache = att.init_cache(cfg, 2, 8, jnp.float32)
+    _, cache = compiled(att, cfg)[1](params, x, cache, np.array([5, 0], np.int32))
+    with jax.debug_infs(True):
+        y, _ = att.decode(params, cfg, x[:, :1], cache)
+        att.select(params, cfg, x[:, :1], cache)
+    assert np.isfinite(y).all()
+
+
 # --- what follows from shapes, cache_spec and work
 
 GQA = jforge.get("gqa")

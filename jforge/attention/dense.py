@@ -25,6 +25,7 @@ from jforge.core.attention import Attention
 from jforge.core.config import Derived, FrozenDict, one_of, positive, positive_ints, reject
 from jforge.core.norm import rms_norm
 from jforge.core.params import Drawn, Params
+from jforge.core.softmax import common
 from jforge.core.spec import Buffer, CacheSpec, cache_class
 from jforge.core.step import Token, Tokens, append, begin, end, in_order, one_token
 from jforge.cost import Work
@@ -164,9 +165,10 @@ def project(params: Params, cfg: Config, x: Tokens, positions) -> tuple[Array, A
 def project_out(params: Params, cfg: Config, x: Tokens, out: Float[Array, "B T N V"]) -> Array:
     """Gate, output projection, bias: B T D."""
     if cfg.attn_output_gate:
-        out = out * jax.nn.sigmoid(einsum("btd,dnv->btnv", x, params["wg"]))
+        out, gate = common(out, jax.nn.sigmoid(einsum("btd,dnv->btnv", x, params["wg"])))
+        out = out * gate
     y = einsum("btnv,nvd->btd", out, params["wo"])
-    return y + params["bo"] if cfg.attention_output_bias else y
+    return y + params["bo"].astype(y.dtype) if cfg.attention_output_bias else y
 
 
 def visible(cfg: Config, q_pos: Array, k_pos: Array) -> Array:

@@ -106,7 +106,7 @@ def quadratic(q, k, v, slope: Float[Array, "N"]) -> Float[Array, "B T N V"]:
     q, k, v = (a.astype(wide) for a in (q, k, v))
     order = jnp.arange(q.shape[1])
     distance = (order[:, None] - order)[:, None]  # T 1 S
-    weights = jnp.where(distance >= 0, jnp.exp(-slope[:, None] * jnp.maximum(distance, 0)), 0)
+    weights = jnp.where(distance >= 0, jnp.exp(-slope[:, None] * jnp.maximum(distance, 0).astype(wide)), 0)
     return einsum("btnh,bsnh,tns,bsnv->btnv", q, k, weights, v)
 
 
@@ -142,7 +142,7 @@ def blockwise(
 
     def block(state, inputs):
         q, k, v, keep = inputs
-        log = -jnp.cumsum(keep, axis=1)[..., None] * slope  # B m N
+        log = -jnp.cumsum(keep, axis=1, dtype=slope.dtype)[..., None] * slope  # B m N
         between = jnp.where(causal, log[:, :, None] - log[:, None], -jnp.inf)
         inside = einsum("binh,bjnh,bijn,bjnv->binv", q, k, jnp.exp(between), v)
         out = inside + einsum("binh,bin,bnhv->binv", q, jnp.exp(log), state)

@@ -157,7 +157,7 @@ def attend_absorbed(
 
 def project_out(params: Params, cfg: Config, out: Float[Array, "B T N V"]) -> Tokens:
     y = einsum("btnv,nvd->btd", out, params["wo"])
-    return y + params["bo"] if cfg.attention_bias else y
+    return y + params["bo"].astype(y.dtype) if cfg.attention_bias else y
 
 
 def forward(params: Params, cfg: Config, x: Tokens, positions=None) -> Tokens:

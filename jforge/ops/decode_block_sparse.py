@@ -3,11 +3,13 @@
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from jforge.core import masks
 from jforge.core.attend import einsum
 from jforge.core.softmax import accumulation_dtype, cap, masked_softmax
 from jforge.ops import check
 
 
+@masks.with_infinities
 def decode_block_sparse(
     q: Float[Array, "B T N H"],
     k: Array,
@@ -58,6 +60,7 @@ def decode_block_sparse(
     return out.astype(out_dtype or q.dtype), lse
 
 
+@masks.with_infinities
 def attend_gathered(
     q: Float[Array, "B T N H"],
     keys: Float[Array, "B T X s H"],
