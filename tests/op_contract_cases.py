@@ -74,6 +74,7 @@ BLOCKS = [
     ({"block_size": 0}, V, "block_size is 0; allowed: an int >= 1"),
     ({"block_size": 4.0}, T, "block_size is a float; allowed: an int >= 1"),
 ]
+POOLS = {"page_table": lists(3, 1)}
 CODES = {"k": int8(3, 11, 2, 5), "v": int8(3, 11, 2, 3)}
 OVER_A_CACHE = [
     ({"q": f32(3, 4, 5)}, V, "q has shape [3, 4, 5]; allowed: [B T N H]"),
@@ -92,6 +93,8 @@ OVER_A_CACHE = [
     ({"k_scale": f32(3, 11, 2)}, T, "k_scale is given for k and v of dtype torch.float32; allowed: with int8, "),
     (CODES, T, "k_scale is None; allowed: a float32 tensor, because k and v have dtype torch.int8"),
     (CODES | {"k_scale": f32(3, 11, 2)}, T, "v_scale is None; allowed: a float32 tensor"),
+    (POOLS | {"k": f32(0, 11, 2, 5), "v": f32(0, 11, 2, 3)}, V, "k has shape [0, 11, 2, 5]; allowed: [pages page K"),
+    (POOLS | {"k": f32(3, 0, 2, 5), "v": f32(3, 0, 2, 3)}, V, "k has shape [3, 0, 2, 5]; allowed: [pages page K"),
     *(*ALL_LENGTHS, *ALL_PAGES, *ALL_SCALES),
 ]
 LATENT_CODES = {"latent": int8(3, 9, 5)}
@@ -129,6 +132,7 @@ CASES = {
     "decode_attention": OVER_A_CACHE + WINDOWS,
     "decode_mla": [
         *(*OVER_LATENTS, *ALL_LENGTHS, *ALL_PAGES, *WINDOWS),
+        (POOLS | {"latent": f32(0, 9, 5), "k_rope": f32(0, 9, 4)}, V, "latent has shape [0, 9, 5]; allowed: [pages"),
         ({"latent": f16(3, 9, 5)}, T, "latent has dtype torch.float16; allowed: torch.float32, the dtype of q_latent"),
         (
             {"latent_scale": f32(3, 9)},

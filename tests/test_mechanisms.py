@@ -1,5 +1,6 @@
 """What every mechanism refuses, survives and derives, beyond the laws: one table or one loop for all of them."""
 
+import pickle
 from dataclasses import fields, replace
 
 import jax
@@ -234,6 +235,103 @@ def test_config_names_the_bad_field(name, untyped):
     for changes, message in bad:
         with pytest.raises(ValueError, match=f"^{message}"):
             config(**{**given, **changes})
+
+
+# --- fields that follow from others
+
+
+def bare(cfg) -> tuple[dict, set[str]]:
+    """(fields that make a Config like cfg, without any that may be None and then reads otherwise; the names of those
+    left out).
+    """
+    given = {f.name: getattr(cfg, f.name) for f in fields(cfg) if f.init and f.name != "derived"}
+    for name in [f.name for f in fields(cfg) if f.default is None]:
+        try:
+            if getattr(type(cfg)(**{**given, name: None}), name) is not None:
+                del given[name]
+        except ValueError:  # head_dim, where hidden_size is no multiple of the heads
+            pass
+    return given, {f.name for f in fields(cfg) if f.name not in given} - {"derived"}
+
+
+MAGNIFIED = {**YARN, "mscale": 0.5, "mscale_all_dim": 1.5}
+CONFIGS = {f"{name}-{i}": cfg for name, att in REGISTRY.items() for i, cfg in enumerate(att.examples)}
+
+
+def outcome(make):
+    try:
+        return make()
+    except ValueError as error:
+        return str(error)
+
+
+@pytest.mark.parametrize("cfg", CONFIGS.values(), ids=CONFIGS)
+def test_replace_is_a_config_written_anew(cfg, untyped):
+    """dataclasses.replace of any field gives the Config, or the refusal, that the same fields give from the start: what
+    follows from it follows, and what the user gave stays, also where it is what would follow.
+    """
+    given, following = bare(cfg)
+    changes = [{name: value} for name, old in given.items() if type(old) is int for value in (old + 1, 2 * old)]
+    changes += [{"head_dim": 18}, {"scaling": 0.7}, {"rope_parameters": MAGNIFIED}, {"head_dim": 4, "scaling": 0.7}]
+    changes = [change for change in changes if change.keys() <= {f.name for f in fields(cfg)}]
+    plain = type(cfg)(**given)
+    stay = [{}, *({name: getattr(plain, name)} for name in following)]
+    for own in stay:
+        old = type(cfg)(**given, **own)
+        assert old == plain and hash(old) == hash(plain) and repr(old) == repr(plain)
+        for start in (old, pickle.loads(pickle.dumps(old)), replace(old)):
+            for first in changes:
+                anew = outcome(lambda made=given | own | first: type(cfg)(**made))
+                assert outcome(lambda start=start, first=first: replace(start, **first)) == anew
+                if not isinstance(anew, str):
+                    assert replace(anew, **{name: getattr(old, name, None) for name in first}) == old
+
+
+def test_replace_moves_what_follows():
+    """The two that users met: keys four times as wide, and YaRN with its magnitude in the softmax scale."""
+    gqa = replace(CONFIGS["gqa-0"], head_dim=16)
+    assert (gqa.scaling, gqa.v_head_dim) == (0.25, 16)
+    gqa = replace(gqa, head_dim=64)
+    assert (gqa.scaling, gqa.v_head_dim) == (0.125, 64)
+    att = jforge.get("mla")
+    mla = att.Config(**{n: v for n, v in DSA.items() if not n.startswith("index")})
+    moved = replace(mla, rope_parameters=MAGNIFIED)
+    assert moved.scaling == pytest.approx(7**-0.5 * (1 + 0.15 * np.log(4)) ** 2)
+    assert torch_error(att, "mla", moved, 9) <= compare.OUT["float32"]
+
+
+# --- the modes of JAX that careful users run
+
+
+@pytest.mark.parametrize("cfg", CONFIGS.items(), ids=CONFIGS)
+@pytest.mark.parametrize("dtype,cached", [("float32", "bfloat16"), ("bfloat16", "float16")])
+def test_strict_promotion_has_nothing_to_object_to(cfg, dtype, cached):
+    """Traced with a cache of another dtype than the activations."""
+    name, cfg = cfg
+    att, key = jforge.get(name.split("-")[0]), jax.random.key(0)
+    with jax.numpy_dtype_promotion("strict"):
+        params = jax.eval_shape(lambda: att.init_params(key, cfg, jnp.dtype(dtype)))
+        x, cache = jnp.zeros((2, 7, cfg.hidden_size), dtype), att.init_cache(cfg, 2, 16, jnp.dtype(cached))
+        lengths = jnp.array([7, 5])
+        y = jax.eval_shape(lambda p: att.forward(p, cfg, x), params)
+        chunk, _ = jax.eval_shape(lambda p, c: att.prefill(p, cfg, x, c, lengths=lengths), params, cache)
+        step, _ = jax.eval_shape(lambda p, c: att.decode(p, cfg, x[:, :1], c), params, cache)
+        jax.eval_shape(lambda p, c: att.select(p, cfg, x[:, :1], c), params, cache)
+    assert {y.dtype, chunk.dtype, step.dtype} == {jnp.dtype(dtype)} and step.shape == (2, 1, cfg.hidden_size)
+
+
+@pytest.mark.parametrize("name", REGISTRY)
+def test_debug_infs_does_not_mind_masks(name):
+    """Eager steps of a row with tokens and of one that has none, where every operation is looked at."""
+    att = jforge.get(name)
+    cfg = att.examples[0]
+    params, x = jax.tree.map(jnp.asarray, (weights(att, cfg, "float32"), tokens(cfg, 2, 5, "float32")))
+    cache = att.init_cache(cfg, 2, 8, jnp.float32)
+    _, cache = compiled(att, cfg)[1](params, x, cache, np.array([5, 0], np.int32))
+    with jax.debug_infs(True):
+        y, _ = att.decode(params, cfg, x[:, :1], cache)
+        att.select(params, cfg, x[:, :1], cache)
+    assert np.isfinite(y).all()
 
 
 # --- what follows from shapes, cache_spec and work

@@ -35,6 +35,18 @@ def test_a_window_longer_than_the_cache_is_none(backend, name):
             np.testing.assert_allclose(got, want, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("case", {case.op: case for case in CASES}.values(), ids=lambda case: case.op)
+def test_strict_promotion_and_debug_infs_do_not_mind(case):
+    """Eager and with a case of every op: infinities stand for what is not seen, and dtypes meet by intent."""
+    inputs = BY_NAME[case.op].inputs(case, "bfloat16")
+    arrays, options = (
+        {n: jnp.asarray(a) if isinstance(a, np.ndarray) else a for n, a in given.items()}
+        for given in (inputs.arrays, inputs.options)
+    )
+    with jax.numpy_dtype_promotion("strict"), jax.debug_infs(True):
+        getattr(jforge.ops, case.op)(**arrays, **options)
+
+
 def test_case_names_are_unique():
     assert len({case.name for case in CASES}) == len(CASES)
 

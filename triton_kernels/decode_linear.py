@@ -137,7 +137,7 @@ def decode_linear(q, k, v, state, decay, *, beta=None):
     runtime.check_inputs(OP.name, {"H": (q.shape[-1], MAX_KEY_DIM)}, None, q=q, k=k, v=v, state=state)
     runtime.check_rows(OP.name, q=q, k=k, v=v, state=state)
     for size, stride, letter in zip(state.shape, state.stride(), "BNHV", strict=True):
-        if size > 1 and stride == 0:
+        if size > 1 and stride == 0 and state.numel():
             raise ValueError(f"{OP.name}: state is overwritten in place, but its {letter}={size} entries share memory")
     return run(q, k, v, state, decay, beta=beta)
 

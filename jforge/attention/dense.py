@@ -22,16 +22,17 @@ from jforge import ops as jax_ops
 from jforge.core import masks, rope
 from jforge.core.attend import attend, einsum
 from jforge.core.attention import Attention
-from jforge.core.config import FrozenDict, one_of, positive, positive_ints, reject
+from jforge.core.config import Derived, FrozenDict, one_of, positive, positive_ints, reject
 from jforge.core.norm import rms_norm
 from jforge.core.params import Drawn, Params
+from jforge.core.softmax import common
 from jforge.core.spec import Buffer, CacheSpec, cache_class
 from jforge.core.step import Token, Tokens, append, begin, end, in_order, one_token
 from jforge.cost import Work
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config:
+class Config(Derived):
     """GQA. Field names follow Hugging Face; None picks the value that the comment gives."""
 
     hidden_size: int
@@ -53,15 +54,15 @@ class Config:
     def __post_init__(self):
         positive_ints(self, "hidden_size", "num_attention_heads")
         heads = self.num_attention_heads
-        if self.head_dim is None and self.hidden_size % heads:
+        self._derive("num_key_value_heads", heads)
+        self._derive("head_dim", None if self.hidden_size % heads else self.hidden_size // heads)
+        if self.head_dim is None:
             reject(
                 "head_dim", None, f"given: hidden_size={self.hidden_size} is no multiple of num_attention_heads={heads}"
             )
-        self._default("num_key_value_heads", heads)
-        self._default("head_dim", self.hidden_size // heads)
-        self._default("v_head_dim", self.head_dim)
+        self._derive("v_head_dim", self.head_dim)
         positive_ints(self, "num_key_value_heads", "head_dim", "v_head_dim")
-        self._default("scaling", self.head_dim**-0.5)
+        self._derive("scaling", self.head_dim**-0.5)
         if heads % self.num_key_value_heads:
             reject("num_attention_heads", heads, f"a multiple of num_key_value_heads={self.num_key_value_heads}")
         one_of("qk_norm", self.qk_norm, (None, "head", "flat"))
@@ -73,10 +74,6 @@ class Config:
         object.__setattr__(self, "rope_parameters", rope.freeze(self.rope_parameters))
         if self.rope_parameters is not None:
             rope.rotary_dim(self.rope_parameters, self.head_dim)
-
-    def _default(self, name: str, value) -> None:
-        if getattr(self, name) is None:
-            object.__setattr__(self, name, value)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,9 +165,10 @@ def project(params: Params, cfg: Config, x: Tokens, positions) -> tuple[Array, A
 def project_out(params: Params, cfg: Config, x: Tokens, out: Float[Array, "B T N V"]) -> Array:
     """Gate, output projection, bias: B T D."""
     if cfg.attn_output_gate:
-        out = out * jax.nn.sigmoid(einsum("btd,dnv->btnv", x, params["wg"]))
+        out, gate = common(out, jax.nn.sigmoid(einsum("btd,dnv->btnv", x, params["wg"])))
+        out = out * gate
     y = einsum("btnv,nvd->btd", out, params["wo"])
-    return y + params["bo"] if cfg.attention_output_bias else y
+    return y + params["bo"].astype(y.dtype) if cfg.attention_output_bias else y
 
 
 def visible(cfg: Config, q_pos: Array, k_pos: Array) -> Array:

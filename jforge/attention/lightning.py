@@ -25,7 +25,7 @@ from jaxtyping import Array, Bool, Float
 import jforge.ops as jax_ops
 from jforge.core.attend import einsum
 from jforge.core.attention import Attention
-from jforge.core.config import FrozenDict, positive, positive_int, positive_ints, reject
+from jforge.core.config import Derived, FrozenDict, positive, positive_int, positive_ints, reject
 from jforge.core.norm import rms_norm
 from jforge.core.params import Params
 from jforge.core.softmax import accumulation_dtype
@@ -35,7 +35,7 @@ from jforge.cost import Work
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config:
+class Config(Derived):
     """Field names follow Hugging Face where it has the field."""
 
     hidden_size: int
@@ -48,10 +48,10 @@ class Config:
 
     def __post_init__(self):
         positive_ints(self, "hidden_size", "num_attention_heads", "num_hidden_layers", "block_size")
+        heads = self.num_attention_heads
+        self._derive("head_dim", None if self.hidden_size % heads else self.hidden_size // heads)
         if self.head_dim is None:
-            if self.hidden_size % self.num_attention_heads:
-                reject("head_dim", None, "given: hidden_size is no multiple of num_attention_heads")
-            object.__setattr__(self, "head_dim", self.hidden_size // self.num_attention_heads)
+            reject("head_dim", None, "given: hidden_size is no multiple of num_attention_heads")
         positive_int("head_dim", self.head_dim)
         index = self.layer_index
         if isinstance(index, bool) or not isinstance(index, int) or not 0 <= index < self.num_hidden_layers:
@@ -106,7 +106,7 @@ def quadratic(q, k, v, slope: Float[Array, "N"]) -> Float[Array, "B T N V"]:
     q, k, v = (a.astype(wide) for a in (q, k, v))
     order = jnp.arange(q.shape[1])
     distance = (order[:, None] - order)[:, None]  # T 1 S
-    weights = jnp.where(distance >= 0, jnp.exp(-slope[:, None] * jnp.maximum(distance, 0)), 0)
+    weights = jnp.where(distance >= 0, jnp.exp(-slope[:, None] * jnp.maximum(distance, 0).astype(wide)), 0)
     return einsum("btnh,bsnh,tns,bsnv->btnv", q, k, weights, v)
 
 
@@ -142,7 +142,7 @@ def blockwise(
 
     def block(state, inputs):
         q, k, v, keep = inputs
-        log = -jnp.cumsum(keep, axis=1)[..., None] * slope  # B m N
+        log = -jnp.cumsum(keep, axis=1, dtype=slope.dtype)[..., None] * slope  # B m N
         between = jnp.where(causal, log[:, :, None] - log[:, None], -jnp.inf)
         inside = einsum("binh,bjnh,bijn,bjnv->binv", q, k, jnp.exp(between), v)
         out = inside + einsum("binh,bin,bnhv->binv", q, jnp.exp(log), state)

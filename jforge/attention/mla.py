@@ -24,7 +24,7 @@ from jforge import ops as jax_ops
 from jforge.core import rope
 from jforge.core.attend import attend, einsum
 from jforge.core.attention import Attention, causal
-from jforge.core.config import FrozenDict, one_of, positive, positive_int, positive_ints
+from jforge.core.config import Derived, FrozenDict, one_of, positive, positive_int, positive_ints
 from jforge.core.norm import rms_norm
 from jforge.core.params import Params
 from jforge.core.spec import Buffer, CacheSpec, cache_class
@@ -33,7 +33,7 @@ from jforge.cost import Work
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config:
+class Config(Derived):
     """Field names follow Hugging Face's deepseek_v3."""
 
     hidden_size: int
@@ -59,8 +59,7 @@ class Config:
         object.__setattr__(self, "rope_parameters", rope.freeze(self.rope_parameters))
         if self.rope_parameters is not None:
             rope.rotary_dim(self.rope_parameters, self.qk_rope_head_dim)
-        if self.scaling is None:
-            object.__setattr__(self, "scaling", self._softmax_scale())
+        self._derive("scaling", self._softmax_scale())
         positive("scaling", self.scaling)
 
     def _softmax_scale(self) -> float:
@@ -158,7 +157,7 @@ def attend_absorbed(
 
 def project_out(params: Params, cfg: Config, out: Float[Array, "B T N V"]) -> Tokens:
     y = einsum("btnv,nvd->btd", out, params["wo"])
-    return y + params["bo"] if cfg.attention_bias else y
+    return y + params["bo"].astype(y.dtype) if cfg.attention_bias else y
 
 
 def forward(params: Params, cfg: Config, x: Tokens, positions=None) -> Tokens:

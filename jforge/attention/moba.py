@@ -22,7 +22,7 @@ from jaxtyping import Array, Bool, Float, Int
 import jforge.ops as jax_ops
 from jforge.attention import dense
 from jforge.attention.dense import PLAIN
-from jforge.core import blocks
+from jforge.core import blocks, masks
 from jforge.core.attend import attend, einsum
 from jforge.core.attention import Attention
 from jforge.core.config import FrozenDict, positive_ints
@@ -57,6 +57,7 @@ class MoBACache:
     length: jax.Array  # int32[B]
 
 
+@masks.with_infinities
 def choose(
     cfg: Config, q: Float[Array, "B T N H"], k_mean: Float[Array, "B E K H"], q_pos: Int[Array, "B T"], ops=jax_ops
 ) -> Int[Array, "B T N L"]:

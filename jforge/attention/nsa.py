@@ -33,7 +33,7 @@ from jforge.core.attention import Attention
 from jforge.core.config import FrozenDict, natural, one_of, positive_int, positive_ints, reject
 from jforge.core.norm import rms_norm
 from jforge.core.params import Params
-from jforge.core.softmax import accumulation_dtype
+from jforge.core.softmax import accumulation_dtype, common
 from jforge.core.spec import Buffer, CacheSpec, cache_class
 from jforge.core.step import Step, Token, Tokens, append, begin, end, in_order, one_token
 from jforge.cost import Work
@@ -113,6 +113,7 @@ def _branch(params: Params, cfg: Config, x, shared: tuple[Array, Array], branch:
 
 def _mix(params: Params, cfg: Config, x, cmp: Array, slc: Array, win: Array) -> Tokens:
     gates = jax.nn.sigmoid(einsum("btd,dnc->btnc", x, params["wgate"]))[..., None, :]
+    gates, cmp, slc, win = common(gates, cmp, slc, win)
     out = gates[..., 0] * cmp + gates[..., 1] * slc + gates[..., 2] * win
     return dense.project_out(params, cfg, x, out)
 

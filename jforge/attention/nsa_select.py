@@ -11,11 +11,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 import jforge.ops as jax_ops
-from jforge.core import blocks
+from jforge.core import blocks, masks
 from jforge.core.attend import einsum
 from jforge.core.softmax import accumulation_dtype, cap
 
 
+@masks.with_infinities
 def entry_weights(
     cfg, q: Float[Array, "B T N H"], k_cmp: Float[Array, "B E K H"], lse, seen: Bool[Array, "B T E"]
 ) -> Float[Array, "B T K E"]:

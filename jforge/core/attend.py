@@ -1,15 +1,23 @@
 """Masked multi-head attention over given keys and values: the inner loop of every dense reference."""
 
-from functools import partial
-
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from jforge.core import masks
 from jforge.core.softmax import accumulation_dtype, cap, masked_softmax
 
-einsum = partial(jnp.einsum, precision="highest")  # a float32 reference must not run in TF32 on a GPU
+
+def einsum(equation: str, *operands: Array) -> Array:
+    """jnp.einsum in full precision (a float32 reference must not run in TF32 on a GPU), in the widest dtype given.
+
+    Weights and activations of different dtypes meet here by intent, whatever jax_numpy_dtype_promotion says.
+    """
+    with jax.numpy_dtype_promotion("standard"):
+        return jnp.einsum(equation, *operands, precision="highest")
 
 
+@masks.with_infinities
 def attend(
     q: Float[Array, "B T N H"],
     k: Float[Array, "B S K H"],
@@ -39,3 +47,9 @@ def attend(
     weights, lse = masked_softmax(scores, mask, sink)
     out = einsum("btkgs,bskv->btkgv", weights, v)
     return out.reshape(B, T, N, v.shape[-1]), lse.reshape(B, T, N)
+
+
+@masks.with_infinities
+def merge(ops, *parts: tuple[Array, Array]) -> Float[Array, "B T N V"]:
+    """The softmax over all keys from the (out, lse) of each part."""
+    return ops.merge_states(*(jnp.stack(values) for values in zip(*parts, strict=True)))[0]

@@ -3,7 +3,10 @@
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from jforge.core import masks
 
+
+@masks.with_infinities
 def choose(
     scores: Float[Array, "B T X E"], own: Int[Array, "B T"], count: int, *, first: int, local: int, ops
 ) -> Int[Array, "B T X L"]:

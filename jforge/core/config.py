@@ -1,6 +1,7 @@
 """What Config dataclasses share: a hashable dict and checks whose message names the field, its value and the rule."""
 
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
 
@@ -61,3 +62,25 @@ def _freeze(value: Any) -> Any:
     if isinstance(value, Mapping):
         return FrozenDict(value)
     return tuple(map(_freeze, value)) if isinstance(value, list) else value
+
+
+@dataclass(frozen=True, kw_only=True)
+class Derived:
+    """The base of Configs whose fields may be None for a value that follows from the others.
+
+    derived: {field: the value that None stood for}. `dataclasses.replace` hands on every field as it reads, so a field
+    that comes with this very value follows the other fields anew, as if the Config were written out again with None
+    there; any other value is the user's and stays. Two Configs that read the same are equal, whatever was derived.
+    """
+
+    derived: Mapping[str, Any] = field(default=FrozenDict(), repr=False, compare=False)
+
+    def _derive(self, name: str, value: Any) -> None:
+        """Set the field to `value` unless the user gave it another."""
+        given, known = getattr(self, name), dict(self.derived)
+        if given is None or (name in known and given == known[name]):
+            object.__setattr__(self, name, value)
+            known[name] = value
+        else:
+            known.pop(name, None)
+        object.__setattr__(self, "derived", FrozenDict(known))

@@ -27,4 +27,4 @@ def layer_norm(x: Float[Array, "*b H"], weight: Float[Array, "H"], bias: Float[A
     wide = x.astype(accumulation_dtype(x))
     centred = wide - wide.mean(axis=-1, keepdims=True)
     scaled = centred / jnp.sqrt((centred**2).mean(axis=-1, keepdims=True) + eps)
-    return (scaled * weight + bias).astype(x.dtype)
+    return (scaled * weight.astype(wide.dtype) + bias.astype(wide.dtype)).astype(x.dtype)

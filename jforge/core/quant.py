@@ -28,5 +28,5 @@ def e4m3(x: Float[Array, "*b J"]) -> tuple[Array, Float[Array, "*b"]]:
     wide = x.astype(accumulation_dtype(x))
     largest = jnp.maximum(jnp.abs(wide).max(axis=-1), 1e-4)
     mantissa, exponent = jnp.frexp(largest)  # exact, where a logarithm or a division by 448 = 0.875 * 2^9 would round
-    scale = jnp.ldexp(jnp.ones_like(largest), exponent - 9 + (mantissa > 0.875))
+    scale = jnp.ldexp(jnp.ones_like(largest), jnp.where(mantissa > 0.875, exponent - 8, exponent - 9))
     return jnp.clip(wide / scale[..., None], -E4M3_MAX, E4M3_MAX).astype(jnp.float8_e4m3fn), scale

@@ -4,13 +4,28 @@ Empty rows are legal everywhere: a row that sees nothing gives zeros and lse = -
 values behind them may be NaN or Inf; both are blanked before any arithmetic, in the gradient too.
 """
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
+
+from jforge.core import masks
 
 
 def accumulation_dtype(*arrays):
     """float32 or wider: the dtype for softmax, norms, RoPE angles, states and sums over `arrays`."""
-    return jnp.result_type(jnp.float32, *(a.dtype for a in arrays))
+    return wider("float32", *(a.dtype for a in arrays))
+
+
+def wider(*dtypes) -> jnp.dtype:
+    """The one that holds them all. It is asked for in so many words, so strict promotion has nothing to object to."""
+    with jax.numpy_dtype_promotion("standard"):
+        return jnp.result_type(*map(jnp.dtype, dtypes))
+
+
+def common(*arrays: Array) -> list[Array]:
+    """The arrays, each in the widest of their dtypes."""
+    dtype = wider(*(a.dtype for a in arrays))
+    return [a.astype(dtype) for a in arrays]
 
 
 def cap(scores: Array, limit: float | None) -> Array:
@@ -27,6 +42,7 @@ def cap(scores: Array, limit: float | None) -> Array:
     return jnp.where(jnp.abs(ratio) < 1e-9, scores, limit * jnp.tanh(ratio))
 
 
+@masks.with_infinities
 def masked_softmax(
     scores: Float[Array, "*b S"], mask: Bool[Array, "*#b S"], sinks: Float[Array, "*#b"] | None = None
 ) -> tuple[Float[Array, "*b S"], Float[Array, "*b"]]:

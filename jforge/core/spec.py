@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
+from jforge.core.softmax import wider
+
 CACHE_DTYPES = ("float16", "bfloat16", "float32", "float64")
 
 
@@ -71,7 +73,7 @@ class Buffer:
         """The dtype of this buffer in a cache of `dtype`."""
         if self.dtype is None:
             return jnp.dtype(dtype)
-        return jnp.dtype(self.dtype) if self.dtype.startswith("float8") else jnp.promote_types(self.dtype, dtype)
+        return jnp.dtype(self.dtype) if self.dtype.startswith("float8") else wider(self.dtype, dtype)
 
     def slot_bytes(self, dtype) -> int:
         return math.prod(self.shape) * self.dtype_in(dtype).itemsize

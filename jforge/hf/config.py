@@ -11,10 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from jforge.attention import REGISTRY
+from jforge.core import rope
 from jforge.core.config import reject
 from jforge.hf.families import FAMILIES
 from jforge.hf.family import Layer
 from jforge.hf.keys import integer, need, section
+
+UNWRITTEN = ("dynamic", "longrope", "proportional")
+"""The other scalings of RoPE that transformers has."""
 
 
 def load(path: str | Path) -> dict:
@@ -63,6 +67,10 @@ def read(config: Any, index: int) -> tuple[Layer, str, Any]:
         known = " and ".join(family.layers)
         raise NotImplementedError(f"layer {index} of {model} is {kind}; only its {known} layers have a mechanism")
     fields = {name: value for name, value in family.fields(config, kind).items() if value is not None}
+    scaling = (fields.get("rope_parameters") or {}).get("rope_type")
+    if scaling in UNWRITTEN:
+        known = ", ".join(rope.TYPES)
+        raise NotImplementedError(f"rope_type is {scaling!r}: only {known} have a mechanism")
     found = family.layers[kind]
     name = found.mechanism or _dense_name(fields["num_attention_heads"], fields["num_key_value_heads"])
     config_class = REGISTRY[name].Config

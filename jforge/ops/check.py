@@ -20,6 +20,8 @@ def shape(name: str, array, letters: str, sizes: dict[str, int]) -> None:
     axes = letters.split()
     if array.ndim != len(axes):
         raise ValueError(f"{name} has shape {tuple(array.shape)}; it needs {len(axes)} axes: {letters}")
+    if axes[0] == "pages" and 0 in array.shape[:2]:
+        raise ValueError(f"{name} has shape {tuple(array.shape)} for {letters}; a pool needs a page and a slot in it")
     for axis, size in zip(axes, array.shape, strict=True):
         if sizes.setdefault(axis, size) != size:
             raise ValueError(f"{name} has shape {tuple(array.shape)} for {letters}; {axis} must be {sizes[axis]}")

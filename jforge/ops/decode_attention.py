@@ -9,6 +9,7 @@ from jforge.core.softmax import accumulation_dtype
 from jforge.ops import check
 
 
+@masks.with_infinities
 def decode_attention(
     q: Float[Array, "B T N H"],
     k: Array,

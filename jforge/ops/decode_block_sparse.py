@@ -3,11 +3,13 @@
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from jforge.core import masks
 from jforge.core.attend import einsum
 from jforge.core.softmax import accumulation_dtype, cap, masked_softmax
 from jforge.ops import check
 
 
+@masks.with_infinities
 def decode_block_sparse(
     q: Float[Array, "B T N H"],
     k: Array,
@@ -58,6 +60,7 @@ def decode_block_sparse(
     return out.astype(out_dtype or q.dtype), lse
 
 
+@masks.with_infinities
 def attend_gathered(
     q: Float[Array, "B T N H"],
     keys: Float[Array, "B T X s H"],
@@ -69,13 +72,13 @@ def attend_gathered(
     sinks: Float[Array, "N"] | None = None,
 ) -> tuple[Float[Array, "B T N V"], Float[Array, "B T N"]]:
     """Softmax attention of each query over rows of its own, N/X heads to a list; what is not seen must be finite."""
-    (B, T, N, _), X, wide = q.shape, keys.shape[2], keys.dtype
-    grouped = q.reshape(B, T, X, N // X, -1).astype(wide)
+    (B, T, N, H), X, wide = q.shape, keys.shape[2], keys.dtype
+    grouped = q.reshape(B, T, X, N // X, H).astype(wide)
     scores = cap(einsum("btxgh,btxsh->btxgs", grouped, keys) * scale, softcap)
     sink = None if sinks is None else sinks.reshape(X, N // X).astype(wide)
     weights, lse = masked_softmax(scores, seen[:, :, :, None], sink)
     out = einsum("btxgs,btxsv->btxgv", weights, values)
-    return out.reshape(B, T, N, -1), lse.reshape(B, T, N)
+    return out.reshape(B, T, N, values.shape[-1]), lse.reshape(B, T, N)
 
 
 def listed_slots(blocks: Array, size: int, S: int, lengths) -> tuple[Int[Array, "B T X s"], Bool[Array, "B T X s"]]:
@@ -88,7 +91,7 @@ def listed_slots(blocks: Array, size: int, S: int, lengths) -> tuple[Int[Array, 
     if lengths is not None:
         end = lengths[:, None] - blocks.shape[1] + jnp.arange(blocks.shape[1]) + 1
         seen &= slots < end[..., None, None, None]
-    flat = (*blocks.shape[:3], -1)
+    flat = (*blocks.shape[:3], blocks.shape[3] * size)
     return jnp.clip(slots, 0, max(S - 1, 0)).reshape(flat), seen.reshape(flat)
 
 

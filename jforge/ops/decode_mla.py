@@ -10,6 +10,7 @@ from jforge.ops import check
 from jforge.ops.decode_attention import pages
 
 
+@masks.with_infinities
 def decode_mla(
     q_latent: Float[Array, "B T N C"],
     q_rope: Float[Array, "B T N R"],

@@ -3,11 +3,13 @@
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from jforge.core import masks
 from jforge.core.softmax import accumulation_dtype
 from jforge.ops import check
 from jforge.ops.decode_block_sparse import attend_gathered, listed_slots
 
 
+@masks.with_infinities
 def decode_sparse_mla(
     q_latent: Float[Array, "B T N C"],
     q_rope: Float[Array, "B T N R"],

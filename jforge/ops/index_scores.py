@@ -9,6 +9,7 @@ from jforge.core.softmax import accumulation_dtype
 from jforge.ops import check
 
 
+@masks.with_infinities
 def index_scores(
     q_index: Float[Array, "B T I J"],
     k_index: Array,
@@ -27,12 +28,14 @@ def index_scores(
     return token_scores(q_index, k_index, weights, masks.decode(lengths, q_index.shape[1], k_index.shape[1]), k_scale)
 
 
+@masks.with_infinities
 def token_scores(q, k, weights, seen: Bool[Array, "B T S"], k_scale=None) -> Float[Array, "B T S"]:
     """index_scores under any mask."""
     products = jnp.maximum(_products(q, k, seen, k_scale), 0)
     return jnp.where(seen, einsum("bti,btis->bts", weights.astype(products.dtype), products), -jnp.inf)
 
 
+@masks.with_infinities
 def block_index_scores(
     q_index: Float[Array, "B T I J"],
     k_index: Array,
@@ -52,6 +55,7 @@ def block_index_scores(
     return block_maxima(q_index, k_index, seen, block_size, k_scale)
 
 
+@masks.with_infinities
 def block_maxima(q, k, seen: Bool[Array, "B T S"], size: int, k_scale=None) -> Float[Array, "B T I E"]:
     """block_index_scores under any mask."""
     products = jnp.where(seen[:, :, None], _products(q, k, seen, k_scale), -jnp.inf)

@@ -3,11 +3,13 @@
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from jforge.core import masks
 from jforge.core.attend import einsum
 from jforge.core.softmax import accumulation_dtype
 from jforge.ops import check
 
 
+@masks.with_infinities
 def merge_states(
     outs: Float[Array, "P B T N V"], lses: Float[Array, "P B T N"]
 ) -> tuple[Float[Array, "B T N V"], Float[Array, "B T N"]]:

@@ -4,9 +4,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from jforge.core import masks
 from jforge.ops import check
 
 
+@masks.with_infinities
 def topk_indices(scores: Float[Array, "*b S"], k: int) -> Int[Array, "*b L"]:
     """Indices of the k largest scores, score descending and index ascending; picks of -inf become -1.
 

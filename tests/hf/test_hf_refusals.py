@@ -44,7 +44,11 @@ BAD_VALUES = [
     (LLAMA | {"num_key_value_heads": 3}, "num_attention_heads is 4; it must be a multiple of num_key_value_heads=3"),
     (LLAMA | {"hidden_size": "64"}, "hidden_size is '64'; it must be a positive integer"),
     (LLAMA | {"hidden_size": 66}, "head_dim is None.*hidden_size=66"),
-    (rope(LLAMA, type="dynamic", factor=2.0), "rope_type is 'dynamic'; it must be one of default"),
+    (rope(LLAMA, type="su", factor=2.0), "rope_type is 'su'; it must be one of default"),
+    *(
+        (of(m, head_dim=None), "head_dim is None; it must be a positive integer")
+        for m in ("qwen3", "gemma2", "gemma3_text", "gpt_oss", "minimax_m2")
+    ),
     (rope(LLAMA, type="linear"), "rope_parameters has no factor; rope_type 'linear' needs it"),
     (rope(LLAMA, type="yarn", factor=2.0, attention_factor=0), "attention_factor is 0; it must be a"),
     (LLAMA | {"rope_scaling": "linear"}, "rope_scaling is 'linear'; it must be an object or null"),
@@ -52,7 +56,7 @@ BAD_VALUES = [
     (LLAMA | {"rope_parameters": {FULL: 3}}, "full_attention is 3; it must be an object"),
     (LLAMA | {"layer_types": [FULL]}, "layer_types is .*num_hidden_layers=6"),
     (LLAMA | {"num_hidden_layers": 0}, "num_hidden_layers is 0; it must be a positive integer"),
-    (LLAMA | {"model_type": "minimax_m2", "rotary_dim": "64"}, "rotary_dim is '64'"),
+    (LLAMA | {"model_type": "minimax_m2", "head_dim": 16, "rotary_dim": "64"}, "rotary_dim is '64'"),
     (LLAMA | {"model_type": "gemma2", "query_pre_attn_scalar": 0, "layer_types": [FULL] * 6}, "query_pre"),
     # windows
     (of("mistral", sliding_window=0), "sliding_window is 0; it must be a positive integer"),
@@ -137,7 +141,7 @@ BAD_VALUES = [
     (V4 | {"rope_theta": 0}, "rope_theta is 0; it must be a positive number"),
     (V4 | {"compress_rope_theta": "1e5"}, "compress_rope_theta is '1e5'; it must be a positive number"),
     (rope(V4_FLAT, type="yarn"), "rope_parameters has no factor; rope_type 'yarn' needs it"),
-    (rope(V4_FLAT, type="dynamic"), "rope_type is 'dynamic'; it must be one of default"),
+    (rope(V4_FLAT, type="su"), "rope_type is 'su'; it must be one of default"),
     (rope(V4_FLAT, type="yarn", **YARN, attention_factor=1.2), "attention_factor is 1.2; it"),
     (V4_FLAT | {"rope_scaling": 4}, "rope_scaling is 4; it must be an object or null"),
     (V4 | {"rope_parameters": {"rope_theta": 5e4}}, "rope_theta in rope_parameters is 50000.0; it must be 1"),
@@ -150,6 +154,8 @@ BAD_VALUES = [
     (nested(compress={"attention_factor": None}), "rope_parameters.compress has no attention_factor: transformers w"),
 ]
 NO_MECHANISM = [
+    *((rope(config, type=kind, factor=2.0), f"rope_type is '{kind}': only default, ")
+      for config in (LLAMA, MLA, V4_FLAT) for kind in ("dynamic", "longrope", "proportional")),
     (LLAMA | {"model_type": "bert"}, "model_type 'bert' is not known; known are deepseek_v2, .*qwen3_next"),
     (V4 | {"model_type": "deepseek_v41"}, "model_type 'deepseek_v41' is not known"),
     (LLAMA | {"layer_types": [FULL] * 5 + [SLIDING]},

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from jforge.core.config import positive, reject
+from jforge.core.config import positive, positive_int, reject
 from jforge.hf.family import FULL, LINEAR, SLIDING, Family, Layer, all_full, every, listed
 from jforge.hf.keys import integer, is_nested, rope_of, section
 from jforge.hf.weights import Weights
@@ -24,8 +24,11 @@ _GPT_OSS_ROPE = {
 
 def base(config: dict, rope: dict | None, *, head_dim: int | None = None) -> dict:
     """What all families spell alike. A null num_key_value_heads means as many as heads; without a head_dim in the
-    file and in `head_dim`, the class's default, it is hidden / heads.
+    file and in `head_dim`, the class's default, it is hidden / heads. A null head_dim is refused where there is a
+    default, as in transformers.
     """
+    if head_dim is not None and "head_dim" in config:
+        positive_int("head_dim", config["head_dim"])
     heads, eps = integer(config, "num_attention_heads"), config.get("rms_norm_eps", 1e-6)
     positive("rms_norm_eps", eps)
     return {
