@@ -80,17 +80,17 @@ OVER_A_CACHE = [
     ({"q": f32(3, 0, 4, 5)}, V, "q has shape [3, 0, 4, 5]; allowed: [B T N H]"),
     ({"q": f32(3, 2, 5, 5)}, V, "q has N=5 heads; allowed: a multiple of the K=2 heads of k"),
     ({"q": lists(3, 2, 4, 5)}, T, "q has dtype torch.int32; allowed: float16, bfloat16, float32, float64"),
-    ({"q": f16(3, 2, 4, 5)}, T, "k has dtype torch.float32; allowed: torch.float16, the dtype of q, or a quantised"),
+    ({"q": f16(3, 2, 4, 5)}, T, "k has dtype torch.float32; allowed: float16, int8, float8_e4m3fn, float8_e5m2"),
     ({"k": f32(3, 11, 2, 6)}, V, "k has shape [3, 11, 2, 6]; allowed: [B=3 S K H=5]"),
-    ({"k": f16(3, 11, 2, 5)}, T, "k has dtype torch.float16; allowed: torch.float32, the dtype of q, or a quantised"),
-    ({"v": f16(3, 11, 2, 3)}, T, "v has dtype torch.float16; allowed: torch.float32, the dtype of k"),
+    ({"k": f16(3, 11, 2, 5)}, T, "k has dtype torch.float16; allowed: float32, int8, float8_e4m3fn, float8_e5m2"),
+    ({"v": f16(3, 11, 2, 3)}, T, "v has dtype torch.float16; allowed: float32, int8, float8_e4m3fn, float8_e5m2"),
     ({"v": f32(3, 8, 2, 3)}, V, "v has shape [3, 8, 2, 3]; allowed: [B=3 S=11 K=2 V]"),
     ({"softcap": 0.0}, V, "softcap is 0.0; allowed: a finite number > 0"),
     ({"softcap": -1.0}, V, "softcap is -1.0; allowed: a finite number > 0"),
     ({"softcap": INF}, V, "softcap is inf; allowed: a finite number > 0"),
     ({"sinks": f32(2)}, V, "sinks has shape [2]; allowed: [N=4]"),
-    ({"k_scale": f32(3, 11, 2)}, T, "k_scale is given for k and v of dtype torch.float32; allowed: with int8, "),
-    (CODES, T, "k_scale is None; allowed: a float32 tensor, because k and v have dtype torch.int8"),
+    ({"k_scale": f32(3, 11, 2)}, T, "k_scale is given for k of dtype torch.float32; allowed: with int8, "),
+    (CODES, T, "k_scale is None; allowed: a float32 tensor, because k has dtype torch.int8"),
     (CODES | {"k_scale": f32(3, 11, 2)}, T, "v_scale is None; allowed: a float32 tensor"),
     *(*ALL_LENGTHS, *ALL_PAGES, *ALL_SCALES),
 ]
@@ -102,6 +102,8 @@ OVER_LATENTS = [
     ({"q_rope": f16(3, 2, 3, 4)}, T, "q_rope has dtype torch.float16; allowed: float32"),
     ({"latent": f32(3, 9, 6)}, V, "latent has shape [3, 9, 6]; allowed: [B=3 S C=5]"),
     ({"latent": f32(3, 9, 1, 5)}, V, "latent has shape [3, 9, 1, 5]; allowed: [B=3 S C=5]"),
+    ({"latent": f16(3, 9, 5)}, T, "latent has dtype torch.float16; allowed: float32, int8, "),
+    ({"latent_scale": f32(3, 9)}, T, "latent_scale is given for latent of dtype torch.float32; allowed: with int8, "),
     ({"k_rope": f32(3, 8, 4)}, V, "k_rope has shape [3, 8, 4]; allowed: [B=3 S=9 R=4]"),
     ({"k_rope": int8(3, 9, 4)}, T, "k_rope has dtype torch.int8; allowed: float32"),
     ({"sinks": f32(1)}, V, "sinks has shape [1]; allowed: [N=3]"),
@@ -119,22 +121,16 @@ OVER_KEYS = [
     (KEY_CODES, T, "k_scale is None; allowed: a float32 tensor, because k_index has dtype torch.int8"),
     (KEY_CODES | {"k_scale": f32(4, 8)}, V, "k_scale has shape [4, 8]; allowed: [B=4 S=9]"),
     (KEY_CODES | {"k_scale": f16(4, 9)}, T, "k_scale has dtype torch.float16; allowed: float32"),
+    ({"k_scale": f32(4, 9)}, T, "k_scale is given for k_index of dtype torch.float32; allowed: with int8, "),
     ({"lengths": f32(4)}, T, "lengths has dtype torch.float32; allowed: int32"),
     ({"lengths": np.array([1, 2, 3, 4])}, T, "lengths has dtype torch.int64; allowed: int32"),
     ({"lengths": int32(1, 2, 3)}, V, "lengths has shape [3]; allowed: [B=4]"),
     ({"lengths": int32(1, 10, 3, 4)}, V, "lengths[1] is 10; allowed: 0 to 9, the number of slots"),
 ]
-UNSCALED = " of dtype torch.float32; allowed: with int8 and float8"
 CASES = {
     "decode_attention": OVER_A_CACHE + WINDOWS,
     "decode_mla": [
         *(*OVER_LATENTS, *ALL_LENGTHS, *ALL_PAGES, *WINDOWS),
-        ({"latent": f16(3, 9, 5)}, T, "latent has dtype torch.float16; allowed: torch.float32, the dtype of q_latent"),
-        (
-            {"latent_scale": f32(3, 9)},
-            T,
-            "latent_scale is given for a latent of dtype torch.float32; allowed: with int",
-        ),
     ],
     "decode_block_sparse": [
         *(*OVER_A_CACHE, *BLOCKS),
@@ -151,20 +147,16 @@ CASES = {
     ],
     "decode_sparse_mla": [
         *OVER_LATENTS,
-        ({"latent": f16(3, 9, 5)}, T, "latent has dtype torch.float16; allowed: float32, int8, "),
-        ({"latent_scale": f32(3, 9)}, T, "latent_scale is given for latent" + UNSCALED),
         ({"indices": lists(3, 2, 4, dtype="int64")}, T, "indices has dtype torch.int64; allowed: int32"),
         ({"indices": lists(3, 1, 4)}, V, "indices has shape [3, 1, 4]; allowed: [B=3 T=2 L]"),
     ],
     "index_scores": [
         *OVER_KEYS,
-        ({"k_scale": f32(4, 9)}, T, "k_scale is given for k_index" + UNSCALED),
         ({"weights": f32(4, 2, 1)}, V, "weights has shape [4, 2, 1]; allowed: [B=4 T=2 I=3]"),
         ({"weights": f16(4, 2, 3)}, T, "weights has dtype torch.float16; allowed: float32, float64"),
     ],
     "block_index_scores": [
         *(*OVER_KEYS, *BLOCKS),
-        ({"k_scale": f32(4, 9)}, T, "k_scale is given for a k_index" + UNSCALED),
     ],
     "topk_indices": [
         *(({"k": k}, V, f"k is {k}; allowed: an int >= 1") for k in (0, -1)),

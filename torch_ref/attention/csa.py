@@ -19,6 +19,7 @@ It overflows past E m + m - 1 tokens, or past W' if W' < W.
 import torch
 
 from .. import ops as reference_ops
+from ..core import ring
 from ..core.dtypes import accumulator, einsum
 from ..ops.index_scores import masked_index_scores
 from . import inputs, v4_compress, v4_window
@@ -104,7 +105,7 @@ def picked_entries(cfg, q_index, k_index, weights, seen):
 
 def appended(params, cfg, cache, kv, step):
     """The cache after the step's new tokens and the entries that they complete; the given cache is not changed."""
-    after = v4_window.appended(cache, kv, step)
+    after = step.appended(cache, ring.write, kv=kv)
     for one in COMPRESSORS:
         after |= v4_compress.extend(one, params, cfg, cache, step)
     return after

@@ -18,7 +18,6 @@ cache: {"k": B S K H, "v": B S K V, "length": int32 B}; slot s holds the token a
 import torch
 
 from .. import ops as reference_ops
-from ..core.append import append
 from ..core.dtypes import einsum
 from ..core.norm import rms_norm
 from ..core.rope import apply_rope, frequencies
@@ -57,7 +56,7 @@ def prefill(params, cfg, x, cache, lengths=None):
     """
     step = begin(x, cache, checked_room(cfg, x, cache), lengths)
     q, k, v = project(params, cfg, step.x, step.positions)
-    cache = appended(cache, k, v, step)
+    cache = step.appended(cache, k=k, v=v)
     k, v = cache["k"], cache["v"]
     out, _ = grouped_attention(q.to(k.dtype), k, v, step.causal(k.shape[1]), **options(cfg))
     return end(step, project_out(params, cfg, step.x, out)), cache
@@ -70,7 +69,7 @@ def decode(params, cfg, x, cache, ops=reference_ops):
     """
     step = begin(x, cache, checked_room(cfg, x, cache, tokens=1))
     q, k, v = project(params, cfg, x, step.positions)
-    cache = appended(cache, k, v, step)
+    cache = step.appended(cache, k=k, v=v)
     k, v = cache["k"], cache["v"]
     out, _ = ops.decode_attention(q.to(k.dtype), k, v, cache["length"], out_dtype=x.dtype, **options(cfg))
     return end(step, project_out(params, cfg, x, out)), cache
@@ -119,15 +118,6 @@ def project_out(params, cfg, x, out):
         out = out * torch.sigmoid(einsum("btd,dnv->btnv", x, params["wg"]))
     y = einsum("btnv,nvd->btd", out, params["wo"])
     return (y + params["bo"] if cfg.attention_output_bias else y).to(x.dtype)
-
-
-def appended(cache, k, v, step):
-    """The cache after the step's new tokens, k and v B T K ..; the given cache is not changed."""
-    return {
-        "k": append(cache["k"], k, step.start, step.new),
-        "v": append(cache["v"], v, step.start, step.new),
-        "length": step.start + step.new,
-    }
 
 
 def options(cfg):

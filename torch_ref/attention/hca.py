@@ -14,6 +14,7 @@ RoPE; state_kv, state_score: B m H, float32 or wider. It overflows past E m + m 
 import torch
 
 from .. import ops as reference_ops
+from ..core import ring
 from ..core.dtypes import accumulator
 from . import inputs, v4_compress, v4_window
 from .sliding_window import in_window
@@ -75,7 +76,7 @@ def decode(params, cfg, x, cache, ops=reference_ops):
 
 def appended(params, cfg, cache, kv, step):
     """The cache after the step's new tokens and the entries that they complete; the given cache is not changed."""
-    return v4_window.appended(cache, kv, step) | v4_compress.extend(ENTRIES, params, cfg, cache, step)
+    return step.appended(cache, ring.write, kv=kv) | v4_compress.extend(ENTRIES, params, cfg, cache, step)
 
 
 def check(params, cfg, x, tokens=None):

@@ -26,7 +26,6 @@ import math
 import torch
 
 from .. import ops as reference_ops
-from ..core.append import append
 from ..core.dtypes import einsum
 from ..core.norm import rms_norm
 from ..core.rope import apply_rope, frequencies
@@ -64,7 +63,7 @@ def prefill(params, cfg, x, cache, lengths=None):
     """
     step = begin(x, cache, checked_room(cfg, x, cache), lengths)
     q_nope, q_rope, latent, k_rope = project(params, cfg, step.x, step.positions)
-    cache, stored = appended(cache, latent, k_rope, step), cache["latent"].dtype
+    cache, stored = step.appended(cache, latent=latent, k_rope=k_rope), cache["latent"].dtype
     latent, k_rope = cache["latent"], cache["k_rope"]
     mask = step.causal(latent.shape[1])
     out = attend_naive(params, cfg, q_nope.to(stored), q_rope.to(stored), latent, k_rope, mask)
@@ -78,7 +77,7 @@ def decode(params, cfg, x, cache, ops=reference_ops):
     """
     step = begin(x, cache, checked_room(cfg, x, cache, tokens=1))
     q_nope, q_rope, latent, k_rope = project(params, cfg, x, step.positions)
-    cache = appended(cache, latent, k_rope, step)
+    cache = step.appended(cache, latent=latent, k_rope=k_rope)
     latent, k_rope = cache["latent"], cache["k_rope"]
     out = attend_absorbed(params, cfg, q_nope, q_rope, latent, k_rope, cache["length"], ops.decode_mla)
     return end(step, project_out(params, cfg, x, out)), cache
@@ -143,15 +142,6 @@ def project_out(params, cfg, x, out):
     """y B T D in x's dtype from the heads' outputs B T N V."""
     y = einsum("btnv,nvd->btd", out.to(x.dtype), params["wo"])
     return (y + params["bo"] if cfg.attention_bias else y).to(x.dtype)
-
-
-def appended(cache, latent, k_rope, step):
-    """The cache after the step's new tokens; the given cache is not changed."""
-    return {
-        "latent": append(cache["latent"], latent, step.start, step.new),
-        "k_rope": append(cache["k_rope"], k_rope, step.start, step.new),
-        "length": step.start + step.new,
-    }
 
 
 def scaling(cfg):

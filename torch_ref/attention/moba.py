@@ -102,7 +102,7 @@ def choose(cfg, q, k_mean, positions, slots, ops=reference_ops):
 
 def appended(cfg, cache, k, v, step):
     """The cache after the step's new tokens, k and v B T K ..; the given cache is not changed."""
-    after = dense.appended(cache, k, v, step)
+    after = step.appended(cache, k=k, v=v)
     size, wide = cfg.moba_chunk_size, cache["k_sum"].dtype
     fresh = k.to(cache["k"].dtype).to(wide).masked_fill(~step.keep[..., None, None], 0.0)
     block = torch.arange(cache["k_mean"].shape[1] + 1, dtype=torch.int32, device=k.device)

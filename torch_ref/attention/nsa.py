@@ -196,7 +196,7 @@ def mix(params, cfg, x, parts):
 
 def appended(params, cfg, cache, new, step):
     """The cache after the step's new tokens and the entries that they complete; the given cache is not changed."""
-    after = dense.appended(cache, new.k, new.v, step)
+    after = step.appended(cache, k=new.k, v=new.v)
     first, count, rows_k = nsa_compress.new_entry_rows(cfg, cache["tail_k"], new.raw_k, step)
     _, _, rows_v = nsa_compress.new_entry_rows(cfg, cache["tail_v"], new.raw_v, step)
     order = torch.arange(rows_k.shape[1], dtype=torch.int32, device=first.device)
@@ -207,7 +207,7 @@ def appended(params, cfg, cache, new, step):
     rings = {"tail_k": new.raw_k, "tail_v": new.raw_v}
     if cfg.separate_branches:
         rings |= {"k_win": new.k_win, "v_win": new.v_win}
-    return after | {name: ring.write(cache[name], z, step.start, step.new) for name, z in rings.items()}
+    return after | step.appended(cache, ring.write, **rings)
 
 
 def buffers(cfg, capacity):

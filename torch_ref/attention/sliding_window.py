@@ -62,14 +62,14 @@ def prefill_window(params, cfg, x, cache, lengths, window, sinks=None):
     held, keys, values = ring_then_new(step, cache["k"], cache["v"], k, v)
     mask = in_window(step.positions, held, window) & (held >= 0)[:, None] & step.keep[..., None]
     out, _ = grouped_attention(q.to(keys.dtype), keys, values, mask, sinks=sinks, **dense.options(cfg))
-    return end(step, dense.project_out(params, cfg, step.x, out)), appended(cache, k, v, step)
+    return end(step, dense.project_out(params, cfg, step.x, out)), step.appended(cache, ring.write, k=k, v=v)
 
 
 def decode_window(params, cfg, x, cache, ops, window, sinks=None):
     """`decode` with window (None: a cache that never wraps) and sinks (N, or None) as arguments."""
     step = begin(x, cache, checked_room(cfg, x, cache, window, tokens=1))
     q, k, v = dense.project(params, cfg, x, step.positions)
-    cache = appended(cache, k, v, step)
+    cache = step.appended(cache, ring.write, k=k, v=v)
     k, v = cache["k"], cache["v"]
     # written first, so that the slots hold the window and nothing else: their order does not matter to a softmax
     filled = cache["length"].clamp(max=k.shape[1])
@@ -91,15 +91,6 @@ def ring_then_new(step, ring_k, ring_v, k, v, first=0):
     """
     held = torch.cat([ring.held(step.start, ring_k.shape[1], first), step.positions], dim=1)
     return held, torch.cat([ring_k, k.to(ring_k.dtype)], dim=1), torch.cat([ring_v, v.to(ring_v.dtype)], dim=1)
-
-
-def appended(cache, k, v, step):
-    """The cache after the step's new tokens; the given cache is not changed."""
-    return {
-        "k": ring.write(cache["k"], k, step.start, step.new),
-        "v": ring.write(cache["v"], v, step.start, step.new),
-        "length": step.start + step.new,
-    }
 
 
 def checked_room(cfg, x, cache, window, tokens=None):

@@ -60,7 +60,7 @@ def prefill(params, cfg, x, cache, lengths=None):
     _, q, kv = project(params, cfg, step.x, step.positions)
     keys, near = recent(cfg, cache["kv"], kv, step)
     out = attend_shared(params, cfg, q.to(keys.dtype), keys, near)
-    return end(step, project_out(params, cfg, step.x, out, step.positions)), appended(cache, kv, step)
+    return end(step, project_out(params, cfg, step.x, out, step.positions)), step.appended(cache, ring.write, kv=kv)
 
 
 def decode(params, cfg, x, cache, ops=reference_ops):
@@ -68,7 +68,7 @@ def decode(params, cfg, x, cache, ops=reference_ops):
     check(params, cfg, x, tokens=1)
     step = begin(x, cache, checked_room(cfg, x, cache))
     _, q, kv = project(params, cfg, x, step.positions)
-    cache = appended(cache, kv, step)
+    cache = step.appended(cache, ring.write, kv=kv)
     out, _ = attend_ring(params, cfg, q.to(cache["kv"].dtype), cache, ops)
     return end(step, project_out(params, cfg, x, out, step.positions)), cache
 
@@ -114,11 +114,6 @@ def attend_ring(params, cfg, q, cache, ops):
     kv = cache["kv"][:, :, None]
     filled, options = cache["length"].clamp(max=kv.shape[1]), dict(scale=cfg.head_dim**-0.5, sinks=params["sinks"])
     return ops.decode_attention(q, kv, kv, filled, out_dtype=accumulator(q.dtype), **options)
-
-
-def appended(cache, kv, step):
-    """The ring and the length after the step's new tokens; the given cache is not changed."""
-    return {"kv": ring.write(cache["kv"], kv, step.start, step.new), "length": step.start + step.new}
 
 
 def project_out(params, cfg, x, out, positions):
