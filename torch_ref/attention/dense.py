@@ -23,17 +23,13 @@ from ..core.norm import rms_norm
 from ..core.rope import apply_rope, frequencies
 from ..core.softmax import grouped_attention
 from . import inputs
-from .step import begin, end, in_order
+from .step import begin, empty, end, in_order
 
 
 def init_cache(cfg, batch, capacity, dtype=torch.bfloat16):
     """An empty cache with room for `capacity` tokens per row, k and v in dtype."""
-    slots = (batch, capacity, cfg.num_key_value_heads)
-    return {
-        "k": torch.zeros(*slots, cfg.head_dim, dtype=dtype),
-        "v": torch.zeros(*slots, cfg.v_head_dim, dtype=dtype),
-        "length": torch.zeros(batch, dtype=torch.int32),
-    }
+    heads = (capacity, cfg.num_key_value_heads)
+    return empty(batch, dtype, k=(*heads, cfg.head_dim), v=(*heads, cfg.v_head_dim))
 
 
 def forward(params, cfg, x, positions=None):

@@ -26,14 +26,13 @@ from ..core.norm import rms_norm
 from ..core.rope import frequencies
 from ..ops.block_index_scores import block_maxima
 from . import dense, inputs
-from .step import begin, end, in_order
+from .step import begin, empty, end, in_order
 
 
 def init_cache(cfg, batch, capacity, dtype=torch.bfloat16):
     """An empty cache with room for `capacity` tokens per row, k, v and k_index in dtype."""
     check_fields(cfg)
-    k_index = torch.zeros(batch, capacity, cfg.index_head_dim, dtype=dtype)
-    return dense.init_cache(cfg, batch, capacity, dtype) | {"k_index": k_index}
+    return dense.init_cache(cfg, batch, capacity, dtype) | empty(batch, dtype, k_index=(capacity, cfg.index_head_dim))
 
 
 def forward(params, cfg, x, positions=None):

@@ -34,7 +34,7 @@ from ..core.dtypes import accumulator, einsum
 from ..core.softmax import capped, grouped_attention, masked_softmax
 from . import dense, inputs, nsa_compress
 from .sliding_window import in_window, ring_then_new
-from .step import begin, end, in_order
+from .step import begin, empty, end, in_order
 
 
 class Projected(NamedTuple):
@@ -52,11 +52,10 @@ class Projected(NamedTuple):
 def init_cache(cfg, batch, capacity, dtype=torch.bfloat16):
     """An empty cache with room for `capacity` tokens per row, all buffers in dtype."""
     nsa_compress.check_fields(cfg)
-    cache = dense.init_cache(cfg, batch, capacity, dtype)
-    for (k_name, v_name), slots in buffers(cfg, capacity).items():
-        heads = (batch, slots, cfg.num_key_value_heads)
-        cache[k_name] = torch.zeros(*heads, cfg.head_dim, dtype=dtype)
-        cache[v_name] = torch.zeros(*heads, cfg.v_head_dim, dtype=dtype)
+    cache, widths = dense.init_cache(cfg, batch, capacity, dtype), (cfg.head_dim, cfg.v_head_dim)
+    for pair, slots in buffers(cfg, capacity).items():
+        shapes = {name: (slots, cfg.num_key_value_heads, width) for name, width in zip(pair, widths, strict=True)}
+        cache |= empty(batch, dtype, **shapes)
     return cache
 
 

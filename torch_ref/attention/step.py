@@ -41,6 +41,12 @@ class Step(NamedTuple):
         return after | {"length": self.start + self.new}
 
 
+def empty(batch, dtype, **shapes):
+    """{name: zeros, B *shape in dtype} of a cache's buffers, and a length of 0 in every row."""
+    buffers = {name: torch.zeros(batch, *shape, dtype=dtype) for name, shape in shapes.items()}
+    return buffers | {"length": torch.zeros(batch, dtype=torch.int32)}
+
+
 def begin(x, cache, capacity, lengths=None):
     """The Step of x B T D whose row b brings lengths[b] tokens (int32 B, default T) to a cache of `capacity` slots.
 
