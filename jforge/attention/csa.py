@@ -29,7 +29,7 @@ from jforge.attention.dsa import choose
 from jforge.attention.v4_compress import Compressor
 from jforge.attention.v4_window import FLASH, LONG, ODD, PRO, TINY, TINY_YARN
 from jforge.core import blocks, masks, ring
-from jforge.core.attend import einsum
+from jforge.core.attend import einsum, merge
 from jforge.core.attention import Attention
 from jforge.core.config import FrozenDict, positive_ints, reject
 from jforge.core.params import Params
@@ -139,7 +139,7 @@ def decode(params: Params, cfg: Config, x: Token, cache: CSACache, ops=jax_ops) 
     near = v4_window.attend_ring(params, cfg, q, cache.kv, step, ops)
     more = {"block_size": 1, "scale": cfg.scaling, "out_dtype": accumulation_dtype(x)}
     far = ops.decode_block_sparse(q, cache.c_kv[:, :, None], None, picks, None, **more)
-    out = v4_compress.merge(ops, near, far)
+    out = merge(ops, near, far)
     return end(step, v4_window.project_out(params, cfg, out, step.positions), x.dtype), cache
 
 

@@ -19,6 +19,7 @@ from jforge.attention import v4_compress, v4_window
 from jforge.attention.v4_compress import Compressor, Config
 from jforge.attention.v4_window import FLASH, LONG, ODD, PRO, TINY, TINY_YARN
 from jforge.core import masks, ring
+from jforge.core.attend import merge
 from jforge.core.attention import Attention
 from jforge.core.config import FrozenDict
 from jforge.core.params import Params
@@ -81,7 +82,7 @@ def decode(params: Params, cfg: Config, x: Token, cache: HCACache, ops=jax_ops) 
     near = v4_window.attend_ring(params, cfg, q, cache.kv, step, ops)
     more = {"scale": cfg.scaling, "out_dtype": accumulation_dtype(x)}
     far = ops.decode_attention(q, entries, entries, complete, **more)
-    out = v4_compress.merge(ops, near, far)
+    out = merge(ops, near, far)
     return end(step, v4_window.project_out(params, cfg, out, step.positions), x.dtype), cache
 
 

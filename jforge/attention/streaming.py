@@ -23,7 +23,7 @@ import jforge.ops as jax_ops
 from jforge.attention import dense
 from jforge.attention.dense import PLAIN, KVCache
 from jforge.core import masks, ring
-from jforge.core.attend import attend
+from jforge.core.attend import attend, merge
 from jforge.core.attention import Attention
 from jforge.core.config import FrozenDict, positive_ints
 from jforge.core.params import Params
@@ -71,12 +71,8 @@ def _attend(
 ) -> Array:
     """One softmax over both groups: each with its own query, merged by their log-sum-exps."""
     first = first[:, None]
-    parts = [
-        attend(q, k, v, mask & group, **dense.options(params, cfg))
-        for q, group in ((q_recent, ~first), (q_first, first))
-    ]
-    outs, lses = (jnp.stack(both) for both in zip(*parts, strict=True))
-    return jax_ops.merge_states(outs, lses)[0]
+    groups, more = ((q_recent, ~first), (q_first, first)), dense.options(params, cfg)
+    return merge(jax_ops, *(attend(q, k, v, mask & group, **more) for q, group in groups))
 
 
 def forward(params: Params, cfg: Config, x: Tokens, positions=None) -> Tokens:
@@ -118,8 +114,7 @@ def decode(params: Params, cfg: Config, x: Token, cache: KVCache, ops=jax_ops) -
 
     recent = part(q_recent, filled, cfg.recent_size)
     first = part(q_first, jnp.clip(filled - cfg.recent_size, 0, cfg.start_size))
-    outs, lses = (jnp.stack(both) for both in zip(recent, first, strict=True))
-    out, _ = ops.merge_states(outs, lses)
+    out = merge(ops, recent, first)
     return end(step, dense.project_out(params, cfg, step.x, out), x.dtype), cache
 
 

@@ -197,11 +197,6 @@ def attend_both(params: Params, cfg: Config, q, recent: Array, near: Array, entr
     return v4_window.attend_shared(params, cfg, q, kv, mask)
 
 
-def merge(ops, *parts: tuple[Array, Array]) -> Float[Array, "B 1 N H"]:
-    """The softmax over all keys from the (out, lse) of each part."""
-    return ops.merge_states(*(jnp.stack(values) for values in zip(*parts, strict=True)))[0]
-
-
 def layer_work(
     cfg: Config, compressors: tuple[Compressor, ...], read: dict[str, int], flops: int, context: int, closing: bool
 ) -> Work:

@@ -39,3 +39,8 @@ def attend(
     weights, lse = masked_softmax(scores, mask, sink)
     out = einsum("btkgs,bskv->btkgv", weights, v)
     return out.reshape(B, T, N, v.shape[-1]), lse.reshape(B, T, N)
+
+
+def merge(ops, *parts: tuple[Array, Array]) -> Float[Array, "B T N V"]:
+    """The softmax over all keys from the (out, lse) of each part."""
+    return ops.merge_states(*(jnp.stack(both) for both in zip(*parts, strict=True)))[0]

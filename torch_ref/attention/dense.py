@@ -11,7 +11,7 @@ cfg: any object with hidden_size (D), num_attention_heads (N), num_key_value_hea
 attention_bias, attention_output_bias, qk_norm (None, "head" or "flat"), norm_offset, rms_norm_eps, rope_parameters
 (None: no positions), rope_layout, attn_logit_softcapping, scaling (None: H^-0.5), attn_output_gate.
 params: wq D N H, wk D K H, wv D K V, wo N V D; by config bq N H, bk K H, bv K V, bo D, wg D N V, q_norm and k_norm
-(H and H per head, N H and K H flat).
+(H and H per head, N H and K H flat). With `sinks` (N, the params of `sinks`) these join every softmax.
 cache: {"k": B S K H, "v": B S K V, "length": int32 B}; slot s holds the token at position s, k after norm and RoPE.
 """
 
@@ -38,7 +38,8 @@ def forward(params, cfg, x, positions=None):
     inputs.check_tokens(x, cfg.hidden_size)
     order, positions = in_order(x, positions)
     q, k, v = project(params, cfg, x, positions)
-    out, _ = grouped_attention(q, k, v, order[:, None] <= order[..., None], **options(cfg))
+    mask = order[:, None] <= order[..., None]
+    out, _ = grouped_attention(q, k, v, mask, sinks=params.get("sinks"), **options(cfg))
     return project_out(params, cfg, x, out)
 
 
@@ -54,7 +55,8 @@ def prefill(params, cfg, x, cache, lengths=None):
     q, k, v = project(params, cfg, step.x, step.positions)
     cache = step.appended(cache, k=k, v=v)
     k, v = cache["k"], cache["v"]
-    out, _ = grouped_attention(q.to(k.dtype), k, v, step.causal(k.shape[1]), **options(cfg))
+    more = options(cfg) | {"sinks": params.get("sinks")}
+    out, _ = grouped_attention(q.to(k.dtype), k, v, step.causal(k.shape[1]), **more)
     return end(step, project_out(params, cfg, step.x, out)), cache
 
 
@@ -67,7 +69,8 @@ def decode(params, cfg, x, cache, ops=reference_ops):
     q, k, v = project(params, cfg, x, step.positions)
     cache = step.appended(cache, k=k, v=v)
     k, v = cache["k"], cache["v"]
-    out, _ = ops.decode_attention(q.to(k.dtype), k, v, cache["length"], out_dtype=x.dtype, **options(cfg))
+    more = options(cfg) | {"sinks": params.get("sinks"), "out_dtype": x.dtype}
+    out, _ = ops.decode_attention(q.to(k.dtype), k, v, cache["length"], **more)
     return end(step, project_out(params, cfg, x, out)), cache
 
 
