@@ -19,7 +19,6 @@ It overflows past E m + m - 1 tokens, or past W' if W' < W.
 import torch
 
 from .. import ops as reference_ops
-from ..core import ring
 from ..core.dtypes import accumulator, einsum
 from ..ops.index_scores import masked_index_scores
 from . import inputs, v4_compress, v4_window
@@ -60,7 +59,7 @@ def prefill(params, cfg, x, cache, lengths=None):
     check(params, cfg, x)
     step = begin(x, cache, v4_compress.checked_room(COMPRESSORS, cfg, x, cache), lengths)
     c_q, q, kv = v4_window.project(params, cfg, step.x, step.positions)
-    after = appended(params, cfg, cache, kv, step)
+    after = v4_compress.appended(COMPRESSORS, params, cfg, cache, kv, step)
     entries, k_index = after["c_kv"], after["k_index"]
     q_index, weights = index_queries(params, cfg, step.x, c_q, step.positions)
     keys, near = v4_window.recent(cfg, cache["kv"], kv, step)
@@ -79,7 +78,7 @@ def decode(params, cfg, x, cache, ops=reference_ops):
     check(params, cfg, x, tokens=1)
     step = begin(x, cache, v4_compress.checked_room(COMPRESSORS, cfg, x, cache))
     c_q, q, kv = v4_window.project(params, cfg, x, step.positions)
-    cache = appended(params, cfg, cache, kv, step)
+    cache = v4_compress.appended(COMPRESSORS, params, cfg, cache, kv, step)
     q_index, weights = index_queries(params, cfg, x, c_q, step.positions)
     k_index, complete = cache["k_index"], cache["length"] // cfg.compress_rate
     picks = choose(cfg, ops.index_scores(q_index.to(k_index.dtype), k_index, weights, complete), ops)[:, :, None]
@@ -101,14 +100,6 @@ def index_queries(params, cfg, x, c_q, positions):
 def picked_entries(cfg, q_index, k_index, weights, seen):
     """bool B T E: the picks of every query among the entries seen, bool B T E."""
     return seen & picked(choose(cfg, masked_index_scores(q_index, k_index, weights, seen)), seen.shape[-1])
-
-
-def appended(params, cfg, cache, kv, step):
-    """The cache after the step's new tokens and the entries that they complete; the given cache is not changed."""
-    after = step.appended(cache, ring.write, kv=kv)
-    for one in COMPRESSORS:
-        after |= v4_compress.extend(one, params, cfg, cache, step)
-    return after
 
 
 def shapes(cfg):
