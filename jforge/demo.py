@@ -1,5 +1,6 @@
 """`jforge demo`: the project's main job on a model's config.json that ships with it."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -22,16 +23,12 @@ def run() -> dict:
     att = jforge.get(name)
     context = 131072
     costs = [jforge.get(n).cost(c, context=context) for n, c in layers]
-    steps = report.track(("laws", "backends", "times"), "demo")
-    results = {}
-    for step in steps:
-        match step:
-            case "laws":
-                results["laws"] = report.laws(jforge.check(att, att.examples[0]))
-            case "backends":
-                results["backends"] = equiv.backends(tag="demo")
-            case "times":
-                results["times"] = decode_times(att, name, cfg)
+    parts = {
+        "laws": lambda: report.laws(jforge.check(att, att.examples[0])),
+        "backends": lambda: equiv.backends(tag="demo"),
+        "times": lambda: decode_times(att, name, cfg),
+    }
+    results = {part: run_part() for part, run_part in report.track(parts.items(), "demo")}
     return {"cost": report.cost(name, "Llama-3.1-8B", costs, context, 1, "bfloat16"), **results}
 
 
@@ -55,21 +52,18 @@ def decode_times(att, name: str, cfg) -> list[dict]:
 
     def ours() -> None:
         y, cache = step(params, x, state["cache"])
-        state["cache"] = type(cache)(
-            **{n: getattr(cache, n) for n in spec}, length=jnp.full((1,), DEMO_CONTEXT - 1, jnp.int32)
-        )
+        state["cache"] = replace(cache, length=jnp.full((1,), DEMO_CONTEXT - 1, jnp.int32))
         y.block_until_ready()
 
     def theirs() -> None:
         with torch.no_grad():
             twin.decode(torch_params, cfg, torch_x, torch_cache)
 
-    rows = []
-    for label, call in (("jforge, jitted", ours), ("torch_ref", theirs)):
-        timing = time_cpu(call, samples=10)
-        row = {"backend": label, "context": DEMO_CONTEXT, "us": timing.median, "p10": timing.p10, "p90": timing.p90}
-        rows.append(row)
-    return rows
+    times = {"jforge, jitted": time_cpu(ours, samples=10), "torch_ref": time_cpu(theirs, samples=10)}
+    return [
+        {"backend": label, "context": DEMO_CONTEXT, "us": t.median, "p10": t.p10, "p90": t.p90}
+        for label, t in times.items()
+    ]
 
 
 def show(data: dict) -> None:

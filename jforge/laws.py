@@ -178,6 +178,12 @@ class Bench:
         return (2, 1, 2, self.T - 5), (self.span + 1, self.T - self.span - 1)
 
 
+def _worst(errors: dict[str, float]) -> tuple[float, str]:
+    """(the largest error, its key)."""
+    worst = max(errors, key=errors.get)
+    return errors[worst], worst
+
+
 def _l1(b: Bench):
     return compare.relative(b.one_shot[0], b.truth), ""
 
@@ -193,17 +199,13 @@ def _l2(b: Bench):
 
 
 def _l3(b: Bench):
-    errors = {sizes: compare.relative(b.chunks(sizes)[0], b.truth) for sizes in b.splits}
-    worst = max(errors, key=errors.get)
-    return errors[worst], f"chunks of {worst}"
+    return _worst({f"chunks of {sizes}": compare.relative(b.chunks(sizes)[0], b.truth) for sizes in b.splits})
 
 
 def _l4(b: Bench):
-    others = {"decode": b.folded[1]} | {f"chunks of {s}": b.chunks(s)[1] for s in b.splits}
+    others = {"after decode": b.folded[1]} | {f"after chunks of {s}": b.chunks(s)[1] for s in b.splits}
     b.spec.check(b.one_shot[1])
-    errors = {name: compare.caches(b.spec, b.cfg, cache, b.one_shot[1]) for name, cache in others.items()}
-    worst = max(errors, key=errors.get)
-    return errors[worst], f"after {worst}"
+    return _worst({after: compare.caches(b.spec, b.cfg, cache, b.one_shot[1]) for after, cache in others.items()})
 
 
 def _l5(b: Bench):
@@ -228,8 +230,7 @@ def _l6(b: Bench):
         "the cache": compare.caches(b.spec, b.cfg, jax.tree.map(lambda a: np.asarray(a)[row:], cache), alone),
         "length": float(np.abs(np.asarray(after.length) - n - 1).max()),
     }
-    worst = max(errors, key=errors.get)
-    return errors[worst], worst
+    return _worst(errors)
 
 
 def _l7(b: Bench):
@@ -274,10 +275,8 @@ def _l8(b: Bench):
                 pairs["fixed + per_token"] = ({"": cost.fixed + cost.per_token * context}, {"": sum(stored.values())})
                 for what, (claimed, counted) in pairs.items():
                     if dict(claimed) != counted:
-                        note = (
-                            f"{what} at context {context}, {jnp.dtype(dtype)}: cost {dict(claimed)}, counted {counted}"
-                        )
-                        return math.inf, note
+                        where = f"{what} at context {context}, {jnp.dtype(dtype)}"
+                        return math.inf, f"{where}: cost {dict(claimed)}, counted {counted}"
     return 0.0, ""
 
 

@@ -11,6 +11,7 @@ import jforge
 from jforge.core import compare
 from jforge.harness.equiv import number
 
+_MOVED = ("stored", "written", "read")
 _SHORT = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
 OUT, _ERR = Console(soft_wrap=False), Console(stderr=True)
 if not OUT.is_terminal:
@@ -79,9 +80,7 @@ def _table_row(name: str, context: int, dtype: str) -> dict:
         "cache": {n: " ".join(b.dims) for n, b in spec.items()},
         "bytes_per_token": float(cost.per_token),
         "fixed_bytes": float(cost.fixed),
-        "stored_bytes": sum(cost.stored.values()),
-        "written_bytes": sum(cost.written.values()),
-        "read_bytes": sum(cost.read.values()),
+        **{f"{what}_bytes": sum(getattr(cost, what).values()) for what in _MOVED},
         "scanned_bytes": scanned(spec, cost),
         "flops_per_byte": cost.flops / sum(cost.read.values()),
         "summary": att.summary,
@@ -147,11 +146,7 @@ def cost(
         kinds.setdefault(next(same, i), []).append(i)
     mine = [c for mechanism, c in zip(mechanisms, costs, strict=True) if mechanism == name]
     return {
-        "mechanism": name,
-        "source": source,
-        "context": context,
-        "batch": batch,
-        "dtype": dtype,
+        **{"mechanism": name, "source": source, "context": context, "batch": batch, "dtype": dtype},
         "layer": _plain(mine[0]),
         "layers_of_mechanism": {"layers": len(mine), **_plain(sum(mine[1:], mine[0]))},
         "kinds": [{"mechanism": mechanisms[i], "layers": at, **_plain(costs[i])} for i, at in kinds.items()],
@@ -161,27 +156,18 @@ def cost(
 
 def _plain(c) -> dict:
     """A Cost as JSON."""
-    return {
-        "buffers": {
-            n: {"stored": c.stored[n], "written": c.written.get(n, 0), "read": c.read.get(n, 0)} for n in c.stored
-        },
-        "stored": sum(c.stored.values()),
-        "written": sum(c.written.values()),
-        "read": sum(c.read.values()),
-        "bytes_per_token": float(c.per_token),
-        "fixed": float(c.fixed),
-        "flops": c.flops,
-        "entries_read": c.entries_read,
-    }  # fmt: skip
+    buffers = {n: {what: getattr(c, what).get(n, 0) for what in _MOVED} for n in c.stored}
+    sums = {what: sum(getattr(c, what).values()) for what in _MOVED}
+    line = {"bytes_per_token": float(c.per_token), "fixed": float(c.fixed)}
+    return {"buffers": buffers, **sums, **line, "flops": c.flops, "entries_read": c.entries_read}
 
 
 def show_cost(data: dict) -> None:
     """Every kind of layer of the mechanism by buffer, other mechanisms in a row each, and the model."""
-    what, model = ("stored", "written", "read"), data["model"]
-    out = grid("", "stored", "step writes", "step reads", right=1)
+    out, model = grid("", "stored", "step writes", "step reads", right=1), data["model"]
 
     def row(label: str, cost: dict, layers: int = 1) -> None:
-        out.add_row(label, *(f"{layers * cost[key]:,} B" for key in what))
+        out.add_row(label, *(f"{layers * cost[key]:,} B" for key in _MOVED))
 
     kinds = sorted(data["kinds"], key=lambda kind: kind["mechanism"] != data["mechanism"])
     for kind in kinds:
@@ -195,7 +181,7 @@ def show_cost(data: dict) -> None:
         if len(kinds) > 1:
             row(f"{count} like {first}", kind, count)
     row(_layers(model["layers"]), model)
-    out.add_row("", *(size(model[key]) for key in what))
+    out.add_row("", *(size(model[key]) for key in _MOVED))
     sizes = f"{data['batch']} x {data['context']:,} tokens, {data['dtype']} cache"
     show(f"{data['mechanism']} in {data['source']}: {sizes}", out)
     for kind in kinds:
@@ -216,18 +202,17 @@ def _layers(count: int) -> str:
 
 def laws(result) -> dict:
     rows = [
-        {"law": r.law, "error": r.error, "tolerance": r.tolerance, "ok": r.ok, "note": r.note if not r.ok else ""}
+        {"law": r.law, "error": number(r.error), "tolerance": r.tolerance, "ok": r.ok, "note": "" if r.ok else r.note}
         for r in result
     ]
-    return {"ok": result.ok, "laws": [{**row, "error": number(row["error"])} for row in rows]}
+    return {"ok": result.ok, "laws": rows}
 
 
 def show_laws(data: list[dict]) -> None:
     names = [row["law"] for row in data[0]["laws"]]
     out = grid("mechanism", *names, right=1)
     for row in data:
-        cells = [cell(law["error"], law["ok"]) for law in row["laws"]]
-        out.add_row(row["mechanism"], *cells)
+        out.add_row(row["mechanism"], *(cell(law["error"], law["ok"]) for law in row["laws"]))
     show("Errors of the laws in float64 (L7 to L9 count violations)", out)
     OUT.print("  ".join(f"{law} {title}" for law, title in jforge.laws.TITLES.items()), highlight=False)
     for row in data:

@@ -23,8 +23,7 @@ def block_index_scores(q_index, k_index, lengths, *, block_size, k_scale=None):
     not a multiple of 8 (TMA), the kernel's result has up to 7 more and XLA copies it. Source: MiniMax-M3 (arXiv
     2606.13392).
     """
-    check.index_scores(q_index, k_index, lengths, k_scale=k_scale)
-    check.positive("block_size", block_size, integer=True)
+    check.block_index_scores(q_index, k_index, lengths, block_size=block_size, k_scale=k_scale)
     refuse(q_index, k_index, lengths, k_scale)
     whole = block_size in (8, 16, 32) or block_size % KEYS == 0
     need(whole, f"block_size is {block_size}; the kernel takes 8, 16, 32 and multiples of {KEYS}")

@@ -27,7 +27,7 @@ def index_scores(q_index, k_index, weights, lengths, *, k_scale=None):
     float64, S that is not a multiple of 8 (TMA), J above 256 or not a multiple of 16, of 32 with k_scale, more heads
     than shared memory holds. Source: the lightning indexer of DeepSeek-V3.2 (arXiv 2512.02556).
     """
-    check.index_scores(q_index, k_index, lengths, k_scale=k_scale, weights=weights)
+    check.index_scores(q_index, k_index, weights, lengths, k_scale=k_scale)
     need(weights.dtype != jnp.float64, "weights has dtype float64; the kernel accumulates in float32")
     refuse(q_index, k_index, lengths, k_scale)
     facts = make_facts(q_index.shape, k_index.shape[1], k_index.dtype)

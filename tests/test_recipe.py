@@ -109,7 +109,7 @@ def forward(params, cfg, x, positions=None):
 def prefill(params, cfg, x, cache, lengths=None):
     step = begin(x, cache, dense.checked_room(cfg, x, cache), lengths)
     q, k, v = dense.project(params, cfg, step.x, step.positions)
-    cache = dense.appended(cache, k, v, step)
+    cache = step.appended(cache, k=k, v=v)
     k, v = cache["k"], cache["v"]
     q = grown(cfg, q, step.positions).to(k.dtype)
     out, _ = grouped_attention(q, k, v, step.causal(k.shape[1]), **dense.options(cfg))
@@ -119,7 +119,7 @@ def prefill(params, cfg, x, cache, lengths=None):
 def decode(params, cfg, x, cache, ops=reference_ops):
     step = begin(x, cache, dense.checked_room(cfg, x, cache, tokens=1))
     q, k, v = dense.project(params, cfg, x, step.positions)
-    cache = dense.appended(cache, k, v, step)
+    cache = step.appended(cache, k=k, v=v)
     k, v = cache["k"], cache["v"]
     q = grown(cfg, q, step.positions).to(k.dtype)
     out, _ = ops.decode_attention(q, k, v, cache["length"], out_dtype=x.dtype, **dense.options(cfg))

@@ -71,11 +71,8 @@ def _attend(
 ) -> Array:
     """One softmax over both groups: each with its own query, merged by their log-sum-exps."""
     first = first[:, None]
-    parts = [
-        attend(q, k, v, mask & group, **dense.options(params, cfg))
-        for q, group in ((q_recent, ~first), (q_first, first))
-    ]
-    return merge(jax_ops, *parts)
+    groups, more = ((q_recent, ~first), (q_first, first)), dense.options(params, cfg)
+    return merge(jax_ops, *(attend(q, k, v, mask & group, **more) for q, group in groups))
 
 
 def forward(params: Params, cfg: Config, x: Tokens, positions=None) -> Tokens:

@@ -34,13 +34,7 @@ def worst_head(got, want) -> float:
     """max over (b, n) of ||got - want|| / ||want|| for outs B T N V; a head whose reference is 0 must be exactly 0,
     and where either is not finite, the error is inf.
     """
-    got, want = (np.asarray(a, np.float64) for a in (got, want))
-    if got.shape != want.shape or not finite((got, want)):
-        return math.inf
-    difference = np.linalg.norm(got - want, axis=(1, 3))
-    norm = np.linalg.norm(want, axis=(1, 3))
-    error = np.where(norm > 0, difference / np.where(norm > 0, norm, 1), np.where(difference > 0, math.inf, 0))
-    return float(error.max(initial=0))
+    return _worst_norm(got, want, (1, 3))
 
 
 def worst_row(got, want) -> float:
@@ -51,10 +45,14 @@ def worst_row(got, want) -> float:
     got, want = (np.asarray(a, np.float64) for a in (got, want))
     if got.shape != want.shape or (np.isneginf(got) != np.isneginf(want)).any():
         return math.inf
-    got, want = (np.where(np.isneginf(a), 0, a) for a in (got, want))
-    if not finite((got, want)):
+    return _worst_norm(*(np.where(np.isneginf(a), 0, a) for a in (got, want)), -1)
+
+
+def _worst_norm(got, want, axis) -> float:
+    got, want = (np.asarray(a, np.float64) for a in (got, want))
+    if got.shape != want.shape or not finite((got, want)):
         return math.inf
-    difference, norm = np.linalg.norm(got - want, axis=-1), np.linalg.norm(want, axis=-1)
+    difference, norm = (np.linalg.norm(a, axis=axis) for a in (got - want, want))
     error = np.where(norm > 0, difference / np.where(norm > 0, norm, 1), np.where(difference > 0, math.inf, 0))
     return float(error.max(initial=0))
 

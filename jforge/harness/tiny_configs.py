@@ -19,6 +19,14 @@ LLAMA3 |= {"original_max_position_embeddings": 32}
 YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 64}
 LINEAR = {"rope_type": "linear", "rope_theta": 1e6, "factor": 8.0}
 
+
+def rope(parameters: dict, **more: Any) -> dict:
+    return {"rope_parameters": parameters | more}
+
+
+TWO_MSCALES = rope(YARN, mscale=0.7, mscale_all_dim=1.3)
+BIASES, MHA, MQA = {"attention_bias": True}, {"num_key_value_heads": 4}, {"num_key_value_heads": 1}
+
 # experts, as few as there can be
 EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
 ROUTED = {"n_routed_experts": 4, "num_experts_per_tok": 2}
@@ -40,6 +48,7 @@ MINIMAX = EXPERTS | {
     "full_attn_beta_factor": 0.6,
 }
 TEXT_01 = MINIMAX | {"layer_types": LIGHTNING_FULL}
+SOFTMAX_FIRST = MINIMAX | {"layer_types": ["full_attention", "linear_attention"] * 2, "head_dim": None}
 MINIMAX_M3 = EXPERTS | {
     "layer_types": ["full_attention", "minimax_m3_sparse", "minimax_m3_sparse"],
     "mlp_layer_types": ["dense", "sparse", "sparse"],
@@ -51,6 +60,10 @@ MINIMAX_M3 = EXPERTS | {
     "index_block_size": 2,
     "index_topk_blocks": 2,  # of the 5 blocks of 10 tokens
 }
+TWO_LOCAL = MINIMAX_M3 | {"index_topk_blocks": 3, "index_local_blocks": 2, "index_head_dim": 16}
+QWEN3_NEXT = MOE | {"layer_types": LINEAR_FULL, "shared_expert_intermediate_size": 32}
+QWEN3_NEXT |= {"linear_num_key_heads": 2, "linear_num_value_heads": 4}
+QWEN3_NEXT |= {"linear_key_head_dim": 16, "linear_value_head_dim": 16}
 MLA = ROUTED | {
     "q_lora_rank": 24,
     "kv_lora_rank": 32,
@@ -64,6 +77,7 @@ MLA |= {"n_shared_experts": 1, "moe_intermediate_size": 32, "n_group": 1, "topk_
 WHOLE = MLA | {"q_lora_rank": None}  # queries of full rank
 APART = {"k_rope": MLA["qk_rope_head_dim"]}
 DSA = MLA | {"index_topk": 4, "index_n_heads": 8, "index_head_dim": 12}  # 4 of 10 tokens; few heads make ties
+SHARED_PICKS = DSA | {"indexer_types": ["full", "full", "shared", "shared"], "num_hidden_layers": 4}
 GLM_APART = APART | {"k_index": MLA["qk_rope_head_dim"]}
 KIMI = WHOLE | {"layer_types": LINEAR_FULL, "linear_head_dim": 16, "linear_num_heads": 4}
 DEEPSEEK_V4 = ROUTED | {
@@ -89,8 +103,8 @@ class Model:
 
     name: str  # prefix of the transformers classes
     kwargs: dict = field(default_factory=dict)
-    layers: tuple[int, ...] = (0, 1)  # those of `mechanism`
     mechanism: str = "gqa"
+    layers: tuple[int, ...] = (0, 1)  # those of `mechanism`
     pairs_apart: dict[str, int] = field(default_factory=dict)
     """Buffers that transformers keeps with their rotated pairs as evens, then odds; and how many channels turn."""
 
@@ -120,115 +134,65 @@ class Model:
 
 
 MODELS = {
-    "llama, llama3 rope": Model("Llama", {"rope_parameters": LLAMA3}),
-    "llama, yarn, biases": Model("Llama", {"rope_parameters": YARN, "attention_bias": True}),
-    "llama, yarn mscale": Model("Llama", {"rope_parameters": YARN | {"mscale": 0.7, "mscale_all_dim": 1.3}}),
-    "llama, yarn options": Model(
-        "Llama", {"rope_parameters": YARN | {"truncate": False, "attention_factor": 1.1, "beta_fast": 8}}
-    ),
-    "llama, linear rope, mha": Model("Llama", {"rope_parameters": LINEAR, "num_key_value_heads": 4}, mechanism="mha"),
-    "llama, mqa": Model("Llama", {"num_key_value_heads": 1}, mechanism="mqa"),
-    "llama, one head": Model(
-        "Llama", {"num_attention_heads": 1, "num_key_value_heads": 1, "head_dim": 16}, mechanism="single_head"
-    ),
+    "llama, llama3 rope": Model("Llama", rope(LLAMA3)),
+    "llama, yarn, biases": Model("Llama", rope(YARN) | BIASES),
+    "llama, yarn mscale": Model("Llama", TWO_MSCALES),
+    "llama, yarn options": Model("Llama", rope(YARN, truncate=False, attention_factor=1.1, beta_fast=8)),
+    "llama, linear rope, mha": Model("Llama", rope(LINEAR) | MHA, "mha"),
+    "llama, mqa": Model("Llama", MQA, "mqa"),
+    "llama, one head": Model("Llama", MQA | {"num_attention_heads": 1, "head_dim": 16}, "single_head"),
     "qwen2": Model("Qwen2"),
-    "qwen3": Model("Qwen3", {"head_dim": 24, "rope_parameters": PLAIN | {"rope_theta": 1e6}}),
-    "qwen3, biases": Model("Qwen3", {"attention_bias": True}),
+    "qwen3": Model("Qwen3", rope(PLAIN, rope_theta=1e6) | {"head_dim": 24}),
+    "qwen3, biases": Model("Qwen3", BIASES),
     "qwen3_moe": Model("Qwen3Moe", MOE),
     "mistral": Model("Mistral", {"sliding_window": None}),
     "gemma2": Model("Gemma2", GEMMA2, layers=(1, 3)),
     "gemma3": Model("Gemma3", GEMMA3, layers=(1, 3)),
-    "qwen2, window": Model("Qwen2", QWEN_WINDOW, layers=(1,), mechanism="sliding_window"),
-    "qwen3, window": Model("Qwen3", QWEN_WINDOW, layers=(1,), mechanism="sliding_window"),
-    "qwen3_moe, window": Model("Qwen3Moe", MOE | QWEN_WINDOW, mechanism="sliding_window"),
-    "mistral, window": Model("Mistral", {"sliding_window": WINDOW}, mechanism="sliding_window"),
-    "gemma2, window": Model("Gemma2", GEMMA2, layers=(0, 2), mechanism="sliding_window"),
-    "gemma3, window": Model("Gemma3", GEMMA3, layers=(0, 2), mechanism="sliding_window"),
-    "gpt_oss": Model("GptOss", GPT_OSS, mechanism="sinks"),
+    "qwen2, window": Model("Qwen2", QWEN_WINDOW, "sliding_window", (1,)),
+    "qwen3, window": Model("Qwen3", QWEN_WINDOW, "sliding_window", (1,)),
+    "qwen3_moe, window": Model("Qwen3Moe", MOE | QWEN_WINDOW, "sliding_window"),
+    "mistral, window": Model("Mistral", {"sliding_window": WINDOW}, "sliding_window"),
+    "gemma2, window": Model("Gemma2", GEMMA2, "sliding_window", (0, 2)),
+    "gemma3, window": Model("Gemma3", GEMMA3, "sliding_window", (0, 2)),
+    "gpt_oss": Model("GptOss", GPT_OSS, "sinks"),
     "gpt_oss, no biases, mha": Model(
-        "GptOss",
-        GPT_OSS | {"attention_bias": False, "num_key_value_heads": 4, "rope_parameters": YARN | {"truncate": False}},
-        layers=(0,),
-        mechanism="sinks",
+        "GptOss", GPT_OSS | MHA | rope(YARN, truncate=False) | {"attention_bias": False}, "sinks", (0,)
     ),
     "olmo2": Model("Olmo2"),
-    "olmo2, biases, mha": Model("Olmo2", {"attention_bias": True, "num_key_value_heads": 4}, mechanism="mha"),
-    "falcon, multi-query": Model("Falcon", {}, mechanism="mqa"),
+    "olmo2, biases, mha": Model("Olmo2", BIASES | MHA, "mha"),
+    "falcon, multi-query": Model("Falcon", {}, "mqa"),
     "falcon, new architecture": Model("Falcon", {"new_decoder_architecture": True, "num_kv_heads": 2, "bias": True}),
-    "falcon, a key per query": Model("Falcon", {"multi_query": False, "bias": True}, mechanism="mha"),
-    "minimax, lightning": Model("MiniMax", TEXT_01, layers=(0, 1, 2), mechanism="lightning"),
+    "falcon, a key per query": Model("Falcon", {"multi_query": False, "bias": True}, "mha"),
+    "minimax, lightning": Model("MiniMax", TEXT_01, "lightning", (0, 1, 2)),
     "minimax": Model("MiniMax", TEXT_01, layers=(3,)),
-    "minimax, softmax first": Model(
-        "MiniMax",
-        MINIMAX | {"layer_types": ["full_attention", "linear_attention"] * 2, "head_dim": None},
-        layers=(1, 3),
-        mechanism="lightning",
-    ),
+    "minimax, softmax first": Model("MiniMax", SOFTMAX_FIRST, "lightning", (1, 3)),
     "minimax_m3": Model("MiniMaxM3VL", MINIMAX_M3, layers=(0,)),
-    "minimax_m3, block-sparse": Model("MiniMaxM3VL", MINIMAX_M3, layers=(1, 2), mechanism="msa"),
-    "minimax_m3, block-sparse, two local blocks": Model(
-        "MiniMaxM3VL",
-        MINIMAX_M3 | {"index_topk_blocks": 3, "index_local_blocks": 2, "index_head_dim": 16},
-        layers=(1, 2),
-        mechanism="msa",
-    ),
-    "minimax_m2": Model("MiniMaxM2", EXPERTS | {"rope_parameters": HALF}),
-    "qwen3_next": Model(
-        "Qwen3Next",
-        MOE
-        | {
-            "layer_types": LINEAR_FULL,
-            "shared_expert_intermediate_size": 32,
-            "linear_num_key_heads": 2,
-            "linear_num_value_heads": 4,
-            "linear_key_head_dim": 16,
-            "linear_value_head_dim": 16,
-        },
-        layers=(1, 3),
-    ),
-    "deepseek_v2": Model("DeepseekV2", MLA, mechanism="mla"),
+    "minimax_m3, block-sparse": Model("MiniMaxM3VL", MINIMAX_M3, "msa", (1, 2)),
+    "minimax_m3, block-sparse, two local blocks": Model("MiniMaxM3VL", TWO_LOCAL, "msa", (1, 2)),
+    "minimax_m2": Model("MiniMaxM2", EXPERTS | rope(HALF)),
+    "qwen3_next": Model("Qwen3Next", QWEN3_NEXT, layers=(1, 3)),
+    "deepseek_v2": Model("DeepseekV2", MLA, "mla"),
     "deepseek_v2, yarn, whole queries": Model(
-        "DeepseekV2", WHOLE | {"rope_parameters": YARN | {"mscale": 0.707, "mscale_all_dim": 0.707}}, mechanism="mla"
+        "DeepseekV2", WHOLE | rope(YARN, mscale=0.707, mscale_all_dim=0.707), "mla"
     ),
-    "deepseek_v3": Model("DeepseekV3", MLA, mechanism="mla", pairs_apart=APART),
+    "deepseek_v3": Model("DeepseekV3", MLA, "mla", pairs_apart=APART),
     "deepseek_v3, yarn, biases": Model(
-        "DeepseekV3",
-        MLA | {"rope_parameters": YARN | {"mscale": 1.0, "mscale_all_dim": 1.0}, "attention_bias": True},
-        mechanism="mla",
-        pairs_apart=APART,
+        "DeepseekV3", MLA | BIASES | rope(YARN, mscale=1.0, mscale_all_dim=1.0), "mla", pairs_apart=APART
     ),
     "deepseek_v3, two mscales, whole queries, biases": Model(
-        "DeepseekV3",
-        WHOLE | {"rope_parameters": YARN | {"mscale": 0.7, "mscale_all_dim": 1.3}, "attention_bias": True},
-        mechanism="mla",
-        pairs_apart=APART,
+        "DeepseekV3", WHOLE | TWO_MSCALES | BIASES, "mla", pairs_apart=APART
     ),
-    "deepseek_v3, halves, yarn in one step": Model(
-        "DeepseekV3",
-        MLA | {"rope_interleave": False, "rope_parameters": YARN | {"beta_fast": 1.0, "beta_slow": 1.0}},  # Kimi-K2's
-        mechanism="mla",
+    "deepseek_v3, halves, yarn in one step": Model(  # Kimi-K2's
+        "DeepseekV3", MLA | {"rope_interleave": False} | rope(YARN, beta_fast=1.0, beta_slow=1.0), "mla"
     ),
-    "deepseek_v32": Model("DeepseekV32", DSA, mechanism="dsa", pairs_apart=APART),
-    "deepseek_v32, yarn, biases": Model(
-        "DeepseekV32",
-        DSA | {"rope_parameters": YARN | {"mscale": 0.7, "mscale_all_dim": 1.3}, "attention_bias": True},
-        mechanism="dsa",
-        pairs_apart=APART,
-    ),
-    "glm_moe_dsa, shared picks": Model(
-        "GlmMoeDsa",
-        DSA | {"indexer_types": ["full", "full", "shared", "shared"], "num_hidden_layers": 4},
-        layers=(0, 1, 2, 3),
-        mechanism="dsa",
-        pairs_apart=GLM_APART,
-    ),
-    "deepseek_v4": Model("DeepseekV4", DEEPSEEK_V4, layers=(0, 3), mechanism="v4_window"),
-    "deepseek_v4, compressed sparse": Model("DeepseekV4", DEEPSEEK_V4, layers=(1, 4), mechanism="csa"),
-    "deepseek_v4, heavily compressed": Model("DeepseekV4", DEEPSEEK_V4, layers=(2, 5), mechanism="hca"),
-    "kimi_linear": Model("KimiLinear", KIMI, layers=(1, 3), mechanism="mla"),
-    "kimi_linear, low-rank queries, biases": Model(
-        "KimiLinear", KIMI | {"q_lora_rank": 24, "attention_bias": True}, layers=(1, 3), mechanism="mla"
-    ),
+    "deepseek_v32": Model("DeepseekV32", DSA, "dsa", pairs_apart=APART),
+    "deepseek_v32, yarn, biases": Model("DeepseekV32", DSA | TWO_MSCALES | BIASES, "dsa", pairs_apart=APART),
+    "glm_moe_dsa, shared picks": Model("GlmMoeDsa", SHARED_PICKS, "dsa", (0, 1, 2, 3), GLM_APART),
+    "deepseek_v4": Model("DeepseekV4", DEEPSEEK_V4, "v4_window", (0, 3)),
+    "deepseek_v4, compressed sparse": Model("DeepseekV4", DEEPSEEK_V4, "csa", (1, 4)),
+    "deepseek_v4, heavily compressed": Model("DeepseekV4", DEEPSEEK_V4, "hca", (2, 5)),
+    "kimi_linear": Model("KimiLinear", KIMI, "mla", (1, 3)),
+    "kimi_linear, low-rank queries, biases": Model("KimiLinear", KIMI | BIASES | {"q_lora_rank": 24}, "mla", (1, 3)),
 }
 
 

@@ -38,10 +38,7 @@ def decode_attention(
     float32 or wider. A query that sees nothing gives 0 and -inf (or the sink). Slots that no query may read may hold
     NaN. Raises ValueError and TypeError from jforge.ops.check.
     """
-    check.decode_attention(
-        q, k, v, lengths, scale=scale, window=window, sinks=sinks, softcap=softcap, page_table=page_table,
-        k_scale=k_scale, v_scale=v_scale, chunk=chunk, out_dtype=out_dtype,
-    )  # fmt: skip
+    check.decode_attention(**locals())
     if page_table is not None:
         k, v, k_scale, v_scale = (x if x is None else pages(x, page_table) for x in (k, v, k_scale, v_scale))
     S = k.shape[1]

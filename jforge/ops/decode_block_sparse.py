@@ -36,10 +36,7 @@ def decode_block_sparse(
 
     Only the listed blocks are gathered. Sources: NSA (arXiv 2502.11089), MoBA (2502.13189), DeepSeek-V4, MiniMax-M3.
     """
-    sizes = check.decode_block_sparse(
-        q, k, v, block_indices, lengths, block_size=block_size, scale=scale, sinks=sinks, softcap=softcap,
-        page_table=page_table, k_scale=k_scale, v_scale=v_scale, out_dtype=out_dtype,
-    )  # fmt: skip
+    sizes = check.decode_block_sparse(**locals())
     K, X = sizes["K"], sizes["X"]
     S = k.shape[1] if page_table is None else page_table.shape[1] * k.shape[1]
     if lengths is not None:

@@ -33,10 +33,7 @@ def decode_mla(
     (float32 B S or pages page): the latent is int8 or fp8 and means stored * scale. Visibility, window, sinks, chunk,
     results and errors as in decode_attention. Source: DeepSeek-V2 (arXiv 2405.04434), FlashMLA.
     """
-    check.decode_mla(
-        q_latent, q_rope, latent, k_rope, lengths, scale=scale, window=window, sinks=sinks, page_table=page_table,
-        latent_scale=latent_scale, chunk=chunk, out_dtype=out_dtype,
-    )  # fmt: skip
+    check.decode_mla(**locals())
     if page_table is not None:
         latent, k_rope, latent_scale = (
             x if x is None else pages(x, page_table) for x in (latent, k_rope, latent_scale)

@@ -28,10 +28,7 @@ def decode_sparse_mla(
     are ignored wherever they stand. Only the picked rows are gathered, each once: the latent is the value too.
     latent_scale, sinks, results and errors as in decode_mla. Source: DeepSeek-V3.2, FlashMLA's sparse decode.
     """
-    check.decode_sparse_mla(
-        q_latent, q_rope, latent, k_rope, indices, scale=scale, sinks=sinks, latent_scale=latent_scale,
-        out_dtype=out_dtype,
-    )  # fmt: skip
+    check.decode_sparse_mla(**locals())
     slots, seen = listed_slots(indices[:, :, None], 1, latent.shape[1], None)
     rows, wide = jnp.arange(len(slots))[:, None, None, None], accumulation_dtype(q_latent, k_rope)
     values, rope = (jnp.where(seen[..., None], a[rows, slots].astype(wide), 0) for a in (latent, k_rope))

@@ -23,7 +23,7 @@ def index_scores(
     k_index: B S J in q's dtype, or int8 or fp8 with k_scale: value = stored * scale. Query t sees
     s < lengths[b]-T+t+1. Source: the lightning indexer of DeepSeek-V3.2.
     """
-    check.index_scores(q_index, k_index, lengths, k_scale=k_scale, weights=weights)
+    check.index_scores(q_index, k_index, weights, lengths, k_scale=k_scale)
     check.length_values(lengths, k_index.shape[1])
     return token_scores(q_index, k_index, weights, masks.decode(lengths, q_index.shape[1], k_index.shape[1]), k_scale)
 
@@ -48,8 +48,7 @@ def block_index_scores(
 
     No relu and no weights. Arguments as in index_scores; E = ceil(S / block_size). Source: MiniMax-M3.
     """
-    check.index_scores(q_index, k_index, lengths, k_scale=k_scale)
-    check.positive("block_size", block_size, integer=True)
+    check.block_index_scores(q_index, k_index, lengths, block_size=block_size, k_scale=k_scale)
     check.length_values(lengths, k_index.shape[1])
     seen = masks.decode(lengths, q_index.shape[1], k_index.shape[1])
     return block_maxima(q_index, k_index, seen, block_size, k_scale)

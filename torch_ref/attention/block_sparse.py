@@ -59,7 +59,7 @@ def prefill(params, cfg, x, cache, lengths=None):
     """(y, cache) after appending the first lengths[b] of the T tokens of row b, as in `dense.prefill`."""
     step = begin(x, cache, checked_room(cfg, x, cache), lengths)
     q, k, v = dense.project(params, cfg, step.x, step.positions)
-    cache = dense.appended(cache, k, v, step)
+    cache = step.appended(cache, k=k, v=v)
     k, v = cache["k"], cache["v"]
     mask = visible(cfg, step.positions, k.shape[1]) & step.keep[..., None, None]
     out = blocks.headwise_attention(q.to(k.dtype), k, v, mask, **dense.options(cfg))
@@ -70,7 +70,7 @@ def decode(params, cfg, x, cache, ops=reference_ops):
     """(y, cache) after appending one token per row; x, y: B 1 D. ops: any namespace with `decode_block_sparse`."""
     step = begin(x, cache, checked_room(cfg, x, cache, tokens=1))
     q, k, v = dense.project(params, cfg, x, step.positions)
-    cache = dense.appended(cache, k, v, step)
+    cache = step.appended(cache, k=k, v=v)
     k, v = cache["k"], cache["v"]
     lists, options = listed(cfg, step.positions, k.shape[1]).contiguous(), dense.options(cfg) | {"out_dtype": x.dtype}
     out, _ = ops.decode_block_sparse(q.to(k.dtype), k, v, lists, cache["length"], block_size=cfg.block_size, **options)

@@ -59,7 +59,7 @@ def prefill(params, cfg, x, cache, lengths=None):
     check(params, cfg, x)
     step = begin(x, cache, v4_compress.checked_room(COMPRESSORS, cfg, x, cache), lengths)
     c_q, q, kv = v4_window.project(params, cfg, step.x, step.positions)
-    after = appended(params, cfg, cache, kv, step)
+    after = v4_compress.appended(COMPRESSORS, params, cfg, cache, kv, step)
     entries, k_index = after["c_kv"], after["k_index"]
     q_index, weights = index_queries(params, cfg, step.x, c_q, step.positions)
     keys, near = v4_window.recent(cfg, cache["kv"], kv, step)
@@ -78,7 +78,7 @@ def decode(params, cfg, x, cache, ops=reference_ops):
     check(params, cfg, x, tokens=1)
     step = begin(x, cache, v4_compress.checked_room(COMPRESSORS, cfg, x, cache))
     c_q, q, kv = v4_window.project(params, cfg, x, step.positions)
-    cache = appended(params, cfg, cache, kv, step)
+    cache = v4_compress.appended(COMPRESSORS, params, cfg, cache, kv, step)
     q_index, weights = index_queries(params, cfg, x, c_q, step.positions)
     k_index, complete = cache["k_index"], cache["length"] // cfg.compress_rate
     picks = choose(cfg, ops.index_scores(q_index.to(k_index.dtype), k_index, weights, complete), ops)[:, :, None]
@@ -100,14 +100,6 @@ def index_queries(params, cfg, x, c_q, positions):
 def picked_entries(cfg, q_index, k_index, weights, seen):
     """bool B T E: the picks of every query among the entries seen, bool B T E."""
     return seen & picked(choose(cfg, masked_index_scores(q_index, k_index, weights, seen)), seen.shape[-1])
-
-
-def appended(params, cfg, cache, kv, step):
-    """The cache after the step's new tokens and the entries that they complete; the given cache is not changed."""
-    after = v4_window.appended(cache, kv, step)
-    for one in COMPRESSORS:
-        after |= v4_compress.extend(one, params, cfg, cache, step)
-    return after
 
 
 def shapes(cfg):

@@ -11,30 +11,25 @@ cfg: any object with hidden_size (D), num_attention_heads (N), num_key_value_hea
 attention_bias, attention_output_bias, qk_norm (None, "head" or "flat"), norm_offset, rms_norm_eps, rope_parameters
 (None: no positions), rope_layout, attn_logit_softcapping, scaling (None: H^-0.5), attn_output_gate.
 params: wq D N H, wk D K H, wv D K V, wo N V D; by config bq N H, bk K H, bv K V, bo D, wg D N V, q_norm and k_norm
-(H and H per head, N H and K H flat).
+(H and H per head, N H and K H flat). With `sinks` (N, the params of `sinks`) these join every softmax.
 cache: {"k": B S K H, "v": B S K V, "length": int32 B}; slot s holds the token at position s, k after norm and RoPE.
 """
 
 import torch
 
 from .. import ops as reference_ops
-from ..core.append import append
 from ..core.dtypes import einsum
 from ..core.norm import rms_norm
 from ..core.rope import apply_rope, frequencies
 from ..core.softmax import grouped_attention
 from . import inputs
-from .step import begin, end, in_order
+from .step import begin, empty, end, in_order
 
 
 def init_cache(cfg, batch, capacity, dtype=torch.bfloat16):
     """An empty cache with room for `capacity` tokens per row, k and v in dtype."""
-    slots = (batch, capacity, cfg.num_key_value_heads)
-    return {
-        "k": torch.zeros(*slots, cfg.head_dim, dtype=dtype),
-        "v": torch.zeros(*slots, cfg.v_head_dim, dtype=dtype),
-        "length": torch.zeros(batch, dtype=torch.int32),
-    }
+    heads = (capacity, cfg.num_key_value_heads)
+    return empty(batch, dtype, k=(*heads, cfg.head_dim), v=(*heads, cfg.v_head_dim))
 
 
 def forward(params, cfg, x, positions=None):
@@ -43,7 +38,8 @@ def forward(params, cfg, x, positions=None):
     inputs.check_tokens(x, cfg.hidden_size)
     order, positions = in_order(x, positions)
     q, k, v = project(params, cfg, x, positions)
-    out, _ = grouped_attention(q, k, v, order[:, None] <= order[..., None], **options(cfg))
+    mask = order[:, None] <= order[..., None]
+    out, _ = grouped_attention(q, k, v, mask, sinks=params.get("sinks"), **options(cfg))
     return project_out(params, cfg, x, out)
 
 
@@ -57,9 +53,10 @@ def prefill(params, cfg, x, cache, lengths=None):
     """
     step = begin(x, cache, checked_room(cfg, x, cache), lengths)
     q, k, v = project(params, cfg, step.x, step.positions)
-    cache = appended(cache, k, v, step)
+    cache = step.appended(cache, k=k, v=v)
     k, v = cache["k"], cache["v"]
-    out, _ = grouped_attention(q.to(k.dtype), k, v, step.causal(k.shape[1]), **options(cfg))
+    more = options(cfg) | {"sinks": params.get("sinks")}
+    out, _ = grouped_attention(q.to(k.dtype), k, v, step.causal(k.shape[1]), **more)
     return end(step, project_out(params, cfg, step.x, out)), cache
 
 
@@ -70,9 +67,10 @@ def decode(params, cfg, x, cache, ops=reference_ops):
     """
     step = begin(x, cache, checked_room(cfg, x, cache, tokens=1))
     q, k, v = project(params, cfg, x, step.positions)
-    cache = appended(cache, k, v, step)
+    cache = step.appended(cache, k=k, v=v)
     k, v = cache["k"], cache["v"]
-    out, _ = ops.decode_attention(q.to(k.dtype), k, v, cache["length"], out_dtype=x.dtype, **options(cfg))
+    more = options(cfg) | {"sinks": params.get("sinks"), "out_dtype": x.dtype}
+    out, _ = ops.decode_attention(q.to(k.dtype), k, v, cache["length"], **more)
     return end(step, project_out(params, cfg, x, out)), cache
 
 
@@ -119,15 +117,6 @@ def project_out(params, cfg, x, out):
         out = out * torch.sigmoid(einsum("btd,dnv->btnv", x, params["wg"]))
     y = einsum("btnv,nvd->btd", out, params["wo"])
     return (y + params["bo"] if cfg.attention_output_bias else y).to(x.dtype)
-
-
-def appended(cache, k, v, step):
-    """The cache after the step's new tokens, k and v B T K ..; the given cache is not changed."""
-    return {
-        "k": append(cache["k"], k, step.start, step.new),
-        "v": append(cache["v"], v, step.start, step.new),
-        "length": step.start + step.new,
-    }
 
 
 def options(cfg):

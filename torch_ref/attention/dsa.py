@@ -56,7 +56,7 @@ def prefill(params, cfg, x, cache, lengths=None, indices=None):
     check(params, cfg, x, indices)
     step = begin(x, cache, checked_room(cfg, x, cache), lengths)
     q_nope, q_rope, latent, k_rope = mla.project(params, cfg, step.x, step.positions)
-    after, seen = mla.appended(cache, latent, k_rope, step), step.causal(cache["latent"].shape[1])
+    after, seen = step.appended(cache, latent=latent, k_rope=k_rope), step.causal(cache["latent"].shape[1])
     if not cfg.index_shared:
         keys, indices = keys_and_picks(params, cfg, step, cache, seen)
         after |= keys
@@ -73,7 +73,7 @@ def decode(params, cfg, x, cache, ops=reference_ops, indices=None):
     check(params, cfg, x, indices, tokens=1)
     step = begin(x, cache, checked_room(cfg, x, cache))
     q_nope, q_rope, latent, k_rope = mla.project(params, cfg, x, step.positions)
-    after = mla.appended(cache, latent, k_rope, step)
+    after = step.appended(cache, latent=latent, k_rope=k_rope)
     latent, k_rope = after["latent"], after["k_rope"]
     if cfg.index_shared:
         indices = indices.masked_fill(indices > step.positions[..., None], -1)

@@ -14,7 +14,6 @@ from typing import NamedTuple
 
 import torch
 
-from ..core.append import append
 from ..core.dtypes import accumulator, einsum
 from ..core.norm import rms_norm
 from ..core.quant import e4m3, hadamard
@@ -74,9 +73,9 @@ def layer_norm(x, weight, bias):
 
 
 def appended(cache, indexed, step):
-    """The buffers of the index keys after the step's new tokens; the given cache is not changed."""
+    """The length and the buffers of the index keys after the step's new tokens; the given cache is not changed."""
     fresh = {"k_index": indexed.k} | ({} if indexed.k_scale is None else {"k_index_scale": indexed.k_scale})
-    return {name: append(cache[name], z, step.start, step.new) for name, z in fresh.items()}
+    return step.appended(cache, **fresh)
 
 
 def check(params, cfg):

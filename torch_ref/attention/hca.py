@@ -48,7 +48,7 @@ def prefill(params, cfg, x, cache, lengths=None):
     check(params, cfg, x)
     step = begin(x, cache, v4_compress.checked_room([ENTRIES], cfg, x, cache), lengths)
     _, q, kv = v4_window.project(params, cfg, step.x, step.positions)
-    after = appended(params, cfg, cache, kv, step)
+    after = v4_compress.appended([ENTRIES], params, cfg, cache, kv, step)
     entries = after["c_kv"]
     keys, near = v4_window.recent(cfg, cache["kv"], kv, step)
     far = v4_compress.seen(cfg, step.positions, entries.shape[1]) & step.keep[..., None]
@@ -64,18 +64,13 @@ def decode(params, cfg, x, cache, ops=reference_ops):
     check(params, cfg, x, tokens=1)
     step = begin(x, cache, v4_compress.checked_room([ENTRIES], cfg, x, cache))
     _, q, kv = v4_window.project(params, cfg, x, step.positions)
-    cache = appended(params, cfg, cache, kv, step)
+    cache = v4_compress.appended([ENTRIES], params, cfg, cache, kv, step)
     q, entries = q.to(cache["kv"].dtype), cache["c_kv"][:, :, None]
     complete, options = cache["length"] // cfg.compress_rate, dict(scale=cfg.head_dim**-0.5)
     near = v4_window.attend_ring(params, cfg, q, cache, ops)
     far = ops.decode_attention(q, entries, entries, complete, out_dtype=accumulator(q.dtype), **options)
     out = v4_compress.merge(ops, near, far)
     return end(step, v4_window.project_out(params, cfg, x, out, step.positions)), cache
-
-
-def appended(params, cfg, cache, kv, step):
-    """The cache after the step's new tokens and the entries that they complete; the given cache is not changed."""
-    return v4_window.appended(cache, kv, step) | v4_compress.extend(ENTRIES, params, cfg, cache, step)
 
 
 def check(params, cfg, x, tokens=None):

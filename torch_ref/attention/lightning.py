@@ -22,17 +22,13 @@ from ..core.dtypes import accumulator, einsum
 from ..core.norm import rms_norm
 from ..ops import check
 from . import inputs
-from .step import begin, end, in_order
+from .step import begin, empty, end, in_order
 
 
 def init_cache(cfg, batch, capacity, dtype=torch.bfloat16):
     """An empty state per row, in float32 or wider whatever dtype is; capacity has no part in it."""
     check_fields(cfg)
-    width = head_dim(cfg)
-    return {
-        "state": torch.zeros(batch, cfg.num_attention_heads, width, width, dtype=accumulator(dtype)),
-        "length": torch.zeros(batch, dtype=torch.int32),
-    }
+    return empty(batch, accumulator(dtype), state=(cfg.num_attention_heads, head_dim(cfg), head_dim(cfg)))
 
 
 def forward(params, cfg, x, positions=None):

@@ -26,27 +26,21 @@ import math
 import torch
 
 from .. import ops as reference_ops
-from ..core.append import append
 from ..core.dtypes import einsum
 from ..core.norm import rms_norm
 from ..core.rope import apply_rope, frequencies
 from ..core.softmax import grouped_attention
 from . import inputs
-from .step import begin, end, in_order
+from .step import begin, empty, end, in_order
 
 
 def init_cache(cfg, batch, capacity, dtype=torch.bfloat16):
     """An empty cache with room for `capacity` tokens per row, latent and k_rope in dtype."""
-    return {
-        "latent": torch.zeros(batch, capacity, cfg.kv_lora_rank, dtype=dtype),
-        "k_rope": torch.zeros(batch, capacity, cfg.qk_rope_head_dim, dtype=dtype),
-        "length": torch.zeros(batch, dtype=torch.int32),
-    }
+    return empty(batch, dtype, latent=(capacity, cfg.kv_lora_rank), k_rope=(capacity, cfg.qk_rope_head_dim))
 
 
 def forward(params, cfg, x, positions=None):
-    """y: B T D from x: B T D without a cache. positions: int B T, default 0..T-1, feed RoPE only; the mask is causal
-    in the order of the tokens. y has x's dtype. Raises ValueError and TypeError for a wrong x or positions."""
+    """y: B T D from x: B T D without a cache, in the naive form; positions and errors as in `dense.forward`."""
     inputs.check_tokens(x, cfg.hidden_size)
     order, positions = in_order(x, positions)
     projected = project(params, cfg, x, positions)
@@ -55,16 +49,13 @@ def forward(params, cfg, x, positions=None):
 
 
 def prefill(params, cfg, x, cache, lengths=None):
-    """(y, cache) after appending the first lengths[b] of the T tokens of row b; lengths: int32 B, default T.
+    """(y, cache) after appending the first lengths[b] of the T tokens of row b, as in `dense.prefill`.
 
-    Token i of row b is at position cache["length"][b] + i and sees all that the row's cache holds up to itself, as
-    stored (rounded to the cache's dtype); a non-empty cache makes this a chunk of a longer prefill. x at pads may be
-    anything, y there is 0. A row without room raises ValueError on the CPU; on a device nothing of it is written, its
-    length stays and all its y are NaN. y has x's dtype.
+    The naive form, over the latents as stored.
     """
     step = begin(x, cache, checked_room(cfg, x, cache), lengths)
     q_nope, q_rope, latent, k_rope = project(params, cfg, step.x, step.positions)
-    cache, stored = appended(cache, latent, k_rope, step), cache["latent"].dtype
+    cache, stored = step.appended(cache, latent=latent, k_rope=k_rope), cache["latent"].dtype
     latent, k_rope = cache["latent"], cache["k_rope"]
     mask = step.causal(latent.shape[1])
     out = attend_naive(params, cfg, q_nope.to(stored), q_rope.to(stored), latent, k_rope, mask)
@@ -78,7 +69,7 @@ def decode(params, cfg, x, cache, ops=reference_ops):
     """
     step = begin(x, cache, checked_room(cfg, x, cache, tokens=1))
     q_nope, q_rope, latent, k_rope = project(params, cfg, x, step.positions)
-    cache = appended(cache, latent, k_rope, step)
+    cache = step.appended(cache, latent=latent, k_rope=k_rope)
     latent, k_rope = cache["latent"], cache["k_rope"]
     out = attend_absorbed(params, cfg, q_nope, q_rope, latent, k_rope, cache["length"], ops.decode_mla)
     return end(step, project_out(params, cfg, x, out)), cache
@@ -143,15 +134,6 @@ def project_out(params, cfg, x, out):
     """y B T D in x's dtype from the heads' outputs B T N V."""
     y = einsum("btnv,nvd->btd", out.to(x.dtype), params["wo"])
     return (y + params["bo"] if cfg.attention_bias else y).to(x.dtype)
-
-
-def appended(cache, latent, k_rope, step):
-    """The cache after the step's new tokens; the given cache is not changed."""
-    return {
-        "latent": append(cache["latent"], latent, step.start, step.new),
-        "k_rope": append(cache["k_rope"], k_rope, step.start, step.new),
-        "length": step.start + step.new,
-    }
 
 
 def scaling(cfg):

@@ -21,17 +21,15 @@ from ..core import blocks
 from ..core.dtypes import accumulator, einsum
 from ..ops.check import WIDE
 from . import dense, inputs
-from .step import begin, end, in_order
+from .step import begin, empty, end, in_order
 
 
 def init_cache(cfg, batch, capacity, dtype=torch.bfloat16):
     """An empty cache with room for `capacity` tokens per row, k and v in dtype."""
     check_fields(cfg)
     heads, wide = (cfg.num_key_value_heads, cfg.head_dim), accumulator(dtype)
-    return dense.init_cache(cfg, batch, capacity, dtype) | {
-        "k_mean": torch.zeros(batch, capacity // cfg.moba_chunk_size, *heads, dtype=wide),
-        "k_sum": torch.zeros(batch, *heads, dtype=wide),
-    }
+    means = empty(batch, wide, k_mean=(capacity // cfg.moba_chunk_size, *heads), k_sum=heads)
+    return dense.init_cache(cfg, batch, capacity, dtype) | means
 
 
 def forward(params, cfg, x, positions=None):
@@ -102,7 +100,7 @@ def choose(cfg, q, k_mean, positions, slots, ops=reference_ops):
 
 def appended(cfg, cache, k, v, step):
     """The cache after the step's new tokens, k and v B T K ..; the given cache is not changed."""
-    after = dense.appended(cache, k, v, step)
+    after = step.appended(cache, k=k, v=v)
     size, wide = cfg.moba_chunk_size, cache["k_sum"].dtype
     fresh = k.to(cache["k"].dtype).to(wide).masked_fill(~step.keep[..., None, None], 0.0)
     block = torch.arange(cache["k_mean"].shape[1] + 1, dtype=torch.int32, device=k.device)

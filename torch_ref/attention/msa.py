@@ -21,20 +21,18 @@ import torch
 
 from .. import ops as reference_ops
 from ..core import blocks
-from ..core.append import append
 from ..core.dtypes import einsum
 from ..core.norm import rms_norm
 from ..core.rope import frequencies
 from ..ops.block_index_scores import block_maxima
 from . import dense, inputs
-from .step import begin, end, in_order
+from .step import begin, empty, end, in_order
 
 
 def init_cache(cfg, batch, capacity, dtype=torch.bfloat16):
     """An empty cache with room for `capacity` tokens per row, k, v and k_index in dtype."""
     check_fields(cfg)
-    k_index = torch.zeros(batch, capacity, cfg.index_head_dim, dtype=dtype)
-    return dense.init_cache(cfg, batch, capacity, dtype) | {"k_index": k_index}
+    return dense.init_cache(cfg, batch, capacity, dtype) | empty(batch, dtype, k_index=(capacity, cfg.index_head_dim))
 
 
 def forward(params, cfg, x, positions=None):
@@ -61,7 +59,7 @@ def prefill(params, cfg, x, cache, lengths=None):
     step = begin(x, cache, checked_room(cfg, x, cache), lengths)
     q, k, v = dense.project(params, cfg, step.x, step.positions)
     q_index, k_index = project_index(params, cfg, step.x, step.positions)
-    cache = appended(cache, k, v, k_index, step)
+    cache = step.appended(cache, k=k, v=v, k_index=k_index)
     k, v = cache["k"], cache["v"]
     mask = visible(cfg, q_index.to(k.dtype), cache["k_index"], step.positions, step.causal(k.shape[1]))
     out = blocks.headwise_attention(q.to(k.dtype), k, v, mask, **dense.options(cfg))
@@ -77,7 +75,7 @@ def decode(params, cfg, x, cache, ops=reference_ops):
     step = begin(x, cache, checked_room(cfg, x, cache, tokens=1))
     q, k, v = dense.project(params, cfg, x, step.positions)
     q_index, k_index = project_index(params, cfg, x, step.positions)
-    cache = appended(cache, k, v, k_index, step)
+    cache = step.appended(cache, k=k, v=v, k_index=k_index)
     k, v, length, size = cache["k"], cache["v"], cache["length"], cfg.index_block_size
     scores = ops.block_index_scores(q_index.to(k.dtype), cache["k_index"], length, block_size=size)
     lists, options = choose(cfg, scores, step.positions, ops), dense.options(cfg) | {"out_dtype": x.dtype}
@@ -114,11 +112,6 @@ def visible(cfg, q_index, k_index, positions, causal):
     scores = block_maxima(q_index, k_index, causal, cfg.index_block_size)
     lists = choose(cfg, scores, positions)
     return blocks.tokens(lists, cfg.index_block_size, k_index.shape[1]) & causal[:, :, None]
-
-
-def appended(cache, k, v, k_index, step):
-    """The cache after the step's new tokens; the given cache is not changed."""
-    return dense.appended(cache, k, v, step) | {"k_index": append(cache["k_index"], k_index, step.start, step.new)}
 
 
 def check_fields(cfg):

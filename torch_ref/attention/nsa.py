@@ -34,7 +34,7 @@ from ..core.dtypes import accumulator, einsum
 from ..core.softmax import capped, grouped_attention, masked_softmax
 from . import dense, inputs, nsa_compress
 from .sliding_window import in_window, ring_then_new
-from .step import begin, end, in_order
+from .step import begin, empty, end, in_order
 
 
 class Projected(NamedTuple):
@@ -52,11 +52,10 @@ class Projected(NamedTuple):
 def init_cache(cfg, batch, capacity, dtype=torch.bfloat16):
     """An empty cache with room for `capacity` tokens per row, all buffers in dtype."""
     nsa_compress.check_fields(cfg)
-    cache = dense.init_cache(cfg, batch, capacity, dtype)
-    for (k_name, v_name), slots in buffers(cfg, capacity).items():
-        heads = (batch, slots, cfg.num_key_value_heads)
-        cache[k_name] = torch.zeros(*heads, cfg.head_dim, dtype=dtype)
-        cache[v_name] = torch.zeros(*heads, cfg.v_head_dim, dtype=dtype)
+    cache, widths = dense.init_cache(cfg, batch, capacity, dtype), (cfg.head_dim, cfg.v_head_dim)
+    for pair, slots in buffers(cfg, capacity).items():
+        shapes = {name: (slots, cfg.num_key_value_heads, width) for name, width in zip(pair, widths, strict=True)}
+        cache |= empty(batch, dtype, **shapes)
     return cache
 
 
@@ -196,7 +195,7 @@ def mix(params, cfg, x, parts):
 
 def appended(params, cfg, cache, new, step):
     """The cache after the step's new tokens and the entries that they complete; the given cache is not changed."""
-    after = dense.appended(cache, new.k, new.v, step)
+    after = step.appended(cache, k=new.k, v=new.v)
     first, count, rows_k = nsa_compress.new_entry_rows(cfg, cache["tail_k"], new.raw_k, step)
     _, _, rows_v = nsa_compress.new_entry_rows(cfg, cache["tail_v"], new.raw_v, step)
     order = torch.arange(rows_k.shape[1], dtype=torch.int32, device=first.device)
@@ -207,7 +206,7 @@ def appended(params, cfg, cache, new, step):
     rings = {"tail_k": new.raw_k, "tail_v": new.raw_v}
     if cfg.separate_branches:
         rings |= {"k_win": new.k_win, "v_win": new.v_win}
-    return after | {name: ring.write(cache[name], z, step.start, step.new) for name, z in rings.items()}
+    return after | step.appended(cache, ring.write, **rings)
 
 
 def buffers(cfg, capacity):

@@ -18,30 +18,32 @@ from . import dense, inputs, sliding_window
 
 def init_cache(cfg, batch, capacity, dtype=torch.bfloat16):
     """An empty cache with room for `capacity` tokens per row, or a ring of min(W, capacity) slots."""
-    return (dense if _window(cfg) is None else sliding_window).init_cache(cfg, batch, capacity, dtype)
+    return _keys(cfg).init_cache(cfg, batch, capacity, dtype)
 
 
 def forward(params, cfg, x, positions=None):
     """y: B T D from x: B T D without a cache; positions and errors as in `dense.forward`."""
-    return sliding_window.forward_window(params, cfg, x, positions, _window(cfg), _sinks(params, cfg))
+    check(params, cfg)
+    return _keys(cfg).forward(params, cfg, x, positions)
 
 
 def prefill(params, cfg, x, cache, lengths=None):
     """(y, cache) after appending the first lengths[b] of the T tokens of row b, as in `dense.prefill`."""
-    return sliding_window.prefill_window(params, cfg, x, cache, lengths, _window(cfg), _sinks(params, cfg))
+    check(params, cfg)
+    return _keys(cfg).prefill(params, cfg, x, cache, lengths)
 
 
 def decode(params, cfg, x, cache, ops=reference_ops):
     """(y, cache) after appending one token per row; x, y: B 1 D. ops: any namespace with `decode_attention`."""
-    return sliding_window.decode_window(params, cfg, x, cache, ops, _window(cfg), _sinks(params, cfg))
+    check(params, cfg)
+    return _keys(cfg).decode(params, cfg, x, cache, ops)
 
 
-def _window(cfg):
-    if cfg.sliding_window is not None:
-        inputs.check_counts(cfg, 1, "sliding_window")
-    return cfg.sliding_window
+def _keys(cfg):
+    """Which tokens are seen and kept is the business of the mechanism without sinks."""
+    return dense if cfg.sliding_window is None else sliding_window
 
 
-def _sinks(params, cfg):
+def check(params, cfg):
+    """Raise ValueError or TypeError for sinks that are not the config's."""
     inputs.check_parameters(params, {"sinks": (cfg.num_attention_heads,)})
-    return params["sinks"]

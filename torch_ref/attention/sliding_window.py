@@ -28,7 +28,12 @@ def init_cache(cfg, batch, capacity, dtype=torch.bfloat16):
 def forward(params, cfg, x, positions=None):
     """y: B T D from x: B T D without a cache; positions and errors as in `dense.forward`."""
     inputs.check_counts(cfg, 1, "sliding_window")
-    return forward_window(params, cfg, x, positions, cfg.sliding_window)
+    inputs.check_tokens(x, cfg.hidden_size)
+    order, positions = in_order(x, positions)
+    q, k, v = dense.project(params, cfg, x, positions)
+    mask = in_window(order, order, cfg.sliding_window)
+    out, _ = grouped_attention(q, k, v, mask, sinks=params.get("sinks"), **dense.options(cfg))
+    return dense.project_out(params, cfg, x, out)
 
 
 def prefill(params, cfg, x, cache, lengths=None):
@@ -36,44 +41,24 @@ def prefill(params, cfg, x, cache, lengths=None):
 
     The queries see what the ring held before the call and the new tokens, both as stored; the ring is written after.
     """
-    inputs.check_counts(cfg, 1, "sliding_window")
-    return prefill_window(params, cfg, x, cache, lengths, cfg.sliding_window)
+    step = begin(x, cache, checked_room(cfg, x, cache), lengths)
+    q, k, v = dense.project(params, cfg, step.x, step.positions)
+    held, keys, values = ring_then_new(step, cache["k"], cache["v"], k, v)
+    mask = in_window(step.positions, held, cfg.sliding_window) & (held >= 0)[:, None] & step.keep[..., None]
+    options = dense.options(cfg) | {"sinks": params.get("sinks")}
+    out, _ = grouped_attention(q.to(keys.dtype), keys, values, mask, **options)
+    return end(step, dense.project_out(params, cfg, step.x, out)), step.appended(cache, ring.write, k=k, v=v)
 
 
 def decode(params, cfg, x, cache, ops=reference_ops):
     """(y, cache) after appending one token per row; x, y: B 1 D. ops: any namespace with `decode_attention`."""
-    inputs.check_counts(cfg, 1, "sliding_window")
-    return decode_window(params, cfg, x, cache, ops, cfg.sliding_window)
-
-
-def forward_window(params, cfg, x, positions, window, sinks=None):
-    """`forward` with window (None: all tokens) and sinks (N, or None) as arguments."""
-    inputs.check_tokens(x, cfg.hidden_size)
-    order, positions = in_order(x, positions)
-    q, k, v = dense.project(params, cfg, x, positions)
-    out, _ = grouped_attention(q, k, v, in_window(order, order, window), sinks=sinks, **dense.options(cfg))
-    return dense.project_out(params, cfg, x, out)
-
-
-def prefill_window(params, cfg, x, cache, lengths, window, sinks=None):
-    """`prefill` with window (None: a cache that never wraps) and sinks (N, or None) as arguments."""
-    step = begin(x, cache, checked_room(cfg, x, cache, window), lengths)
-    q, k, v = dense.project(params, cfg, step.x, step.positions)
-    held, keys, values = ring_then_new(step, cache["k"], cache["v"], k, v)
-    mask = in_window(step.positions, held, window) & (held >= 0)[:, None] & step.keep[..., None]
-    out, _ = grouped_attention(q.to(keys.dtype), keys, values, mask, sinks=sinks, **dense.options(cfg))
-    return end(step, dense.project_out(params, cfg, step.x, out)), appended(cache, k, v, step)
-
-
-def decode_window(params, cfg, x, cache, ops, window, sinks=None):
-    """`decode` with window (None: a cache that never wraps) and sinks (N, or None) as arguments."""
-    step = begin(x, cache, checked_room(cfg, x, cache, window, tokens=1))
+    step = begin(x, cache, checked_room(cfg, x, cache, tokens=1))
     q, k, v = dense.project(params, cfg, x, step.positions)
-    cache = appended(cache, k, v, step)
+    cache = step.appended(cache, ring.write, k=k, v=v)
     k, v = cache["k"], cache["v"]
     # written first, so that the slots hold the window and nothing else: their order does not matter to a softmax
-    filled = cache["length"].clamp(max=k.shape[1])
-    out, _ = ops.decode_attention(q.to(k.dtype), k, v, filled, sinks=sinks, out_dtype=x.dtype, **dense.options(cfg))
+    filled, options = cache["length"].clamp(max=k.shape[1]), dense.options(cfg) | {"sinks": params.get("sinks")}
+    out, _ = ops.decode_attention(q.to(k.dtype), k, v, filled, out_dtype=x.dtype, **options)
     return end(step, dense.project_out(params, cfg, x, out)), cache
 
 
@@ -93,16 +78,7 @@ def ring_then_new(step, ring_k, ring_v, k, v, first=0):
     return held, torch.cat([ring_k, k.to(ring_k.dtype)], dim=1), torch.cat([ring_v, v.to(ring_v.dtype)], dim=1)
 
 
-def appended(cache, k, v, step):
-    """The cache after the step's new tokens; the given cache is not changed."""
-    return {
-        "k": ring.write(cache["k"], k, step.start, step.new),
-        "v": ring.write(cache["v"], v, step.start, step.new),
-        "length": step.start + step.new,
-    }
-
-
-def checked_room(cfg, x, cache, window, tokens=None):
+def checked_room(cfg, x, cache, tokens=None):
     """As `dense.checked_room`; None when the ring has the window's W slots, and never overflows."""
-    slots = dense.checked_room(cfg, x, cache, tokens)
-    return slots if window is None else inputs.ring_room("k", slots, window)
+    inputs.check_counts(cfg, 1, "sliding_window")
+    return inputs.ring_room("k", dense.checked_room(cfg, x, cache, tokens), cfg.sliding_window)

@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import torch
 
-from ..core.append import room
+from ..core.append import append, room
 from . import inputs
 
 
@@ -31,6 +31,20 @@ class Step(NamedTuple):
         """bool B T S: the slots up to each query that attends; slot s of the cache holds the token at position s."""
         slot = torch.arange(slots, device=self.x.device)
         return (slot <= self.positions[..., None]) & self.keep[..., None]
+
+    def appended(self, cache, write=append, **new):
+        """{name: buffer} after the new tokens, and the length; the given cache is not changed.
+
+        new: {name: B T ..}, rounded to the buffer's dtype. write: `append`, or `ring.write` for buffers that are rings.
+        """
+        after = {name: write(cache[name], fresh, self.start, self.new) for name, fresh in new.items()}
+        return after | {"length": self.start + self.new}
+
+
+def empty(batch, dtype, **shapes):
+    """{name: zeros, B *shape in dtype} of a cache's buffers, and a length of 0 in every row."""
+    buffers = {name: torch.zeros(batch, *shape, dtype=dtype) for name, shape in shapes.items()}
+    return buffers | {"length": torch.zeros(batch, dtype=torch.int32)}
 
 
 def begin(x, cache, capacity, lengths=None):

@@ -19,6 +19,7 @@ from typing import NamedTuple
 
 import torch
 
+from ..core import ring
 from ..core.append import append
 from ..core.dtypes import accumulator, einsum
 from ..core.norm import rms_norm
@@ -74,6 +75,14 @@ def compress(one, params, cfg, x, positions):
     before = tuple(torch.cat([torch.zeros_like(s[:, :1]), s], dim=1)[:, :blocks] for s in (u, z))
     first = torch.arange(blocks, device=x.device).expand(len(x), -1)
     return entry(one, params, cfg, pool(one, (u, z), before, first), positions[:, : blocks * m : m], x.dtype)
+
+
+def appended(compressors, params, cfg, cache, kv, step):
+    """The cache after the step's new tokens and the entries that they complete; the given cache is not changed."""
+    after = step.appended(cache, ring.write, kv=kv)
+    for one in compressors:
+        after |= extend(one, params, cfg, cache, step)
+    return after
 
 
 def extend(one, params, cfg, cache, step):

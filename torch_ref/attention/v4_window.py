@@ -26,21 +26,17 @@ from ..core.rope import apply_rope, frequencies
 from ..core.softmax import grouped_attention
 from . import inputs
 from .sliding_window import in_window
-from .step import begin, end, in_order
+from .step import begin, empty, end, in_order
 
 
 def init_cache(cfg, batch, capacity, dtype=torch.bfloat16):
     """An empty ring of min(W, capacity) slots per row in dtype."""
     check_fields(cfg)
-    return {
-        "kv": torch.zeros(batch, min(cfg.sliding_window, capacity), cfg.head_dim, dtype=dtype),
-        "length": torch.zeros(batch, dtype=torch.int32),
-    }
+    return empty(batch, dtype, kv=(min(cfg.sliding_window, capacity), cfg.head_dim))
 
 
 def forward(params, cfg, x, positions=None):
-    """y: B T D from x: B T D without a cache. positions: int B T, default 0..T-1, feed RoPE only; the window counts
-    tokens. y has x's dtype. Raises ValueError and TypeError for wrong arguments."""
+    """y: B T D from x: B T D without a cache; positions and errors as in `dense.forward`; the window counts tokens."""
     check(params, cfg, x)
     order, positions = in_order(x, positions)
     _, q, kv = project(params, cfg, x, positions)
@@ -49,18 +45,13 @@ def forward(params, cfg, x, positions=None):
 
 
 def prefill(params, cfg, x, cache, lengths=None):
-    """(y, cache) after appending the first lengths[b] of the T tokens of row b; lengths: int32 B, default T.
-
-    Token i of row b is at position cache["length"][b] + i. The queries see what the ring held before the call and the
-    new tokens, both as stored (rounded to the cache's dtype). x at pads may be anything, y there is 0. A row without
-    room raises ValueError on the CPU; on a device nothing of it is written, its length stays and all its y are NaN.
-    """
+    """(y, cache) after appending the first lengths[b] of the T tokens of row b, as in `sliding_window.prefill`."""
     check(params, cfg, x)
     step = begin(x, cache, checked_room(cfg, x, cache), lengths)
     _, q, kv = project(params, cfg, step.x, step.positions)
     keys, near = recent(cfg, cache["kv"], kv, step)
     out = attend_shared(params, cfg, q.to(keys.dtype), keys, near)
-    return end(step, project_out(params, cfg, step.x, out, step.positions)), appended(cache, kv, step)
+    return end(step, project_out(params, cfg, step.x, out, step.positions)), step.appended(cache, ring.write, kv=kv)
 
 
 def decode(params, cfg, x, cache, ops=reference_ops):
@@ -68,7 +59,7 @@ def decode(params, cfg, x, cache, ops=reference_ops):
     check(params, cfg, x, tokens=1)
     step = begin(x, cache, checked_room(cfg, x, cache))
     _, q, kv = project(params, cfg, x, step.positions)
-    cache = appended(cache, kv, step)
+    cache = step.appended(cache, ring.write, kv=kv)
     out, _ = attend_ring(params, cfg, q.to(cache["kv"].dtype), cache, ops)
     return end(step, project_out(params, cfg, x, out, step.positions)), cache
 
@@ -114,11 +105,6 @@ def attend_ring(params, cfg, q, cache, ops):
     kv = cache["kv"][:, :, None]
     filled, options = cache["length"].clamp(max=kv.shape[1]), dict(scale=cfg.head_dim**-0.5, sinks=params["sinks"])
     return ops.decode_attention(q, kv, kv, filled, out_dtype=accumulator(q.dtype), **options)
-
-
-def appended(cache, kv, step):
-    """The ring and the length after the step's new tokens; the given cache is not changed."""
-    return {"kv": ring.write(cache["kv"], kv, step.start, step.new), "length": step.start + step.new}
 
 
 def project_out(params, cfg, x, out, positions):

@@ -87,25 +87,19 @@ def page_values(page_table, needed, pages):
 
 
 def _heads(given, sizes):
-    """Every KV head serves the same number of query heads; q, k and v share a dtype, or k and v have scales.
+    """Every KV head serves the same number of query heads; k and v share a dtype, and both are quantised or neither.
 
     v=None: the values are k, and its scale is theirs.
     """
-    q, k, k_scale = given["q"], given["k"], given.get("k_scale")
-    v, v_scale = given["v"], given.get("v_scale")
-    if v is None:
-        if v_scale is not None:
-            raise TypeError(
-                "v_scale is given with v=None; allowed: None, because the values are k and its scale k_scale"
-            )
-        v, v_scale = k, k_scale
+    k, v = given["k"], given["v"]
+    if v is None and given.get("v_scale") is not None:
+        raise TypeError("v_scale is given with v=None; allowed: None, because the values are k and its scale k_scale")
     if sizes["N"] % sizes["K"]:
         raise ValueError(f"q has N={sizes['N']} heads; allowed: a multiple of the K={sizes['K']} heads of k")
-    _dtype_of_query("k", k, "q", q)
-    if v.dtype != k.dtype:
+    if v is not None and v.dtype != k.dtype:
         raise TypeError(f"v has dtype {v.dtype}; allowed: {k.dtype}, the dtype of k")
-    for name, scale in (("k_scale", k_scale), ("v_scale", v_scale)):
-        _scale(name, scale, k.dtype, "k and v have", "k and v", _names(QUANTISED))
+    for name in ("k", "v") if v is not None else ("k",):
+        _scaled(name, f"{name}_scale")(given, sizes)
 
 
 def _lists(given, sizes):
@@ -116,17 +110,15 @@ def _lists(given, sizes):
         )
 
 
-def _latent(given, sizes):
-    latent = given["latent"]
-    _dtype_of_query("latent", latent, "q_latent", given["q_latent"])
-    _scale("latent_scale", given.get("latent_scale"), latent.dtype, "latent has", "a latent", _names(QUANTISED))
-
-
-def _scale_of(stored, scale, words):
-    """The rule that `scale` comes with a quantised `stored`, and with no other."""
+def _scaled(name, scale):
+    """The rule that the argument `scale` comes with a quantised argument `name`, and with no other."""
 
     def rule(given, sizes):
-        _scale(scale, given.get(scale), given[stored].dtype, f"{stored} has", words, "int8 and float8")
+        stored = given[name].dtype
+        if stored in QUANTISED and given.get(scale) is None:
+            raise TypeError(f"{scale} is None; allowed: a float32 tensor, because {name} has dtype {stored}")
+        if stored not in QUANTISED and given.get(scale) is not None:
+            raise TypeError(f"{scale} is given for {name} of dtype {stored}; allowed: with {_names(QUANTISED)}")
 
     return rule
 
@@ -148,22 +140,6 @@ def _scores(given, sizes):
     if scores.ndim == 0:
         raise ValueError("scores has shape []; allowed: [..., S], at least one dimension")
     integer("k", given["k"])
-
-
-def _dtype_of_query(name, stored, query_name, query):
-    if stored.dtype not in (query.dtype, *QUANTISED):
-        raise TypeError(
-            f"{name} has dtype {stored.dtype}; allowed: {query.dtype}, the dtype of {query_name}, or a quantised one "
-            "with scales"
-        )
-
-
-def _scale(name, scale, stored, holder, owner, allowed):
-    """A scale comes with a quantised dtype `stored`, and with no other."""
-    if stored in QUANTISED and scale is None:
-        raise TypeError(f"{name} is None; allowed: a float32 tensor, because {holder} dtype {stored}")
-    if stored not in QUANTISED and scale is not None:
-        raise TypeError(f"{name} is given for {owner} of dtype {stored}; allowed: with {allowed}")
 
 
 def _names(dtypes):
@@ -211,31 +187,28 @@ def _checks(positional, *rows):
     return check
 
 
-STORED, LIKE_QUERY, SCALE = FLOATS + QUANTISED, ("query",), (torch.float32,)
+LIKE_QUERY, SCALE = ("query",), (torch.float32,)
+STORED = LIKE_QUERY + QUANTISED
 Q, K, V = ("q", "B T N H", FLOATS), ("k", "B S K H", STORED), ("v", "B S K V", STORED)
 SCALES = ("k_scale?", "B S K", SCALE), ("v_scale?", "B S K", SCALE)
 LENGTHS, PAGES, SINKS = ("lengths", "B", INT32), ("page_table?", "B P", INT32), ("sinks?", "N", FLOATS)
 BLOCKS, TOKENS = ("block_indices", "B T lists L", INT32), ("indices", "B T L", INT32)
 V_OR_K, LENGTHS_OR_ALL = ("v?", *V[1:]), ("lengths?", *LENGTHS[1:])
 MLA_QUERIES = ("q_latent", "B T N C", FLOATS), ("q_rope", "B T N R", LIKE_QUERY)
-K_ROPE, LATENT_SCALE = ("k_rope", "B S R", LIKE_QUERY), ("latent_scale?", "B S", SCALE)
-LATENTS = ("latent", "B S C", STORED), K_ROPE, _latent, LATENT_SCALE
-SPARSE_LATENT = ("latent", "B S C", LIKE_QUERY + QUANTISED), _scale_of("latent", "latent_scale", "latent"), LATENT_SCALE
-INDEX = ("q_index", "B T I J", FLOATS), ("k_index", "B S J", LIKE_QUERY + QUANTISED)
-INDEX_SCALE, BLOCK_SCALE = (_scale_of("k_index", "k_scale", owner) for owner in ("k_index", "a k_index"))
-K_SCALE, WEIGHTS = ("k_scale?", "B S", SCALE), ("weights", "B T I", WIDE)
+LATENTS = ("latent", "B S C", STORED), ("k_rope", "B S R", LIKE_QUERY)
+MLA = *MLA_QUERIES, *LATENTS, _scaled("latent", "latent_scale"), ("latent_scale?", "B S", SCALE)
+KEYS = ("q_index", "B T I J", FLOATS), ("k_index", "B S J", STORED)
+INDEX = *KEYS, _scaled("k_index", "k_scale"), ("k_scale?", "B S", SCALE)
 ROW = ("q", "B N H", FLOATS), ("k", "B N H", LIKE_QUERY), ("v", "B N V", LIKE_QUERY), ("state", "B N H V", WIDE)
 
 decode_attention = _checks("q k v lengths", Q, K, V, _heads, *SCALES, LENGTHS, PAGES, SINKS)
-decode_mla = _checks("q_latent q_rope latent k_rope lengths", *MLA_QUERIES, *LATENTS, LENGTHS, PAGES, SINKS)
+decode_mla = _checks("q_latent q_rope latent k_rope lengths", *MLA, LENGTHS, PAGES, SINKS)
 decode_block_sparse = _checks(
     "q k v block_indices lengths", Q, K, V_OR_K, _heads, *SCALES, BLOCKS, _lists, LENGTHS_OR_ALL, PAGES, SINKS
 )
-decode_sparse_mla = _checks(
-    "q_latent q_rope latent k_rope indices", *MLA_QUERIES, *SPARSE_LATENT, K_ROPE, TOKENS, SINKS
-)
-index_scores = _checks("q_index k_index weights lengths", *INDEX, INDEX_SCALE, K_SCALE, WEIGHTS, LENGTHS)
-block_index_scores = _checks("q_index k_index lengths", *INDEX, BLOCK_SCALE, K_SCALE, LENGTHS)
+decode_sparse_mla = _checks("q_latent q_rope latent k_rope indices", *MLA, TOKENS, SINKS)
+index_scores = _checks("q_index k_index weights lengths", *INDEX, ("weights", "B T I", WIDE), LENGTHS)
+block_index_scores = _checks("q_index k_index lengths", *INDEX, LENGTHS)
 topk_indices = _checks("scores k", _scores)
 decode_linear = _checks("q k v state decay", *ROW, _decay, ("beta?", "B N", WIDE))
 # "parts" and not "P": a merge of no parts has no meaning, while a page table P may be empty
