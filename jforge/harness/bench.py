@@ -59,7 +59,7 @@ def bench_cpu(op: Op | Composite, *, samples: int = 20, seed: int = 0) -> Iterat
                 yield {**row, "error": error, "refused": "wrong result"}
                 continue
             timing = time_cpu(call, samples=samples)
-            rate = 2 * op.moved(work.sizes, work.options) / timing.median / 1e3
+            rate = 2 * op.moved(**work.sizes, **work.options) / timing.median / 1e3
             yield {**row, "error": error, **asdict(timing), "GB_per_s": rate}
 
 
@@ -70,7 +70,7 @@ def bench_gpu(op: Op | Composite, *, samples: int = 50, seed: int = 0) -> Iterat
     ceiling = read_ceiling()
     yield {"what": "ceiling", "GB_per_s": ceiling, "samples": samples}
     for work in op.bench:
-        moved = op.moved(work.sizes, work.options)
+        moved = op.moved(**work.sizes, **work.options)
         sets = min(64, max(1, math.ceil(4 * L2_BYTES / moved)))
         inputs = [_inputs(op, work, seed + i) for i in range(sets)]
         want = _reference(op, work, inputs[0])
@@ -133,7 +133,7 @@ def _gated_row(op: Op | Composite, work: Work, call: Call, sets: int, want, samp
         return {**row, "error": error, "refused": "wrong result"}
     sets = call.sets or sets
     timing = time_gpu([lambda i=i: call.run(i) for i in range(sets)], call.synchronise, samples=samples)
-    rate = (call.moved or op.moved(work.sizes, work.options)) / timing.median / 1e3
+    rate = (call.moved or op.moved(**work.sizes, **work.options)) / timing.median / 1e3
     return {**row, "error": error, "sets": sets, **asdict(timing), "GB_per_s": rate, "of_ceiling": rate / ceiling}
 
 

@@ -90,19 +90,6 @@ def _pallas(draw: Draw) -> str | None:
     return index_scores.pallas(draw) or ("block_size is" if size not in (8, 16, 32) and size % 64 else None)
 
 
-# --- benchmarks
-
-
-def moved(sizes, options) -> int:
-    B, heads, S, J = (sizes[axis] for axis in "BISJ")
-    return B * (2 * (heads + S) * J + 4 * heads * -(-S // options["block_size"]))
-
-
-def flops(sizes, options) -> int:
-    B, heads, S, J = (sizes[axis] for axis in "BISJ")
-    return 2 * B * heads * S * J
-
-
 OP = Op(
     name=NAME,
     axes={"q_index": "BTIJ", KEYS: "BSJ", "lengths": "B"},
@@ -116,8 +103,7 @@ OP = Op(
     caches=(KEYS,),
     stored="k",
     attends=False,
-    moved=moved,
-    flops=flops,
+    moved=lambda B, I, S, J, block_size: B * (2 * (I + S) * J + 4 * I * -(-S // block_size)),  # noqa: E741
     fill={"lengths": draws.full},
     bench=(Work({"B": 16, "I": 4, "S": 131072, "J": 128}, {"block_size": 128}),),
     reads=lambda row: f"all index keys, by blocks of {row['block_size']}",

@@ -146,18 +146,6 @@ def _pallas(draw: Draw) -> str | None:
     )
 
 
-# --- benchmarks
-
-
-def moved(sizes, options) -> int:
-    B, N, H = (sizes[axis] for axis in "BNH")
-    return B * N * (8 * H * H + 8 * H)
-
-
-def flops(sizes, options) -> int:
-    return 6 * sizes["B"] * sizes["N"] * sizes["H"] ** 2
-
-
 OP = Op(
     name=NAME,
     axes={"q": "BNH", "k": "BNH", "v": "BNH", "state": "BNHH", "decay": "N"},
@@ -170,8 +158,7 @@ OP = Op(
     edges={"pallas": MOSAIC_EDGES, "triton": TRITON_EDGES},
     refusals={"triton": _triton, "pallas": _pallas},
     attends=False,
-    moved=moved,
-    flops=flops,
+    moved=lambda B, N, H: B * N * (8 * H * H + 8 * H),
     fill={
         "k": lambda key, shape, sizes, options: draws.normal(key, shape) * shape[-1] ** -0.5,
         "state": draws.float32,

@@ -43,27 +43,22 @@ def _poison(arrays: dict[str, np.ndarray], indices: np.ndarray) -> None:
         arrays["latent"][b, unread] = arrays["k_rope"][b, unread] = np.nan
 
 
-def _case(name, B, N, S, L, *tags, T=1, C=512, R=64, filled=None, plan=(), **options) -> Case:
-    """filled: 0 for rows whose lists name nothing."""
-    sizes = {"B": B, "T": T, "N": N, "S": S, "C": C, "R": R, "L": L}
-    return Case(name, NAME, sizes, filled or (1,) * B, options, frozenset(tags), dict(plan))
+def _case(name, filled, S, N, L, C=128, R=64, *tags, T=1, plan=(), **options) -> Case:
+    """filled: how many tokens the list of each row's last query names at most; 0: no list of the row names any."""
+    sizes = {"B": len(filled), "T": T, "N": N, "S": S, "C": C, "R": R, "L": L}
+    return Case(name, NAME, sizes, filled, options, frozenset(tags), dict(plan))
 
 
 CASES = (
-    _case("sparse_mla_16_heads", 2, 16, 256, 96, "basic"),
-    _case("sparse_mla_128_heads", 1, 128, 128, 64, "basic", "memcheck"),
-    _case("sparse_mla_small", 2, 8, 96, 40, "memcheck", C=128, T=2, sinks=True),
-    _case("sparse_mla_nothing_picked", 2, 16, 64, 16, C=128, filled=(0, 1)),
+    _case("sparse_mla_16_heads", (1, 1), 256, 16, 96, 512, 64, "basic"),
+    _case("sparse_mla_128_heads", (1,), 128, 128, 64, 512, 64, "basic", "memcheck"),
+    _case("sparse_mla_small", (1, 1), 96, 8, 40, 128, 64, "memcheck", T=2, sinks=True),
+    _case("sparse_mla_nothing_picked", (0, 1), 64, 16, 16, 128),
 )
 
 # --- edges of the kernels' plans
 
-
-def _edge(filled, S, N, L, C=128, R=64, *, dtype="float16", splits=0, plan=(), **more) -> Draw:
-    """filled: how many tokens the list of each row's last query names."""
-    plan = {"splits": splits} if splits else plan
-    return Draw(_case("edge", len(filled), N, S, L, C=C, R=R, filled=filled, plan=plan, **more), dtype, 0)
-
+_edge = partial(draws.edge, _case)
 
 MOSAIC_EDGES = (
     # The kernel of few rows: lists of less than a tile, around one and of several, longer than the cache.
@@ -197,19 +192,6 @@ def _pallas(draw: Draw) -> str | None:
     )
 
 
-# --- benchmarks
-
-
-def moved(sizes, options) -> int:
-    B, N, L, C, R = (sizes[axis] for axis in "BNLCR")
-    return 2 * B * (L * (C + R) + N * (2 * C + R))
-
-
-def flops(sizes, options) -> int:
-    B, N, L, C, R = (sizes[axis] for axis in "BNLCR")
-    return 2 * B * N * L * (2 * C + R)
-
-
 OP = Op(
     name=NAME,
     axes={"q_latent": "BTNC", "q_rope": "BTNR", "latent": "BSC", "k_rope": "BSR", LISTS: "BTL"},
@@ -222,8 +204,7 @@ OP = Op(
     caches=CACHES,
     lists=LISTS,
     stored="latent",
-    moved=moved,
-    flops=flops,
+    moved=lambda B, N, L, C, R, **_: 2 * B * (L * (C + R) + N * (2 * C + R)),
     fill={LISTS: draws.lists},
     bench=tuple(
         Work({"B": B, "N": N, "S": S, "C": 512, "R": 64, "L": L}, {"scale": 192**-0.5})
