@@ -88,7 +88,8 @@ def decode_kernel(
                 visible = visible & (key[None, :] >= (seen - window)[:, None])
         x = tl.where(visible, x, float("-inf"))
 
-        p, alpha, peak, total = weigh(x, peak, total)
+        p, alpha, peak = weigh(x, peak)
+        total = total * alpha + tl.sum(p, 1)
         # V is 0, not only unweighted, where nobody looks: 0 * NaN is NaN.
         v_tile = v_base + tl.cast(tile, tl.int64) * v_stride_s
         p = p.to(v.dtype.element_ty)
@@ -114,7 +115,7 @@ def site(q, k, v, lengths, *, chunk=None, **options):
     return None if chunk else key, default_config(q.element_size(), head_dim, value_dim, block_rows(rows))
 
 
-def run(q, k, v, lengths, *, scale, window=None, sinks=None, softcap=None, chunk=None, out_dtype=None, config=None):
+def run(q, k, v, lengths, *, scale, softcap=None, chunk=None, config=None, **options):
     """`decode_attention` on arguments that were checked; `config` overrides the plan (for tuning)."""
     tokens, heads, head_dim = q.shape[1:]
     slots, kv_heads, value_dim = v.shape[1:]
@@ -127,8 +128,8 @@ def run(q, k, v, lengths, *, scale, window=None, sinks=None, softcap=None, chunk
     numbers = *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], float(scale), float(softcap or 0.0)
     return over_cache(
         OP.name, decode_kernel, (q, k, v, lengths.contiguous()), numbers,
-        programs=kv_heads * blocks, slots=slots, width=value_dim, out_dtype=out_dtype, window=window, chunk=chunk,
-        sinks=sinks, config=config, G=group, HEADS=heads, H=head_dim, V=value_dim, H1=h1, H2=h2, V1=v1, V2=v2,
+        programs=kv_heads * blocks, slots=slots, width=value_dim, config=config, chunk=chunk, **options,
+        G=group, HEADS=heads, H=head_dim, V=value_dim, H1=h1, H2=h2, V1=v1, V2=v2,
         ROWS=rows, BLOCKS=blocks, BLOCK_N=config.block_n, HAS_CAP=softcap is not None,
     )  # fmt: skip
 

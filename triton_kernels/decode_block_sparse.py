@@ -114,7 +114,8 @@ def block_sparse_kernel(
             x = cap_logits(x, softcap)
         x = tl.where(inside[None, :], x * LOG2E, float("-inf"))
 
-        p, alpha, peak, total = weigh(x, peak, total)
+        p, alpha, peak = weigh(x, peak)
+        total = total * alpha + tl.sum(p, 1)
         # V is 0, not only unweighted, where nobody looks: 0 * NaN is NaN.
         v_tile, offsets = tile_rows(v, slot, page, j, v_stride_b, v_stride_s, PAGE, WHOLE)
         p = p.to(v.dtype.element_ty)
@@ -144,15 +145,13 @@ def site(q, k, v, block_indices, lengths, *, block_size, **options):
     return key, default_config(q.element_size(), head_dim, value_dim, block_rows(group), most_ctas=2)
 
 
-def run(q, k, v, block_indices, lengths, *, block_size, scale, sinks=None, softcap=None, page_table=None,
-        out_dtype=None, config=None):  # fmt: skip
+def run(q, k, v, block_indices, lengths, *, page_table=None, config=None, **options):
     """`decode_block_sparse` on arguments that were checked; `config` overrides the plan (for tuning)."""
+    block_size = options["block_size"]
     key, default = site(q, k, v, block_indices, lengths, block_size=block_size)
     chosen = config or OP.config(q, key, default)
-    options = dict(block_size=block_size, scale=scale, softcap=softcap, sinks=sinks, out_dtype=out_dtype)
     if v is None:
-        rows = (q, None, k, None, block_indices, lengths)
-        return listed_latents.run(*rows, page_table=page_table, config=chosen, **options)
+        return listed_latents.run(q, None, k, None, block_indices, lengths, page_table, config=chosen, **options)
     page = 0 if page_table is None else k.shape[1]
     if config is None and not whole_tiles(block_size, page, chosen.block_n):
         chosen = default  # tables are measured with whole tiles

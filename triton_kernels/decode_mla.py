@@ -136,8 +136,7 @@ def site(q_latent, q_rope, latent, k_rope, lengths, *, page_table=None, chunk=No
     return None if chunk or tokens > 1 else key, default
 
 
-def run(q_latent, q_rope, latent, k_rope, lengths, *, scale, window=None, sinks=None, page_table=None, chunk=None,
-        out_dtype=None, config=None):  # fmt: skip
+def run(q_latent, q_rope, latent, k_rope, lengths, *, scale, page_table=None, chunk=None, config=None, **options):
     """`decode_mla` on arguments that were checked; `config` overrides the plan (for tuning)."""
     tokens, heads, latent_dim = q_latent.shape[1:]
     rope_dim = q_rope.shape[-1]
@@ -150,7 +149,7 @@ def run(q_latent, q_rope, latent, k_rope, lengths, *, scale, window=None, sinks=
         OP.name, mla_kernel, (q_latent, q_rope, latent, k_rope, lengths.contiguous(), table),
         (*strides, float(scale) * LOG2E.value), programs=-(-tokens * heads // config.rows),
         slots=latent.shape[1] if page_table is None else page_table.shape[1] * page, width=latent_dim,
-        out_dtype=out_dtype, window=window, chunk=chunk, sinks=sinks, config=config,
+        config=config, chunk=chunk, **options,
         N=heads, C=latent_dim, R=rope_dim, C_PAD=mma_width(latent_dim), R_PAD=mma_width(rope_dim),
         LATENT_STRIDE=latent.stride(1), ROPE_STRIDE=k_rope.stride(1), PAGE=page,
         ROWS=config.rows, BLOCK_N=min(config.block_n, page or config.block_n), EARLY=config.early,

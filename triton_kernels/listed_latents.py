@@ -130,8 +130,8 @@ def site(q_latent, rope_dim, lists, span):
     return key, default_latent_config(q_latent.element_size(), latent_dim, 1, group)
 
 
-def run(q_latent, q_rope, latent, k_rope, indices, lengths=None, *, config, scale, block_size=1, sinks=None,
-        softcap=None, page_table=None, out_dtype=None):  # fmt: skip
+def run(q_latent, q_rope, latent, k_rope, indices, lengths=None, page_table=None, *, config, scale, softcap=None,
+        block_size=1, **options):  # fmt: skip
     """The general call on arguments that were checked: latent B S K C (or pages), indices B T lists L.
 
     q_rope and k_rope are tensors or both None.
@@ -142,8 +142,8 @@ def run(q_latent, q_rope, latent, k_rope, indices, lengths=None, *, config, scal
     strides = *q_latent.stride()[:3], *q_rope.stride()[:3], latent.stride(0), latent.stride(2), k_rope.stride(0)
     return over_lists(
         latent_list_kernel, (q_latent, q_rope, latent, k_rope), strides, latent, indices, lengths, page_table,
-        width=latent_dim, out_dtype=out_dtype, scale=float(scale) * (1.0 if softcap else LOG2E.value), softcap=softcap,
-        block_size=block_size, sinks=sinks, rows=config.rows, config=config,
+        width=latent_dim, scale=float(scale) * (1.0 if softcap else LOG2E.value), softcap=softcap,
+        block_size=block_size, rows=config.rows, config=config, **options,
         C=latent_dim, R=rope_dim, C_PAD=mma_width(latent_dim), R_PAD=mma_width(rope_dim),
         LATENT_STRIDE=latent.stride(1), ROPE_STRIDE=k_rope.stride(1), EARLY=config.early,
     )  # fmt: skip

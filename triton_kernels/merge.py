@@ -121,8 +121,8 @@ def merge_parts(part, part_lse, sinks, out, lse, *, n_splits, fixed):
         launch_merge(part, part_lse, sinks, out, lse, **numbering, block_p=block_p, natural=False)
 
 
-def over_cache(op, kernel, tensors, numbers, *, programs, slots, width, out_dtype, window, chunk, sinks, config,
-               **constants):  # fmt: skip
+def over_cache(op, kernel, tensors, numbers, *, programs, slots, width, config, window=None, chunk=None, sinks=None,
+               out_dtype=None, **constants):  # fmt: skip
     """(out, lse) of queries that see a prefix of a row's cache, or a window of it.
 
     programs: of one row of the batch and one split; slots: of the cache; width: of out.
@@ -141,8 +141,8 @@ def over_cache(op, kernel, tensors, numbers, *, programs, slots, width, out_dtyp
     return _launch(kernel, (programs, n_splits, batch), tensors, numbers, out, lse, sinks, config, constants)
 
 
-def over_lists(kernel, tensors, strides, cache, lists, lengths, page_table, *, width, out_dtype, scale, softcap,
-               block_size, sinks, rows, config, **constants):  # fmt: skip
+def over_lists(kernel, tensors, strides, cache, lists, lengths, page_table, *, width, scale, block_size, rows,
+               config, softcap=None, sinks=None, out_dtype=None, **constants):  # fmt: skip
     """(out, lse) of queries that see what their list names, with `rows` heads of a list in a program.
 
     cache: B S K .., or pages; lists: B T count L; width: of out. None of lengths and page_table is read.

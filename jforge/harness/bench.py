@@ -17,7 +17,7 @@ import jforge
 from jforge.core import compare
 from jforge.harness.backends import BACKENDS, KERNELS, to_torch
 from jforge.harness.composites import COMPOSITES, Composite
-from jforge.harness.draws import normal
+from jforge.harness.draws import full, normal
 from jforge.harness.op import Op, Work
 from jforge.harness.ops import OPS
 from jforge.harness.peers import shared_tensors
@@ -82,13 +82,14 @@ def bench_gpu(op: Op | Composite, *, samples: int = 50, seed: int = 0) -> Iterat
 
 def _inputs(op: Op | Composite, work: Work, seed: int) -> list:
     """The arguments of a call in bfloat16, on the device."""
+    fill = {"lengths": full, **op.fill}
     keys, arrays, sizes = jax.random.split(jax.random.key(seed), len(op.axes)), [], {"T": 1, **work.sizes}
     for (name, axes), key in zip(op.axes.items(), keys, strict=True):
         shape = tuple(sizes[axis] for axis in axes)
         if name in work.absent:
             arrays.append(None)
-        elif name in op.fill:
-            arrays.append(op.fill[name](key, shape, work.sizes, work.options))
+        elif name in fill:
+            arrays.append(fill[name](key, shape, work.sizes, work.options))
         else:
             arrays.append(normal(key, shape))
     return arrays

@@ -3,7 +3,6 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
-from jforge.harness import draws
 from jforge.harness.op import Work
 
 
@@ -43,6 +42,5 @@ MSA_STEP = Composite(
         ),
     ),
     reads=lambda row: f"all index keys, then {row['L']} blocks of {row['block_size']} a key head",
-    fill={"lengths": draws.full},
 )
 COMPOSITES = (MSA_STEP,)

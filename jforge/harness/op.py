@@ -112,7 +112,8 @@ class Op:
     attends: whether the first result is an attention's output, which may be asked for in float32.
     moved: (**sizes, **options) -> bytes that a call in bfloat16 must move over memory.
     bench, cpu: the calls that are benchmarked on a GPU, and on a machine without one.
-    fill: {argument: (key, shape, sizes, options) -> jax.Array} of benchmarks; others are normal draws in bfloat16.
+    fill: {argument: (key, shape, sizes, options) -> jax.Array} of benchmarks; lengths are full, others are normal draws
+        in bfloat16.
     carry: the argument that a call consumes and its second result replaces.
     reads: (row of a benchmark) -> what a call reads of a row's cache, in words.
     table: the table of docs/kernels.md that lists its benchmarks.

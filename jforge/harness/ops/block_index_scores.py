@@ -104,7 +104,6 @@ OP = Op(
     stored="k",
     attends=False,
     moved=lambda B, I, S, J, block_size: B * (2 * (I + S) * J + 4 * I * -(-S // block_size)),  # noqa: E741
-    fill={"lengths": draws.full},
     bench=(Work({"B": 16, "I": 4, "S": 131072, "J": 128}, {"block_size": 128}),),
     reads=lambda row: f"all index keys, by blocks of {row['block_size']}",
 )

@@ -198,7 +198,6 @@ OP = Op(
     refusals={"triton": _triton, "pallas": questions.mosaic_cache},
     caches=CACHES,
     moved=lambda B, N, K, S, H, window=None, **_: 4 * B * (min(S, window or S) * K + N) * H,
-    fill={"lengths": draws.full},
     bench=BENCH + WINDOWS,
     cpu=(_work(1, 32, 8, 1024), _work(4, 32, 8, 1024), _work(1, 32, 32, 4096)),
     reads=lambda row: f"a window of {row['window']}" if row.get("window") else "all",

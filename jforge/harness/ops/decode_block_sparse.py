@@ -272,7 +272,7 @@ OP = Op(
     caches=CACHES,
     lists=LISTS,
     moved=moved,
-    fill={LISTS: draws.lists, "lengths": draws.full},
+    fill={LISTS: draws.lists},
     bench=(_blocks(64, 64, 4, 131072, 16, 128), _blocks(16, 64, 4, 131072, 16, 128), _entries(64, 64, 32768, 512)),
     reads=_reads,
 )

@@ -165,7 +165,6 @@ OP = Op(
     refusals={"triton": _triton, "pallas": questions.mosaic_cache},
     caches=CACHES,
     moved=lambda B, N, S, C, R, **_: 2 * B * (S * (C + R) + N * (2 * C + R)),
-    fill={"lengths": draws.full},
     bench=BENCH,
     table="latent",
 )

@@ -222,7 +222,7 @@ OP = Op(
     stored="k",
     attends=False,
     moved=lambda B, I, S, J: B * (2 * (I + S) * J + 4 * S),  # noqa: E741
-    fill={"weights": draws.float32, "lengths": draws.full},
+    fill={"weights": draws.float32},
     bench=(Work({"B": 16, "I": 64, "S": 65536, "J": 128}, {}),),
     reads=lambda row: "all index keys",
 )
