@@ -188,19 +188,12 @@ BENCH = tuple(
 WINDOWS = _work(64, 32, 8, 32768, window=1024), _work(64, 32, 8, 1024)
 
 OP = Op(
-    name=NAME,
-    axes={"q": "BTNH", "k": "BSKH", "v": "BSKH", "lengths": "B"},
-    draw=draw,
-    oracle=oracle,
-    cases=CASES,
+    name=NAME, axes={"q": "BTNH", "k": "BSKH", "v": "BSKH", "lengths": "B"}, draw=draw, oracle=oracle, cases=CASES,
     fuzz=Fuzz(question, SIZES, MOSAIC, views.of_a_cache(CACHES)),
     edges={"pallas": MOSAIC_EDGES, "triton": TRITON_EDGES},
-    refusals={"triton": _triton, "pallas": questions.mosaic_cache},
-    caches=CACHES,
+    refusals={"triton": _triton, "pallas": questions.mosaic_cache}, caches=CACHES,
     moved=lambda B, N, K, S, H, window=None, **_: 4 * B * (min(S, window or S) * K + N) * H,
-    bench=BENCH + WINDOWS,
-    cpu=(_work(1, 32, 8, 1024), _work(4, 32, 8, 1024), _work(1, 32, 32, 4096)),
+    bench=BENCH + WINDOWS, cpu=(_work(1, 32, 8, 1024), _work(4, 32, 8, 1024), _work(1, 32, 32, 4096)),
     reads=lambda row: f"a window of {row['window']}" if row.get("window") else "all",
-    table="dense",
-    invariant=_case("invariance", (777,), 1024, 8, 2, 128, sinks=True),
-)
+    table="dense", invariant=_case("invariance", (777,), 1024, 8, 2, 128, sinks=True),
+)  # fmt: skip

@@ -261,18 +261,10 @@ def _reads(row) -> str:
 
 
 OP = Op(
-    name=NAME,
-    axes={"q": "BTNH", "k": "BSKH", "v": "BSKH", LISTS: "BTKL", "lengths": "B"},
-    draw=draw,
-    oracle=oracle,
-    cases=CASES,
-    fuzz=Fuzz(question, SIZES, MOSAIC, VIEWS, change),
-    edges={"pallas": MOSAIC_EDGES, "triton": TRITON_EDGES},
-    refusals={"pallas": _pallas},
-    caches=CACHES,
-    lists=LISTS,
-    moved=moved,
-    fill={LISTS: draws.lists},
+    name=NAME, axes={"q": "BTNH", "k": "BSKH", "v": "BSKH", LISTS: "BTKL", "lengths": "B"}, draw=draw, oracle=oracle,
+    cases=CASES, fuzz=Fuzz(question, SIZES, MOSAIC, VIEWS, change),
+    edges={"pallas": MOSAIC_EDGES, "triton": TRITON_EDGES}, refusals={"pallas": _pallas}, caches=CACHES, lists=LISTS,
+    moved=moved, fill={LISTS: draws.lists},
     bench=(_blocks(64, 64, 4, 131072, 16, 128), _blocks(16, 64, 4, 131072, 16, 128), _entries(64, 64, 32768, 512)),
     reads=_reads,
-)
+)  # fmt: skip

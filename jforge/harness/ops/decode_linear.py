@@ -147,16 +147,10 @@ def _pallas(draw: Draw) -> str | None:
 
 
 OP = Op(
-    name=NAME,
-    axes={"q": "BNH", "k": "BNH", "v": "BNH", "state": "BNHH", "decay": "N"},
-    draw=draw,
-    oracle=oracle,
-    cases=CASES,
-    fuzz=Fuzz(question, SIZES, MOSAIC, VIEWS, change, same_bits=True),
-    metrics=(compare.worst_row, compare.worst_row),
-    second="state",
-    edges={"pallas": MOSAIC_EDGES, "triton": TRITON_EDGES},
-    refusals={"triton": _triton, "pallas": _pallas},
+    name=NAME, axes={"q": "BNH", "k": "BNH", "v": "BNH", "state": "BNHH", "decay": "N"}, draw=draw, oracle=oracle,
+    cases=CASES, fuzz=Fuzz(question, SIZES, MOSAIC, VIEWS, change, same_bits=True),
+    metrics=(compare.worst_row, compare.worst_row), second="state",
+    edges={"pallas": MOSAIC_EDGES, "triton": TRITON_EDGES}, refusals={"triton": _triton, "pallas": _pallas},
     attends=False,
     moved=lambda B, N, H: B * N * (8 * H * H + 8 * H),
     fill={
@@ -164,7 +158,6 @@ OP = Op(
         "state": draws.float32,
         "decay": lambda key, shape, sizes, options: jnp.linspace(0.5, 0.99, *shape),
     },
-    carry="state",
-    bench=(Work({"B": 64, "N": 64, "H": 128}, {}),),
+    carry="state", bench=(Work({"B": 64, "N": 64, "H": 128}, {}),),
     reads=lambda row: f"a float32 state of {row['H']} x {row['H']} a head, and writes it",
-)
+)  # fmt: skip

@@ -155,16 +155,10 @@ BENCH = tuple(
 )  # fmt: skip
 
 OP = Op(
-    name=NAME,
-    axes={"q_latent": "BTNC", "q_rope": "BTNR", "latent": "BSC", "k_rope": "BSR", "lengths": "B"},
-    draw=draw,
-    oracle=oracle,
-    cases=CASES,
-    fuzz=Fuzz(question, SIZES, MOSAIC, views.of_a_cache(CACHES)),
+    name=NAME, axes={"q_latent": "BTNC", "q_rope": "BTNR", "latent": "BSC", "k_rope": "BSR", "lengths": "B"}, draw=draw,
+    oracle=oracle, cases=CASES, fuzz=Fuzz(question, SIZES, MOSAIC, views.of_a_cache(CACHES)),
     edges={"pallas": MOSAIC_EDGES, "triton": TRITON_EDGES},
-    refusals={"triton": _triton, "pallas": questions.mosaic_cache},
-    caches=CACHES,
+    refusals={"triton": _triton, "pallas": questions.mosaic_cache}, caches=CACHES,
     moved=lambda B, N, S, C, R, **_: 2 * B * (S * (C + R) + N * (2 * C + R)),
-    bench=BENCH,
-    table="latent",
-)
+    bench=BENCH, table="latent",
+)  # fmt: skip

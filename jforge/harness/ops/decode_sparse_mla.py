@@ -193,17 +193,10 @@ def _pallas(draw: Draw) -> str | None:
 
 
 OP = Op(
-    name=NAME,
-    axes={"q_latent": "BTNC", "q_rope": "BTNR", "latent": "BSC", "k_rope": "BSR", LISTS: "BTL"},
-    draw=draw,
-    oracle=oracle,
-    cases=CASES,
-    fuzz=Fuzz(question, SIZES, MOSAIC, VIEWS, change),
-    edges={"pallas": MOSAIC_EDGES, "triton": TRITON_EDGES},
-    refusals={"triton": _triton, "pallas": _pallas},
-    caches=CACHES,
-    lists=LISTS,
-    stored="latent",
+    name=NAME, axes={"q_latent": "BTNC", "q_rope": "BTNR", "latent": "BSC", "k_rope": "BSR", LISTS: "BTL"}, draw=draw,
+    oracle=oracle, cases=CASES, fuzz=Fuzz(question, SIZES, MOSAIC, VIEWS, change),
+    edges={"pallas": MOSAIC_EDGES, "triton": TRITON_EDGES}, refusals={"triton": _triton, "pallas": _pallas},
+    caches=CACHES, lists=LISTS, stored="latent",
     moved=lambda B, N, L, C, R, **_: 2 * B * (L * (C + R) + N * (2 * C + R)),
     fill={LISTS: draws.lists},
     bench=tuple(
@@ -211,4 +204,4 @@ OP = Op(
         for B, N, S, L in ((64, 128, 16384, 2048), (64, 128, 131072, 2048), (64, 64, 32768, 2048))
     ),
     reads=lambda row: f"{row['L']} tokens",
-)
+)  # fmt: skip

@@ -93,12 +93,7 @@ def _pallas(draw: Draw) -> str | None:
 
 
 OP = Op(
-    name=NAME,
-    axes={"outs": "PBTNV", "lses": "PBTN"},
-    draw=draw,
-    oracle=oracle,
-    cases=CASES,
-    fuzz=Fuzz(question, SIZES, SIZES, VIEWS, same_bits=True),
-    edges={"pallas": MOSAIC_EDGES, "triton": TRITON_EDGES},
+    name=NAME, axes={"outs": "PBTNV", "lses": "PBTN"}, draw=draw, oracle=oracle, cases=CASES,
+    fuzz=Fuzz(question, SIZES, SIZES, VIEWS, same_bits=True), edges={"pallas": MOSAIC_EDGES, "triton": TRITON_EDGES},
     refusals={"pallas": _pallas},
-)
+)  # fmt: skip
