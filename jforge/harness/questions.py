@@ -67,6 +67,13 @@ def over_a_cache(draw, st, op: str, sizes: dict[str, int], options: dict, dtypes
     return Draw(Case("fuzz", op, sizes, lengths, options), draw(st.sampled_from(dtypes)), draw(seeds(st)), view, at)
 
 
+def put(draw, st, case: Case, dtypes: tuple[str, ...], views, places: dict, **more) -> Draw:
+    """A case in one of the views. places: {view: where, a strategy}."""
+    view = draw(st.sampled_from(tuple(views)))
+    at = draw(places.get(view, st.just(0)))
+    return Draw(case, draw(st.sampled_from(dtypes)), draw(seeds(st)), view, at, **more)
+
+
 # --- refusals
 
 

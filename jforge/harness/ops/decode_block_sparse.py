@@ -202,11 +202,8 @@ def question(draw, st, sizes, dtypes: tuple[str, ...], out: tuple[str, ...]) -> 
     B, T, S, L = (chosen[axis] for axis in "BTSL")
     row = questions.near(st, S, block_size, 64, S // block_size * block_size, also=(T - 1, T))
     lengths = tuple(draw(row) for _ in range(B)) if draw(st.integers(0, 4)) else ()  # (): the lists alone decide
-    view = draw(st.sampled_from(questions.CACHED))
-    choices = {"alone": st.integers(0, B - 1), "paged": questions.pages(st, S), "split": st.integers(0, L)}
-    case = Case("fuzz", NAME, chosen, lengths, options)
-    at = draw(choices.get(view, st.just(0)))
-    return Draw(case, draw(st.sampled_from(dtypes)), draw(questions.seeds(st)), view, at)
+    places = {"alone": st.integers(0, B - 1), "paged": questions.pages(st, S), "split": st.integers(0, L)}
+    return questions.put(draw, st, Case("fuzz", NAME, chosen, lengths, options), dtypes, questions.CACHED, places)
 
 
 def change(draw: Draw, inputs: Inputs, rng: np.random.Generator) -> Inputs:

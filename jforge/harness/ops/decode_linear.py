@@ -102,9 +102,8 @@ MOSAIC = (
 def question(draw, st, sizes, dtypes: tuple[str, ...], out: tuple[str, ...]) -> Draw:
     chosen = dict(zip("BNHV", draw(st.sampled_from(sizes)), strict=True))
     chosen |= {"decay": draw(st.integers(1, 3)), "beta": draw(st.integers(0, 1))}
-    view = draw(st.sampled_from(tuple(VIEWS)))
-    at = draw(st.integers(0, chosen["B"] - 1)) if view == "alone" else 0
-    return Draw(Case("fuzz", NAME, chosen), draw(st.sampled_from(dtypes)), draw(questions.seeds(st)), view, at)
+    places = {"alone": st.integers(0, chosen["B"] - 1)}
+    return questions.put(draw, st, Case("fuzz", NAME, chosen), dtypes, VIEWS, places)
 
 
 def change(draw: Draw, inputs: Inputs, rng: np.random.Generator) -> Inputs:

@@ -143,10 +143,9 @@ def question(draw, st, sizes, dtypes: tuple[str, ...], out: tuple[str, ...]) -> 
     else:
         options = questions.optional(draw, st, **strategies)
     lengths = tuple(draw(questions.near(st, L, 64)) for _ in range(B))
-    view = draw(st.sampled_from(tuple(VIEWS)))
-    at = draw({"alone": st.integers(0, B - 1), "split": st.integers(0, L)}.get(view, st.just(0)))
+    places = {"alone": st.integers(0, B - 1), "split": st.integers(0, L)}
     case = Case("fuzz", NAME, chosen, lengths, options)
-    return Draw(case, draw(st.sampled_from(dtypes)), draw(questions.seeds(st)), view, at, stored=stored)
+    return questions.put(draw, st, case, dtypes, VIEWS, places, stored=stored)
 
 
 def change(draw: Draw, inputs: Inputs, rng: np.random.Generator) -> Inputs:

@@ -70,10 +70,8 @@ SIZES = ((1, 2, 1, 3, 64), (3, 2, 2, 1, 128), (7, 2, 1, 2, 64), (2, 3, 1, 2, 12)
 def question(draw, st, sizes, dtypes: tuple[str, ...], out: tuple[str, ...]) -> Draw:
     chosen = dict(zip("PBTNV", draw(st.sampled_from(sizes)), strict=True))
     lengths = tuple(draw(st.integers(0, chosen["P"])) for _ in range(chosen["B"]))
-    view = draw(st.sampled_from(tuple(VIEWS)))
-    at = draw(st.integers(0, chosen["P"])) if view == "split" else 0
-    case = Case("fuzz", NAME, chosen, lengths)
-    return Draw(case, draw(st.sampled_from(dtypes)), draw(questions.seeds(st)), view, at)
+    places = {"split": st.integers(0, chosen["P"])}
+    return questions.put(draw, st, Case("fuzz", NAME, chosen, lengths), dtypes, VIEWS, places)
 
 
 def _split(backend, draw: Draw, inputs: Inputs) -> views.Answer:
