@@ -47,16 +47,13 @@ def run_blocks(q, k, lengths, k_scale, facts):
     """The kernel, and the removal of blocks that are there for TMA only."""
     f, B = facts, q.shape[0]
     blocks = -(-f.S // f.size)
+    operands = dict(q=q.reshape(B, f.units, f.heads, f.J), k=k, lengths=lengths, k_scale=k_scale)
+    out_type = jax.ShapeDtypeStruct((B, f.units, f.heads, -(-blocks // BOX) * BOX), jnp.float32)
     out = launch_index(
-        _kernel,
-        f,
-        dict(q=q.reshape(B, f.units, f.heads, f.J), k=k, lengths=lengths, k_scale=k_scale),
-        jax.ShapeDtypeStruct((B, f.units, f.heads, -(-blocks // BOX) * BOX), jnp.float32),
-        ROWS,
-        "block_index_scores",
+        _kernel, f, operands, out_type, ROWS, "block_index_scores",
         out_s=plgpu.SMEM((2, ROWS, BOX), jnp.float32, transforms=swizzled(BOX, 4)),
         q_full=plgpu.Barrier(num_arrivals=f.share),
-    )
+    )  # fmt: skip
     return out[..., :blocks].reshape(B, f.T, -1, blocks)
 
 

@@ -53,17 +53,14 @@ def run(q, k, weights, lengths, k_scale, facts):
     """The kernel. Reshapes only relabel; nothing is moved."""
     f, B = facts, q.shape[0]
     q = q.reshape(B, f.T, f.units, f.heads, f.J)
+    operands = dict(q=q, k=k, weights=weights, lengths=lengths, k_scale=k_scale)
+    out_type = jax.ShapeDtypeStruct((B, f.T, f.S), jnp.float32)
     return launch_index(
-        _kernel,
-        f,
-        dict(q=q, k=k, weights=weights, lengths=lengths, k_scale=k_scale),
-        jax.ShapeDtypeStruct((B, f.T, f.S), jnp.float32),
-        f.share * f.padded,
-        "index_scores",
+        _kernel, f, operands, out_type, f.share * f.padded, "index_scores",
         w_s=plgpu.SMEM((f.share, f.padded), jnp.float32),
         out_s=plgpu.SMEM((2, f.share, KEYS), jnp.float32),
         q_full=plgpu.Barrier(num_arrivals=f.share * f.units),
-    )
+    )  # fmt: skip
 
 
 def _kernel(f, given, out, *, w_s, out_s, q_s, q_full, **keys):

@@ -111,16 +111,10 @@ def launch_programs(body, f, operands, out_type, scratch, grid, name, *, axes=("
     """body(f, given, *outs, **scratch) in every program of the grid; `given` holds the operands that are not None."""
     operands = {name: array for name, array in operands.items() if array is not None}
     return launch(
-        functools.partial(_named, body, f, tuple(operands)),
-        *operands.values(),
-        out_type=out_type,
-        scratch_types=scratch,
-        grid=grid,
-        grid_names=axes,
-        num_threads=warpgroups,
-        thread_name=warpgroups and "warpgroup",
-        kernel_name=name,
-    )
+        functools.partial(_named, body, f, tuple(operands)), *operands.values(), out_type=out_type,
+        scratch_types=scratch, grid=grid, grid_names=axes, num_threads=warpgroups,
+        thread_name=warpgroups and "warpgroup", kernel_name=name,
+    )  # fmt: skip
 
 
 def _named(body, f, names, *refs, **scratch):

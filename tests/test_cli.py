@@ -256,7 +256,7 @@ def test_every_benchmark_can_be_called(timed):
     options = {name: min(value, 1) if name == "topk" else value for name, value in work.options.items()}
     tiny = replace(work, sizes=small, options=options)
     results = jax.tree.leaves(bench._reference(timed, tiny, bench._inputs(timed, tiny, 0)))
-    assert all(np.isfinite(result).all() for result in results) and timed.moved(small, options) > 0
+    assert all(np.isfinite(result).all() for result in results) and timed.moved(**small, **options) > 0
 
 
 def test_sizes_of_a_benchmark_row():

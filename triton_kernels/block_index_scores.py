@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from torch_ref.ops import check
-from triton_kernels import indexer, runtime
+from triton_kernels import indexer
 from triton_kernels.indexer import FILL, products, seen_keys
 from triton_kernels.plan import Record, pow2_ceil, sweep_tiles
 from triton_kernels.tiles import load_tile, ordered, split_range, unordered
@@ -73,24 +73,14 @@ def block_kernel(
 
 def run(q_index, k_index, lengths, *, block_size, k_scale=None, config=None):
     """`block_index_scores` on arguments that were checked; `config` overrides the plan (for tuning)."""
-    batch, tokens, heads = q_index.shape[:3]
     slots = k_index.shape[1]
-    block_size = min(int(block_size), max(slots, 1))
-    shape = (batch, tokens, heads, -(-slots // block_size))
-    out = torch.empty(shape, dtype=torch.float32, device=q_index.device)
-    if not out.numel():
-        return out
-    scaled = k_scale is not None
+    size = min(int(block_size), max(slots, 1))
+    out = torch.empty((*q_index.shape[:3], -(-slots // size)), dtype=torch.float32, device=q_index.device)
     config = config or OP.config(q_index, *indexer.site(q_index, k_index, k_scale=k_scale))
-    scale_strides = k_scale.stride() if scaled else (0, 0)
-    runtime.launch(
-        block_kernel, (tokens, indexer.splits(OP.name, q_index, k_index, block_size, config), batch),
-        q_index, k_index, k_scale if scaled else out, lengths.contiguous(), out,
-        *q_index.stride()[:3], *k_index.stride()[:2], *scale_strides, slots,
-        **indexer.constants(q_index, config, scaled), BLOCK=block_size,
-        PIECE=min(config.block_n, pow2_ceil(block_size)), num_warps=config.num_warps, num_stages=config.num_stages,
+    return indexer.launch(
+        OP.name, block_kernel, (q_index, k_index), k_scale, lengths, out, config, unit=size, BLOCK=size,
+        PIECE=min(config.block_n, pow2_ceil(size)),
     )  # fmt: skip
-    return out
 
 
 def block_index_scores(q_index, k_index, lengths, *, block_size, k_scale=None):

@@ -19,18 +19,8 @@ import triton.language as tl
 
 from torch_ref.ops import check
 from triton_kernels import runtime
-from triton_kernels.device import device_of
-from triton_kernels.merge import merge_parts, outputs, part_buffers
-from triton_kernels.plan import (
-    Key,
-    Record,
-    block_rows,
-    count_splits,
-    default_config,
-    split_dim,
-    sweep_tiles,
-    value_chunks,
-)
+from triton_kernels.merge import over_cache
+from triton_kernels.plan import Key, Record, block_rows, default_config, split_dim, sweep_tiles, value_chunks
 from triton_kernels.tiles import cap_logits, cap_numbers, close_rows, key_range, load_tile, store_tile, weigh
 
 MAX_HEAD_DIM = 256
@@ -96,7 +86,8 @@ def decode_kernel(
                 visible = visible & (key[None, :] >= (seen - window)[:, None])
         x = tl.where(visible, x, float("-inf"))
 
-        p, alpha, peak, total = weigh(x, peak, total)
+        p, alpha, peak = weigh(x, peak)
+        total = total * alpha + tl.sum(p, 1)
         # V is 0, not only unweighted, where nobody looks: 0 * NaN is NaN.
         v_tile = v_base + tl.cast(tile, tl.int64) * v_stride_s
         p = p.to(v.dtype.element_ty)
@@ -122,38 +113,23 @@ def site(q, k, v, lengths, *, chunk=None, **options):
     return None if chunk else key, default_config(q.element_size(), head_dim, value_dim, block_rows(rows))
 
 
-def run(q, k, v, lengths, *, scale, window=None, sinks=None, softcap=None, chunk=None, out_dtype=None, config=None):
+def run(q, k, v, lengths, *, scale, softcap=None, chunk=None, config=None, **options):
     """`decode_attention` on arguments that were checked; `config` overrides the plan (for tuning)."""
-    batch, tokens, heads, head_dim = q.shape
+    tokens, heads, head_dim = q.shape[1:]
     slots, kv_heads, value_dim = v.shape[1:]
-    out, lse = outputs(q, value_dim, out_dtype)
-    if not out.numel():
-        return out, lse
-
-    window = None if window is None or window >= slots else int(window)
-    span = slots if window is None else min(slots, window + tokens - 1)
-    chunk = None if chunk is None else min(int(chunk), max(slots, 1))
     config = config or OP.config(q, *site(q, k, v, lengths, chunk=chunk))
     group = heads // kv_heads
     rows = block_rows(tokens * group)
     blocks = -(-tokens * group // rows)
-    n_splits = count_splits(batch * kv_heads * blocks, span, chunk, config, device_of(q))
-    runtime.check_grid(OP.name, batch, n_splits)
-    part, part_lse = part_buffers(out, lse, n_splits)
-    sinks = None if sinks is None else sinks.contiguous()
     h1, h2 = split_dim(head_dim)
     v1, v2 = value_chunks(value_dim)
-    runtime.launch(
-        decode_kernel, (kv_heads * blocks, n_splits, batch),
-        q, k, v, lengths.contiguous(), lse if sinks is None else sinks, part, part_lse,
-        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], float(scale), *cap_numbers(softcap), window or 0, chunk or 0,
-        T=tokens, G=group, HEADS=heads, H=head_dim, V=value_dim, H1=h1, H2=h2, V1=v1, V2=v2,
-        ROWS=rows, BLOCKS=blocks, BLOCK_N=config.block_n, HAS_WINDOW=window is not None, HAS_SINK=sinks is not None,
-        HAS_CAP=softcap is not None, FIXED=chunk is not None, SPLIT=n_splits > 1,
-        num_warps=config.num_warps, num_stages=config.num_stages,
+    numbers = *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], float(scale), *cap_numbers(softcap)
+    return over_cache(
+        OP.name, decode_kernel, (q, k, v, lengths.contiguous()), numbers,
+        programs=kv_heads * blocks, slots=slots, width=value_dim, config=config, chunk=chunk, **options,
+        G=group, HEADS=heads, H=head_dim, V=value_dim, H1=h1, H2=h2, V1=v1, V2=v2,
+        ROWS=rows, BLOCKS=blocks, BLOCK_N=config.block_n, HAS_CAP=softcap is not None,
     )  # fmt: skip
-    merge_parts(part, part_lse, sinks, out, lse, n_splits=n_splits, fixed=chunk is not None)
-    return out, lse
 
 
 def decode_attention(q, k, v, lengths, *, scale, window=None, sinks=None, softcap=None, page_table=None, k_scale=None,

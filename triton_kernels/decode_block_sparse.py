@@ -21,14 +21,12 @@ import triton.language as tl
 
 from torch_ref.ops import check
 from triton_kernels import listed_latents, runtime
-from triton_kernels.device import device_of
-from triton_kernels.merge import merge_parts, outputs, part_buffers
+from triton_kernels.merge import over_lists
 from triton_kernels.plan import (
     Key,
     Record,
     block_rows,
     default_config,
-    fill_splits,
     pow2_ceil,
     split_dim,
     sweep_latents,
@@ -37,7 +35,6 @@ from triton_kernels.plan import (
 )
 from triton_kernels.tiles import (
     cap_logits,
-    cap_numbers,
     close_rows,
     listed_slot,
     load_tile,
@@ -116,7 +113,8 @@ def block_sparse_kernel(
             x = cap_logits(x, softcap, inverse)
         x = tl.where(inside[None, :], x, float("-inf"))
 
-        p, alpha, peak, total = weigh(x, peak, total)
+        p, alpha, peak = weigh(x, peak)
+        total = total * alpha + tl.sum(p, 1)
         # V is 0, not only unweighted, where nobody looks: 0 * NaN is NaN.
         v_tile, offsets = tile_rows(v, slot, page, j, v_stride_b, v_stride_s, PAGE, WHOLE)
         p = p.to(v.dtype.element_ty)
@@ -146,49 +144,24 @@ def site(q, k, v, block_indices, lengths, *, block_size, **options):
     return key, default_config(q.element_size(), head_dim, value_dim, block_rows(group), most_ctas=2)
 
 
-def run(q, k, v, block_indices, lengths, *, block_size, scale, sinks=None, softcap=None, page_table=None,
-        out_dtype=None, config=None):  # fmt: skip
+def run(q, k, v, block_indices, lengths, *, page_table=None, config=None, **options):
     """`decode_block_sparse` on arguments that were checked; `config` overrides the plan (for tuning)."""
+    block_size = options["block_size"]
     key, default = site(q, k, v, block_indices, lengths, block_size=block_size)
     chosen = config or OP.config(q, key, default)
     if v is None:
-        options = dict(sinks=sinks, softcap=softcap, page_table=page_table, out_dtype=out_dtype, config=chosen)
-        general = (q, None, k, None, block_indices, lengths)
-        return listed_latents.run(*general, block_size=block_size, scale=scale, **options)
-    batch, tokens, heads, head_dim = q.shape
-    kv_heads, value_dim = v.shape[2:]
-    lists, n_entries = block_indices.shape[2:]
+        return listed_latents.run(q, None, k, None, block_indices, lengths, page_table, config=chosen, **options)
     page = 0 if page_table is None else k.shape[1]
-    slots = k.shape[1] if page_table is None else page_table.shape[1] * page
-    out, lse = outputs(q, value_dim, out_dtype)
-    if not out.numel():
-        return out, lse
-
     if config is None and not whole_tiles(block_size, page, chosen.block_n):
         chosen = default  # tables are measured with whole tiles
-    rows = block_rows(key.group)
-    blocks = -(-key.group // rows)
-    programs = batch * tokens * lists * blocks
-    n_splits = fill_splits(programs, key.length, chosen, device_of(q).sm_count)
-    part, part_lse = part_buffers(out, lse, n_splits)
-    sinks, lengths = (None if x is None else x.contiguous() for x in (sinks, lengths))
-    entries, table = (x if x is None or x.stride(-1) == 1 else x.contiguous() for x in (block_indices, page_table))
-    table = entries if table is None else table  # never read without pages; Triton wants a pointer
-    h1, h2 = split_dim(head_dim)
-    v1, v2 = value_chunks(value_dim)
-    runtime.launch(
-        block_sparse_kernel, (programs, n_splits),
-        q, k, v, entries, entries if lengths is None else lengths, table, lse if sinks is None else sinks, part,
-        part_lse, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *entries.stride()[:3], table.stride(0),
-        float(scale), *cap_numbers(softcap), slots, n_entries,
-        T=tokens, LISTS=lists, SHARE=lists // kv_heads, G=key.group, H=head_dim, V=value_dim, H1=h1, H2=h2, V1=v1,
-        V2=v2, BLOCK=block_size, PAGE=page, WHOLE=whole_tiles(block_size, page, chosen.block_n), ROWS=rows,
-        BLOCKS=blocks, BLOCK_N=chosen.block_n, HAS_LENGTHS=lengths is not None, HAS_SINK=sinks is not None,
-        HAS_CAP=softcap is not None, SPLIT=n_splits > 1,
-        num_warps=chosen.num_warps, num_stages=chosen.num_stages,
+    h1, h2 = split_dim(key.head_dim)
+    v1, v2 = value_chunks(key.value_dim)
+    strides = *q.stride()[:3], *k.stride()[:3], *v.stride()[:3]
+    return over_lists(
+        block_sparse_kernel, (q, k, v), strides, k, block_indices, lengths, page_table, **options,
+        width=key.value_dim, rows=block_rows(key.group), config=chosen,
+        H=key.head_dim, V=key.value_dim, H1=h1, H2=h2, V1=v1, V2=v2,
     )  # fmt: skip
-    merge_parts(part, part_lse, sinks, out, lse, n_splits=n_splits, fixed=False)
-    return out, lse
 
 
 def decode_block_sparse(q, k, v, block_indices, lengths, *, block_size, scale, sinks=None, softcap=None,

@@ -27,9 +27,8 @@ import triton.language as tl
 
 from torch_ref.ops import check
 from triton_kernels import runtime
-from triton_kernels.device import device_of
-from triton_kernels.merge import merge_parts, outputs, part_buffers
-from triton_kernels.plan import Key, Record, count_splits, default_latent_config, mma_width, sweep_latents
+from triton_kernels.merge import over_cache
+from triton_kernels.plan import Key, Record, default_latent_config, mma_width, sweep_latents
 from triton_kernels.tiles import absorb, close_rows, key_range, load_tile, store_tile
 
 MIN_PAGE = 16
@@ -137,41 +136,24 @@ def site(q_latent, q_rope, latent, k_rope, lengths, *, page_table=None, chunk=No
     return None if chunk or tokens > 1 else key, default
 
 
-def run(q_latent, q_rope, latent, k_rope, lengths, *, scale, window=None, sinks=None, page_table=None, chunk=None,
-        out_dtype=None, config=None):  # fmt: skip
+def run(q_latent, q_rope, latent, k_rope, lengths, *, scale, page_table=None, chunk=None, config=None, **options):
     """`decode_mla` on arguments that were checked; `config` overrides the plan (for tuning)."""
-    batch, tokens, heads, latent_dim = q_latent.shape
+    tokens, heads, latent_dim = q_latent.shape[1:]
     rope_dim = q_rope.shape[-1]
     page = 0 if page_table is None else latent.shape[1]
-    slots = latent.shape[1] if page_table is None else page_table.shape[1] * page
-    out, lse = outputs(q_latent, latent_dim, out_dtype)
-    if not out.numel():
-        return out, lse
-
-    window = None if window is None or window >= slots else int(window)
-    span = slots if window is None else min(slots, window + tokens - 1)
-    chunk = None if chunk is None else min(int(chunk), max(slots, 1))
     place = site(q_latent, q_rope, latent, k_rope, lengths, page_table=page_table, chunk=chunk)
     config = config or OP.config(q_latent, *place)
-    blocks = -(-tokens * heads // config.rows)
-    n_splits = count_splits(batch * blocks, span, chunk, config, device_of(q_latent))
-    runtime.check_grid(OP.name, batch, n_splits)
-    part, part_lse = part_buffers(out, lse, n_splits)
-    sinks = None if sinks is None else sinks.contiguous()
     table = lengths if page_table is None else page_table if page_table.stride(1) == 1 else page_table.contiguous()
-    runtime.launch(
-        mla_kernel, (blocks, n_splits, batch),
-        q_latent, q_rope, latent, k_rope, lengths.contiguous(), table, lse if sinks is None else sinks, part, part_lse,
-        *q_latent.stride()[:3], *q_rope.stride()[:3], latent.stride(0), k_rope.stride(0), table.stride(0),
-        float(scale), window or 0, chunk or 0,
-        T=tokens, N=heads, C=latent_dim, R=rope_dim, C_PAD=mma_width(latent_dim), R_PAD=mma_width(rope_dim),
+    strides = *q_latent.stride()[:3], *q_rope.stride()[:3], latent.stride(0), k_rope.stride(0), table.stride(0)
+    return over_cache(
+        OP.name, mla_kernel, (q_latent, q_rope, latent, k_rope, lengths.contiguous(), table),
+        (*strides, float(scale)), programs=-(-tokens * heads // config.rows),
+        slots=latent.shape[1] if page_table is None else page_table.shape[1] * page, width=latent_dim,
+        config=config, chunk=chunk, **options,
+        N=heads, C=latent_dim, R=rope_dim, C_PAD=mma_width(latent_dim), R_PAD=mma_width(rope_dim),
         LATENT_STRIDE=latent.stride(1), ROPE_STRIDE=k_rope.stride(1), PAGE=page,
         ROWS=config.rows, BLOCK_N=min(config.block_n, page or config.block_n), EARLY=config.early,
-        HAS_WINDOW=window is not None, HAS_SINK=sinks is not None, FIXED=chunk is not None, SPLIT=n_splits > 1,
-        num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
-    merge_parts(part, part_lse, sinks, out, lse, n_splits=n_splits, fixed=chunk is not None)
-    return out, lse
 
 
 def decode_mla(q_latent, q_rope, latent, k_rope, lengths, *, scale, window=None, sinks=None, page_table=None,

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from torch_ref.ops import check
-from triton_kernels import indexer, runtime
+from triton_kernels import indexer
 from triton_kernels.indexer import FILL, products, seen_keys
 from triton_kernels.plan import Record, sweep_tiles
 from triton_kernels.tiles import load_tile, split_range
@@ -58,21 +58,10 @@ def token_kernel(
 
 def run(q_index, k_index, weights, lengths, *, k_scale=None, config=None):
     """`index_scores` on arguments that were checked; `config` overrides the plan (for tuning)."""
-    batch, tokens = q_index.shape[:2]
-    slots = k_index.shape[1]
-    out = torch.empty((batch, tokens, slots), dtype=torch.float32, device=q_index.device)
-    if not out.numel():
-        return out
-    scaled = k_scale is not None
+    shape = (*q_index.shape[:2], k_index.shape[1])
+    out = torch.empty(shape, dtype=torch.float32, device=q_index.device)
     config = config or OP.config(q_index, *indexer.site(q_index, k_index, k_scale=k_scale))
-    scale_strides = k_scale.stride() if scaled else (0, 0)
-    runtime.launch(
-        token_kernel, (tokens, indexer.splits(OP.name, q_index, k_index, 1, config), batch),
-        q_index, k_index, weights, k_scale if scaled else weights, lengths.contiguous(), out,
-        *q_index.stride()[:3], *k_index.stride()[:2], *weights.stride(), *scale_strides, slots,
-        **indexer.constants(q_index, config, scaled), num_warps=config.num_warps, num_stages=config.num_stages,
-    )  # fmt: skip
-    return out
+    return indexer.launch(OP.name, token_kernel, (q_index, k_index, weights), k_scale, lengths, out, config)
 
 
 def index_scores(q_index, k_index, weights, lengths, *, k_scale=None):

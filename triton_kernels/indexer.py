@@ -68,15 +68,6 @@ def default_score_config(dtype_bytes, key_bytes, dim, heads):
     return Config(block_n, warps, stages, 2 * resident, 2 * block_n)
 
 
-def constants(q_index, config, scaled):
-    """The compile-time arguments of both kernels."""
-    tokens, heads, dim = q_index.shape[1:]
-    return {
-        "T": tokens, "HEADS": heads, "J": dim, "HEADS_PAD": mma_width(heads), "J_PAD": mma_width(dim),
-        "BLOCK_N": config.block_n, "SCALED": scaled,
-    }  # fmt: skip
-
-
 def site(q_index, k_index, *rest, k_scale=None, **options):
     """(Key, default) of a call. Tables are measured with keys in q's dtype, and tell up to 64 heads apart."""
     batch, tokens, heads, dim = q_index.shape
@@ -85,15 +76,24 @@ def site(q_index, k_index, *rest, k_scale=None, **options):
     return key if k_scale is None and heads <= 64 else None, default
 
 
-def splits(op, q_index, k_index, unit, config):
-    """Number of splits; unit: keys that no split cuts."""
-    batch, tokens = q_index.shape[:2]
+def launch(op, kernel, tensors, k_scale, lengths, out, config, unit=1, **constants):
+    """`out`, written by a kernel. tensors: queries, keys and perhaps weights; unit: keys that no split cuts."""
+    if not out.numel():
+        return out
+    (q_index, k_index, *weights), scaled = tensors, k_scale is not None
+    (batch, tokens, heads, dim), slots = q_index.shape, k_index.shape[1]
     step = max(unit, config.block_n)
     steps = replace(config, block_n=step, min_split=max(step, config.min_split))
-    sms = device_of(q_index).sm_count
-    n_splits = fill_splits(batch * tokens, k_index.shape[1], steps, sms, MAX_SPLITS, tolerance=0.0)
+    n_splits = fill_splits(batch * tokens, slots, steps, device_of(q_index).sm_count, MAX_SPLITS, tolerance=0.0)
     runtime.check_grid(op, batch, n_splits)
-    return n_splits
+    strides = *q_index.stride()[:3], *k_index.stride()[:2], *(stride for w in weights for stride in w.stride())
+    runtime.launch(
+        kernel, (tokens, n_splits, batch), *tensors, k_scale if scaled else (*weights, out)[0], lengths.contiguous(),
+        out, *strides, *(k_scale.stride() if scaled else (0, 0)), slots,
+        T=tokens, HEADS=heads, J=dim, HEADS_PAD=mma_width(heads), J_PAD=mma_width(dim), BLOCK_N=config.block_n,
+        SCALED=scaled, **constants, num_warps=config.num_warps, num_stages=config.num_stages,
+    )  # fmt: skip
+    return out
 
 
 def check(op, q_index, k_index, lengths):

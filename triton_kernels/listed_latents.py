@@ -16,13 +16,11 @@ import triton
 import triton.language as tl
 
 from triton_kernels import runtime
-from triton_kernels.device import device_of
-from triton_kernels.merge import merge_parts, outputs, part_buffers
-from triton_kernels.plan import Key, default_latent_config, fill_splits, mma_width
+from triton_kernels.merge import over_lists
+from triton_kernels.plan import Key, default_latent_config, mma_width
 from triton_kernels.tiles import (
     absorb,
     cap_logits,
-    cap_numbers,
     close_rows,
     listed_slot,
     load_tile,
@@ -30,7 +28,6 @@ from triton_kernels.tiles import (
     split_range,
     store_tile,
     tile_rows,
-    whole_tiles,
 )
 
 
@@ -132,44 +129,20 @@ def site(q_latent, rope_dim, lists, span):
     return key, default_latent_config(q_latent.element_size(), latent_dim, 1, group)
 
 
-def run(q_latent, q_rope, latent, k_rope, indices, lengths=None, *, config, scale, block_size=1, sinks=None,
-        softcap=None, page_table=None, out_dtype=None):  # fmt: skip
+def run(q_latent, q_rope, latent, k_rope, indices, lengths=None, page_table=None, *, config, scale, softcap=None,
+        block_size=1, **options):  # fmt: skip
     """The general call on arguments that were checked: latent B S K C (or pages), indices B T lists L.
 
     q_rope and k_rope are tensors or both None.
     """
-    batch, tokens, heads, latent_dim = q_latent.shape
-    lists, n_entries = indices.shape[2:]
-    rope_dim = 0 if q_rope is None else q_rope.shape[-1]
-    page = 0 if page_table is None else latent.shape[1]
-    slots = latent.shape[1] if page_table is None else page_table.shape[1] * page
-    out, lse = outputs(q_latent, latent_dim, out_dtype)
-    if not out.numel():
-        return out, lse
-
-    group = heads // lists
-    blocks = -(-group // config.rows)
-    programs = batch * tokens * lists * blocks
-    n_splits = fill_splits(programs, n_entries * block_size, config, device_of(q_latent).sm_count)
-    part, part_lse = part_buffers(out, lse, n_splits)
-    sinks, lengths = (None if x is None else x.contiguous() for x in (sinks, lengths))
-    indices, table = (x if x is None or x.stride(-1) == 1 else x.contiguous() for x in (indices, page_table))
+    latent_dim, rope_dim = q_latent.shape[-1], 0 if q_rope is None else q_rope.shape[-1]
     # What a kernel never reads still needs a tensor.
-    table = indices if table is None else table
     q_rope, k_rope = (q_latent, latent[:, :, 0]) if q_rope is None else (q_rope, k_rope)
-    runtime.launch(
-        latent_list_kernel, (programs, n_splits),
-        q_latent, q_rope, latent, k_rope, indices, indices if lengths is None else lengths, table,
-        lse if sinks is None else sinks, part, part_lse,
-        *q_latent.stride()[:3], *q_rope.stride()[:3],
-        latent.stride(0), latent.stride(2), k_rope.stride(0), *indices.stride()[:3], table.stride(0),
-        float(scale), *cap_numbers(softcap), slots, n_entries,
-        T=tokens, LISTS=lists, SHARE=lists // latent.shape[2], G=group, C=latent_dim, R=rope_dim,
-        C_PAD=mma_width(latent_dim), R_PAD=mma_width(rope_dim),
-        LATENT_STRIDE=latent.stride(1), ROPE_STRIDE=k_rope.stride(1), BLOCK=block_size, PAGE=page,
-        WHOLE=whole_tiles(block_size, page, config.block_n), ROWS=config.rows, BLOCKS=blocks, BLOCK_N=config.block_n,
-        EARLY=config.early, HAS_LENGTHS=lengths is not None, HAS_SINK=sinks is not None, HAS_CAP=softcap is not None,
-        SPLIT=n_splits > 1, num_warps=config.num_warps, num_stages=config.num_stages,
+    strides = *q_latent.stride()[:3], *q_rope.stride()[:3], latent.stride(0), latent.stride(2), k_rope.stride(0)
+    return over_lists(
+        latent_list_kernel, (q_latent, q_rope, latent, k_rope), strides, latent, indices, lengths, page_table,
+        width=latent_dim, scale=float(scale), softcap=softcap,
+        block_size=block_size, rows=config.rows, config=config, **options,
+        C=latent_dim, R=rope_dim, C_PAD=mma_width(latent_dim), R_PAD=mma_width(rope_dim),
+        LATENT_STRIDE=latent.stride(1), ROPE_STRIDE=k_rope.stride(1), EARLY=config.early,
     )  # fmt: skip
-    merge_parts(part, part_lse, sinks, out, lse, n_splits=n_splits, fixed=False)
-    return out, lse

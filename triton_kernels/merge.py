@@ -7,6 +7,9 @@ A sink is one more logit without a value, so it only enlarges the denominator: w
 
 The order of the sum is fixed: parts in blocks of BLOCK_P, blocks in sequence. A part with weight 0 adds exact zeros, so
 empty parts at the end change no bit.
+
+`over_cache` and `over_lists` launch an attention kernel and this step after it. Such a kernel takes its tensors, the
+sinks, out, lse and numbers, in this order; the first tensor is the query, B T N ...
 """
 
 import torch
@@ -14,8 +17,9 @@ import triton
 import triton.language as tl
 
 from triton_kernels import runtime
-from triton_kernels.plan import pow2_ceil
-from triton_kernels.tiles import finite_or_zero, log_sum, sink_factor
+from triton_kernels.device import device_of
+from triton_kernels.plan import count_splits, pow2_ceil
+from triton_kernels.tiles import cap_numbers, finite_or_zero, log_sum, sink_factor, whole_tiles
 
 # Parts per block of a merge whose bits must not depend on the number of parts (`chunk`, and the public op).
 FIXED_BLOCK_P = 32
@@ -90,8 +94,8 @@ def launch_merge(parts, lses, sinks, out, lse, *, n_parts, part_stride, row_stri
     )  # fmt: skip
 
 
-def outputs(q, width, out_dtype):
-    """out B T N width and lse B T N of a call whose queries are q: B T N ..."""
+def _outputs(q, width, out_dtype):
+    """out B T N width and lse B T N."""
     out = torch.empty((*q.shape[:3], width), dtype=out_dtype or q.dtype, device=q.device)
     return out, torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
 
@@ -113,3 +117,65 @@ def merge_parts(part, part_lse, sinks, out, lse, *, n_splits, fixed):
         block_p = FIXED_BLOCK_P if fixed else min(MAX_BLOCK_P, pow2_ceil(n_splits))
         numbering = dict(n_parts=n_splits, part_stride=1, row_stride=n_splits)
         launch_merge(part, part_lse, sinks, out, lse, **numbering, block_p=block_p)
+
+
+def over_cache(op, kernel, tensors, numbers, *, programs, slots, width, config, window=None, chunk=None, sinks=None,
+               out_dtype=None, **constants):  # fmt: skip
+    """(out, lse) of queries that see a prefix of a row's cache, or a window of it.
+
+    programs: of one row of the batch and one split; slots: of the cache; width: of out.
+    """
+    out, lse = _outputs(tensors[0], width, out_dtype)
+    if not out.numel():
+        return out, lse
+    batch, tokens = lse.shape[:2]
+    window = None if window is None or window >= slots else int(window)
+    span = slots if window is None else min(slots, window + tokens - 1)
+    chunk = None if chunk is None else min(int(chunk), max(slots, 1))
+    n_splits = count_splits(batch * programs, span, chunk, config, device_of(out))
+    runtime.check_grid(op, batch, n_splits)
+    constants |= dict(T=tokens, HAS_WINDOW=window is not None, FIXED=chunk is not None)
+    numbers = *numbers, window or 0, chunk or 0
+    return _launch(kernel, (programs, n_splits, batch), tensors, numbers, out, lse, sinks, config, constants)
+
+
+def over_lists(kernel, tensors, strides, cache, lists, lengths, page_table, *, width, scale, block_size, rows,
+               config, softcap=None, sinks=None, out_dtype=None, **constants):  # fmt: skip
+    """(out, lse) of queries that see what their list names, with `rows` heads of a list in a program.
+
+    cache: B S K .., or pages; lists: B T count L; width: of out. None of lengths and page_table is read.
+    """
+    out, lse = _outputs(tensors[0], width, out_dtype)
+    if not out.numel():
+        return out, lse
+    (batch, tokens, heads), (count, n_entries) = lse.shape, lists.shape[2:]
+    page = 0 if page_table is None else cache.shape[1]
+    slots = cache.shape[1] if page_table is None else page_table.shape[1] * page
+    group = heads // count
+    blocks = -(-group // rows)
+    programs = batch * tokens * count * blocks
+    n_splits = count_splits(programs, n_entries * block_size, None, config, device_of(out))
+    lists, table = (x if x is None or x.stride(-1) == 1 else x.contiguous() for x in (lists, page_table))
+    # What a kernel never reads still needs a tensor.
+    table, ends = lists if table is None else table, lists if lengths is None else lengths.contiguous()
+    numbers = *strides, *lists.stride()[:3], table.stride(0), float(scale), *cap_numbers(softcap), slots, n_entries
+    constants |= dict(
+        T=tokens, LISTS=count, SHARE=count // cache.shape[2], G=group, BLOCK=block_size, PAGE=page,
+        WHOLE=whole_tiles(block_size, page, config.block_n), ROWS=rows, BLOCKS=blocks, BLOCK_N=config.block_n,
+        HAS_LENGTHS=lengths is not None, HAS_CAP=softcap is not None,
+    )  # fmt: skip
+    tensors = *tensors, lists, ends, table
+    return _launch(kernel, (programs, n_splits), tensors, numbers, out, lse, sinks, config, constants)
+
+
+def _launch(kernel, grid, tensors, numbers, out, lse, sinks, config, constants):
+    """Splits are the second axis of the grid."""
+    n_splits = grid[1]
+    part, part_lse = part_buffers(out, lse, n_splits)
+    sinks = None if sinks is None else sinks.contiguous()
+    runtime.launch(
+        kernel, grid, *tensors, lse if sinks is None else sinks, part, part_lse, *numbers, **constants,
+        HAS_SINK=sinks is not None, SPLIT=n_splits > 1, num_warps=config.num_warps, num_stages=config.num_stages,
+    )  # fmt: skip
+    merge_parts(part, part_lse, sinks, out, lse, n_splits=n_splits, fixed=constants.get("FIXED", False))
+    return out, lse

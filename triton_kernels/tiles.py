@@ -109,13 +109,13 @@ def close_rows(peak, total, lse, index, real, sinks, n, HAS_SINK: tl.constexpr, 
 
 
 @triton.jit
-def weigh(x, peak, total):
-    """The online softmax after one more tile of logits x: weights, factor of what was, peak, total."""
+def weigh(x, peak):
+    """The online softmax after one more tile of logits x: weights, factor of what was, peak."""
     new_peak = tl.maximum(peak, tl.max(x, 1))
     shift = finite_or_zero(new_peak)
     alpha = tl.exp(peak - shift)
     p = tl.exp(x - shift[:, None])
-    return p, alpha, new_peak, total * alpha + tl.sum(p, 1)
+    return p, alpha, new_peak
 
 
 @triton.jit
@@ -129,13 +129,9 @@ def absorb(x, c, key, seen, window, peak, total, acc, T: tl.constexpr, HAS_WINDO
         if HAS_WINDOW:
             visible = visible & (key[None, :] >= (seen - window)[:, None])
         x = tl.where(visible, x, float("-inf"))
-    new_peak = tl.maximum(peak, tl.max(x, 1))
-    shift = finite_or_zero(new_peak)
-    alpha = tl.exp(peak - shift)
-    p = tl.exp(x - shift[:, None])
+    p, alpha, peak = weigh(x, peak)
     total = total * alpha[:, None] + p
-    acc = tl.dot(p.to(c.dtype), c, acc * alpha[:, None], input_precision="ieee")
-    return new_peak, total, acc
+    return peak, total, tl.dot(p.to(c.dtype), c, acc * alpha[:, None], input_precision="ieee")
 
 
 @triton.jit

@@ -17,7 +17,7 @@ import jforge
 from jforge.core import compare
 from jforge.harness.backends import BACKENDS, KERNELS, to_torch
 from jforge.harness.composites import COMPOSITES, Composite
-from jforge.harness.draws import normal
+from jforge.harness.draws import full, normal
 from jforge.harness.op import Op, Work
 from jforge.harness.ops import OPS
 from jforge.harness.peers import shared_tensors
@@ -59,7 +59,7 @@ def bench_cpu(op: Op | Composite, *, samples: int = 20, seed: int = 0) -> Iterat
                 yield {**row, "error": error, "refused": "wrong result"}
                 continue
             timing = time_cpu(call, samples=samples)
-            rate = 2 * op.moved(work.sizes, work.options) / timing.median / 1e3
+            rate = 2 * op.moved(**work.sizes, **work.options) / timing.median / 1e3
             yield {**row, "error": error, **asdict(timing), "GB_per_s": rate}
 
 
@@ -70,7 +70,7 @@ def bench_gpu(op: Op | Composite, *, samples: int = 50, seed: int = 0) -> Iterat
     ceiling = read_ceiling()
     yield {"what": "ceiling", "GB_per_s": ceiling, "samples": samples}
     for work in op.bench:
-        moved = op.moved(work.sizes, work.options)
+        moved = op.moved(**work.sizes, **work.options)
         sets = min(64, max(1, math.ceil(4 * L2_BYTES / moved)))
         inputs = [_inputs(op, work, seed + i) for i in range(sets)]
         want = _reference(op, work, inputs[0])
@@ -82,13 +82,14 @@ def bench_gpu(op: Op | Composite, *, samples: int = 50, seed: int = 0) -> Iterat
 
 def _inputs(op: Op | Composite, work: Work, seed: int) -> list:
     """The arguments of a call in bfloat16, on the device."""
+    fill = {"lengths": full, **op.fill}
     keys, arrays, sizes = jax.random.split(jax.random.key(seed), len(op.axes)), [], {"T": 1, **work.sizes}
     for (name, axes), key in zip(op.axes.items(), keys, strict=True):
         shape = tuple(sizes[axis] for axis in axes)
         if name in work.absent:
             arrays.append(None)
-        elif name in op.fill:
-            arrays.append(op.fill[name](key, shape, work.sizes, work.options))
+        elif name in fill:
+            arrays.append(fill[name](key, shape, work.sizes, work.options))
         else:
             arrays.append(normal(key, shape))
     return arrays
@@ -133,7 +134,7 @@ def _gated_row(op: Op | Composite, work: Work, call: Call, sets: int, want, samp
         return {**row, "error": error, "refused": "wrong result"}
     sets = call.sets or sets
     timing = time_gpu([lambda i=i: call.run(i) for i in range(sets)], call.synchronise, samples=samples)
-    rate = (call.moved or op.moved(work.sizes, work.options)) / timing.median / 1e3
+    rate = (call.moved or op.moved(**work.sizes, **work.options)) / timing.median / 1e3
     return {**row, "error": error, "sets": sets, **asdict(timing), "GB_per_s": rate, "of_ceiling": rate / ceiling}
 
 

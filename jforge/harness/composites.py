@@ -3,7 +3,6 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
-from jforge.harness import draws
 from jforge.harness.op import Work
 
 
@@ -14,7 +13,7 @@ class Composite:
     name: str
     axes: Mapping[str, str]
     run: Callable
-    moved: Callable[[Mapping, Mapping], int]
+    moved: Callable[..., int]
     bench: tuple[Work, ...]
     reads: Callable[[Mapping], str]
     fill: Mapping[str, Callable] = field(default_factory=dict)
@@ -31,16 +30,11 @@ def _select_and_attend(ops, options, q, k, v, q_index, k_index, lengths, **more)
     return ops.decode_block_sparse(q, k, v, picks, lengths, block_size=size, scale=options["scale"], **more)[0]
 
 
-def _moved(sizes, options) -> int:
-    B, K, S, H, N, L = (sizes[axis] for axis in "BKSHNL")
-    return 2 * B * H * (S + K + 2 * K * L * options["block_size"] + 2 * N)
-
-
 MSA_STEP = Composite(
     name="msa step",  # of MiniMax-M3: block scores, top-k, block-sparse attention
     axes={"q": "BTNH", "k": "BSKH", "v": "BSKH", "q_index": "BTKH", "k_index": "BSH", "lengths": "B"},
     run=_select_and_attend,
-    moved=_moved,
+    moved=lambda B, K, S, H, N, L, block_size, **_: 2 * B * H * (S + K + 2 * K * L * block_size + 2 * N),
     bench=(
         Work(
             {"B": 16, "N": 64, "K": 4, "S": 131072, "H": 128, "L": 16},
@@ -48,6 +42,5 @@ MSA_STEP = Composite(
         ),
     ),
     reads=lambda row: f"all index keys, then {row['L']} blocks of {row['block_size']} a key head",
-    fill={"lengths": draws.full},
 )
 COMPOSITES = (MSA_STEP,)

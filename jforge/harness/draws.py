@@ -1,7 +1,7 @@
 """What records share of drawing inputs: values for NumPy in named cases and the fuzz, for JAX in benchmarks."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -46,6 +46,12 @@ def meant(codes: np.ndarray, scale: np.ndarray | None) -> np.ndarray:
     """What a cache means, in float64: its values, or codes with a scale for each slot."""
     codes = np.asarray(codes, np.float64)
     return codes if scale is None else codes * np.asarray(scale, np.float64)[..., None]
+
+
+def edge(case: Callable[..., Case], lengths, *sizes, dtype="float16", page=0, splits=0, plan=(), **more) -> Draw:
+    """An example of what `case` makes: in pages, or with forced splits."""
+    plan = {"splits": splits} if splits else plan
+    return Draw(case("edge", lengths, *sizes, plan=plan, **more), dtype, 0, "paged" if page else "plain", page)
 
 
 # --- edges that the fuzz adds

@@ -111,10 +111,10 @@ class Op:
     refusals: {kernel package: (draw) -> the reason why it documents no answer (a pattern), or None: it must answer}.
     caches, lists, stored: arguments with slots on axis 1; the lists of what is read; the cache that may hold codes.
     attends: whether the first result is an attention's output, which may be asked for in float32.
-    moved, flops: (sizes, options) -> bytes that a call in bfloat16 must move over memory, and its floating-point
-        operations, a multiply and an add counted as two.
+    moved: (**sizes, **options) -> bytes that a call in bfloat16 must move over memory.
     bench, cpu: the calls that are benchmarked on a GPU, and on a machine without one.
-    fill: {argument: (key, shape, sizes, options) -> jax.Array} of benchmarks; others are normal draws in bfloat16.
+    fill: {argument: (key, shape, sizes, options) -> jax.Array} of benchmarks; lengths are full, others are normal draws
+        in bfloat16.
     carry: the argument that a call consumes and its second result replaces.
     reads: (row of a benchmark) -> what a call reads of a row's cache, in words.
     table: the table of docs/kernels.md that lists its benchmarks.
@@ -135,8 +135,7 @@ class Op:
     lists: str | None = None
     stored: str | None = None
     attends: bool = True
-    moved: Callable[[Mapping, Mapping], int] | None = None
-    flops: Callable[[Mapping, Mapping], int] | None = None
+    moved: Callable[..., int] | None = None
     fill: Mapping[str, Callable] = field(default_factory=dict)
     carry: str | None = None
     bench: tuple[Work, ...] = ()

@@ -67,10 +67,16 @@ def over_a_cache(draw, st, op: str, sizes: dict[str, int], options: dict, dtypes
     B, T, S = (sizes[axis] for axis in "BTS")
     row = near(st, S, 64, 128, options.get("window", S), options.get("chunk", S), also=(T - 1, T))
     lengths = tuple(draw(row) for _ in range(B))
-    choices = {"alone": st.integers(0, B - 1), "paged": pages(st, S), "split": st.integers(0, S)}
-    at = draw(choices.get(view, st.just(0)))
-    case, dtype = Case("fuzz", op, sizes, lengths, options), draw(st.sampled_from(dtypes))
-    return Draw(case, dtype, draw(seeds(st)), view, at, draw(values(st)))
+    places = {"alone": st.integers(0, B - 1), "paged": pages(st, S), "split": st.integers(0, S)}
+    return put(draw, st, Case("fuzz", op, sizes, lengths, options), dtypes, (view,), places, values(st))
+
+
+def put(draw, st, case: Case, dtypes, views, places: dict, values=None, stored: str | None = None) -> Draw:
+    """A case in one of the views. places: {view: where, a strategy}; values: a strategy too, None for normal ones."""
+    view = draw(st.sampled_from(tuple(views)))
+    at = draw(places.get(view, st.just(0)))
+    dtype, seed = draw(st.sampled_from(dtypes)), draw(seeds(st))
+    return Draw(case, dtype, seed, view, at, draw(values or st.just("normal")), stored)
 
 
 # --- refusals

@@ -3,33 +3,15 @@
 Tests, `jforge equiv`, benchmarks, the fuzz, GPU runs and the tables of docs/kernels.md loop over `OPS`.
 """
 
-from jforge.harness.op import Case, Op
-from jforge.harness.ops import (
-    block_index_scores,
-    decode_attention,
-    decode_block_sparse,
-    decode_linear,
-    decode_mla,
-    decode_sparse_mla,
-    index_scores,
-    merge_states,
-    topk_indices,
-)
+from importlib import import_module
 
-OPS: tuple[Op, ...] = tuple(
-    file.OP
-    for file in (
-        decode_attention,
-        decode_mla,
-        decode_block_sparse,
-        decode_sparse_mla,
-        index_scores,
-        block_index_scores,
-        topk_indices,
-        decode_linear,
-        merge_states,
-    )
-)
+from jforge.harness.op import Case, Op
+
+NAMES = (
+    "decode_attention", "decode_mla", "decode_block_sparse", "decode_sparse_mla", "index_scores", "block_index_scores",
+    "topk_indices", "decode_linear", "merge_states",
+)  # fmt: skip
+OPS: tuple[Op, ...] = tuple(import_module(f"jforge.harness.ops.{name}").OP for name in NAMES)
 BY_NAME = {op.name: op for op in OPS}
 CASES: tuple[Case, ...] = tuple(case for op in OPS for case in op.cases)
 

@@ -90,35 +90,12 @@ def _pallas(draw: Draw) -> str | None:
     return index_scores.pallas(draw) or ("block_size is" if size not in (8, 16, 32) and size % 64 else None)
 
 
-# --- benchmarks
-
-
-def moved(sizes, options) -> int:
-    B, heads, S, J = (sizes[axis] for axis in "BISJ")
-    return B * (2 * (heads + S) * J + 4 * heads * -(-S // options["block_size"]))
-
-
-def flops(sizes, options) -> int:
-    B, heads, S, J = (sizes[axis] for axis in "BISJ")
-    return 2 * B * heads * S * J
-
-
 OP = Op(
-    name=NAME,
-    axes={"q_index": "BTIJ", KEYS: "BSJ", "lengths": "B"},
-    draw=draw,
-    oracle=oracle,
-    cases=CASES,
+    name=NAME, axes={"q_index": "BTIJ", KEYS: "BSJ", "lengths": "B"}, draw=draw, oracle=oracle, cases=CASES,
     fuzz=Fuzz(question, SIZES, MOSAIC, index_scores.VIEWS, index_scores.change, exact=True, same_bits=True),
-    metrics=(compare.worst_row,),
-    edges={"pallas": MOSAIC_EDGES, "triton": TRITON_EDGES},
-    refusals={"triton": index_scores.triton, "pallas": _pallas},
-    caches=(KEYS,),
-    stored="k",
-    attends=False,
-    moved=moved,
-    flops=flops,
-    fill={"lengths": draws.full},
+    metrics=(compare.worst_row,), edges={"pallas": MOSAIC_EDGES, "triton": TRITON_EDGES},
+    refusals={"triton": index_scores.triton, "pallas": _pallas}, caches=(KEYS,), stored="k", attends=False,
+    moved=lambda B, I, S, J, block_size: B * (2 * (I + S) * J + 4 * I * -(-S // block_size)),  # noqa: E741
     bench=(Work({"B": 16, "I": 4, "S": 131072, "J": 128}, {"block_size": 128}),),
     reads=lambda row: f"all index keys, by blocks of {row['block_size']}",
-)
+)  # fmt: skip

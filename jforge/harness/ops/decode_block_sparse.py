@@ -57,37 +57,33 @@ def draw(case: Case, dtype: np.dtype, rng: np.random.Generator) -> Inputs:
     return Inputs(arrays, draws.with_sinks({"scale": H**-0.5, **case.options}, N, rng))
 
 
-def _case(name, B, N, K, H, S, size, L, lengths, *tags, T=1, V=None, X=None, plan=(), **options) -> Case:
-    sizes = {"B": B, "T": T, "N": N, "K": K, "S": S, "H": H, "V": H if V is None else V, "X": X or K, "L": L}
+def _case(name, lengths, S, size, L, N=4, K=1, H=64, *tags, B=1, T=1, V=None, X=None, plan=(), **options) -> Case:
+    """lengths () with B rows: the lists alone decide."""
+    sizes = {"B": len(lengths) or B, "T": T, "N": N, "K": K, "S": S, "H": H, "V": H if V is None else V}
+    sizes |= {"X": X or K, "L": L}
     return Case(name, NAME, sizes, lengths, {"block_size": size, **options}, frozenset(tags), dict(plan))
 
 
 CASES = (
-    _case("blocks_of_64", 2, 8, 2, 128, 512, 64, 4, (512, 300), "basic"),
-    _case("blocks_of_128", 1, 16, 2, 128, 1024, 128, 5, (1000,), "basic"),
-    _case("blocks_of_16", 3, 4, 1, 64, 256, 16, 6, (256, 0, 77), "basic", "memcheck"),
-    _case("blocks_of_8", 2, 6, 2, 64, 200, 8, 9, (200, 13)),
-    _case("blocks_of_32_per_head", 2, 8, 2, 64, 256, 32, 3, (256, 90), X=8),
-    _case("blocks_two_queries", 2, 8, 2, 64, 256, 64, 2, (256, 65), T=2, sinks=True),
-    _case("blocks_sinks_softcap", 2, 8, 2, 128, 256, 64, 2, (256, 1), sinks=True, softcap=5.0),
-    _case("blocks_keys_are_values", 2, 16, 1, 64, 256, 64, 3, (256, 130), V=0),
-    _case("blocks_without_lengths", 2, 8, 2, 64, 200, 64, 3, (), sinks=True),
-    _case("blocks_few_of_many", 1, 4, 1, 64, 1024, 64, 20, (700,)),
-    _case("tokens", 2, 8, 2, 64, 128, 1, 40, (128, 30)),
-    _case("tokens_keys_are_values", 2, 16, 1, 64, 96, 1, 33, (), V=0, sinks=True),
-    _case("entries_64_heads", 1, 64, 1, 128, 96, 1, 70, (), "memcheck", V=0, sinks=True),
-    _case("tokens_two_queries", 1, 4, 1, 128, 128, 1, 70, (128,), "memcheck", T=2),
+    _case("blocks_of_64", (512, 300), 512, 64, 4, 8, 2, 128, "basic"),
+    _case("blocks_of_128", (1000,), 1024, 128, 5, 16, 2, 128, "basic"),
+    _case("blocks_of_16", (256, 0, 77), 256, 16, 6, 4, 1, 64, "basic", "memcheck"),
+    _case("blocks_of_8", (200, 13), 200, 8, 9, 6, 2, 64),
+    _case("blocks_of_32_per_head", (256, 90), 256, 32, 3, 8, 2, 64, X=8),
+    _case("blocks_two_queries", (256, 65), 256, 64, 2, 8, 2, 64, T=2, sinks=True),
+    _case("blocks_sinks_softcap", (256, 1), 256, 64, 2, 8, 2, 128, sinks=True, softcap=5.0),
+    _case("blocks_keys_are_values", (256, 130), 256, 64, 3, 16, 1, 64, V=0),
+    _case("blocks_without_lengths", (), 200, 64, 3, 8, 2, 64, B=2, sinks=True),
+    _case("blocks_few_of_many", (700,), 1024, 64, 20, 4, 1, 64),
+    _case("tokens", (128, 30), 128, 1, 40, 8, 2, 64),
+    _case("tokens_keys_are_values", (), 96, 1, 33, 16, 1, 64, B=2, V=0, sinks=True),
+    _case("entries_64_heads", (), 96, 1, 70, 64, 1, 128, "memcheck", V=0, sinks=True),
+    _case("tokens_two_queries", (128,), 128, 1, 70, 4, 1, 128, "memcheck", T=2),
 )
 
 # --- edges of the kernels' plans
 
-
-def _edge(lengths, S, size, L, N=4, K=1, H=64, *, dtype="float16", page=0, splits=0, B=1, plan=(), **more) -> Draw:
-    """lengths () with B rows: the lists alone decide."""
-    plan = {"splits": splits} if splits else plan
-    case = _case("edge", len(lengths) or B, N, K, H, S, size, L, lengths, plan=plan, **more)
-    return Draw(case, dtype, 0, "paged" if page else "plain", page)
-
+_edge = partial(draws.edge, _case)
 
 MOSAIC_EDGES = (
     # Every size, blocks smaller than a tile and larger, a partial last block, rows of any length.
@@ -206,12 +202,9 @@ def question(draw, st, sizes, dtypes: tuple[str, ...], out: tuple[str, ...]) -> 
     B, T, S, L = (chosen[axis] for axis in "BTSL")
     row = questions.near(st, S, block_size, 64, S // block_size * block_size, also=(T - 1, T))
     lengths = tuple(draw(row) for _ in range(B)) if draw(st.integers(0, 4)) else ()  # (): the lists alone decide
-    view = draw(st.sampled_from(questions.CACHED))
-    choices = {"alone": st.integers(0, B - 1), "paged": questions.pages(st, S), "split": st.integers(0, L)}
+    places = {"alone": st.integers(0, B - 1), "paged": questions.pages(st, S), "split": st.integers(0, L)}
     case = Case("fuzz", NAME, chosen, lengths, options)
-    at = draw(choices.get(view, st.just(0)))
-    dtype, seed = draw(st.sampled_from(dtypes)), draw(questions.seeds(st))
-    return Draw(case, dtype, seed, view, at, draw(questions.values(st)))
+    return questions.put(draw, st, case, dtypes, questions.CACHED, places, questions.values(st))
 
 
 def change(draw: Draw, inputs: Inputs, rng: np.random.Generator) -> Inputs:
@@ -243,14 +236,9 @@ def _pallas(draw: Draw) -> str | None:
 # --- benchmarks
 
 
-def moved(sizes, options) -> int:
-    B, N, K, H, L = (sizes[axis] for axis in "BNKHL")
-    caches = 1 if sizes.get("V") == 0 else 2
-    return 2 * B * (caches * L * options["block_size"] * K + 2 * N) * H
-
-
-def flops(sizes, options) -> int:
-    return 4 * sizes["B"] * sizes["N"] * sizes["H"] * sizes["L"] * options["block_size"]
+def moved(B, N, K, H, L, block_size, V=None, **_) -> int:
+    caches = 1 if V == 0 else 2
+    return 2 * B * (caches * L * block_size * K + 2 * N) * H
 
 
 def _blocks(B: int, N: int, K: int, S: int, L: int, size: int) -> Work:
@@ -272,19 +260,10 @@ def _reads(row) -> str:
 
 
 OP = Op(
-    name=NAME,
-    axes={"q": "BTNH", "k": "BSKH", "v": "BSKH", LISTS: "BTKL", "lengths": "B"},
-    draw=draw,
-    oracle=oracle,
-    cases=CASES,
-    fuzz=Fuzz(question, SIZES, MOSAIC, VIEWS, change),
-    edges={"pallas": MOSAIC_EDGES, "triton": TRITON_EDGES},
-    refusals={"pallas": _pallas},
-    caches=CACHES,
-    lists=LISTS,
-    moved=moved,
-    flops=flops,
-    fill={LISTS: draws.lists, "lengths": draws.full},
+    name=NAME, axes={"q": "BTNH", "k": "BSKH", "v": "BSKH", LISTS: "BTKL", "lengths": "B"}, draw=draw, oracle=oracle,
+    cases=CASES, fuzz=Fuzz(question, SIZES, MOSAIC, VIEWS, change),
+    edges={"pallas": MOSAIC_EDGES, "triton": TRITON_EDGES}, refusals={"pallas": _pallas}, caches=CACHES, lists=LISTS,
+    moved=moved, fill={LISTS: draws.lists},
     bench=(_blocks(64, 64, 4, 131072, 16, 128), _blocks(16, 64, 4, 131072, 16, 128), _entries(64, 64, 32768, 512)),
     reads=_reads,
-)
+)  # fmt: skip

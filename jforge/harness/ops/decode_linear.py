@@ -102,9 +102,8 @@ MOSAIC = (
 def question(draw, st, sizes, dtypes: tuple[str, ...], out: tuple[str, ...]) -> Draw:
     chosen = dict(zip("BNHV", draw(st.sampled_from(sizes)), strict=True))
     chosen |= {"decay": draw(st.integers(1, 3)), "beta": draw(st.integers(0, 1))}
-    view = draw(st.sampled_from(tuple(VIEWS)))
-    at = draw(st.integers(0, chosen["B"] - 1)) if view == "alone" else 0
-    return Draw(Case("fuzz", NAME, chosen), draw(st.sampled_from(dtypes)), draw(questions.seeds(st)), view, at)
+    places = {"alone": st.integers(0, chosen["B"] - 1)}
+    return questions.put(draw, st, Case("fuzz", NAME, chosen), dtypes, VIEWS, places)
 
 
 def change(draw: Draw, inputs: Inputs, rng: np.random.Generator) -> Inputs:
@@ -146,38 +145,18 @@ def _pallas(draw: Draw) -> str | None:
     )
 
 
-# --- benchmarks
-
-
-def moved(sizes, options) -> int:
-    B, N, H = (sizes[axis] for axis in "BNH")
-    return B * N * (8 * H * H + 8 * H)
-
-
-def flops(sizes, options) -> int:
-    return 6 * sizes["B"] * sizes["N"] * sizes["H"] ** 2
-
-
 OP = Op(
-    name=NAME,
-    axes={"q": "BNH", "k": "BNH", "v": "BNH", "state": "BNHH", "decay": "N"},
-    draw=draw,
-    oracle=oracle,
-    cases=CASES,
-    fuzz=Fuzz(question, SIZES, MOSAIC, VIEWS, change, same_bits=True),
-    metrics=(compare.worst_row, compare.worst_row),
-    second="state",
-    edges={"pallas": MOSAIC_EDGES, "triton": TRITON_EDGES},
-    refusals={"triton": _triton, "pallas": _pallas},
+    name=NAME, axes={"q": "BNH", "k": "BNH", "v": "BNH", "state": "BNHH", "decay": "N"}, draw=draw, oracle=oracle,
+    cases=CASES, fuzz=Fuzz(question, SIZES, MOSAIC, VIEWS, change, same_bits=True),
+    metrics=(compare.worst_row, compare.worst_row), second="state",
+    edges={"pallas": MOSAIC_EDGES, "triton": TRITON_EDGES}, refusals={"triton": _triton, "pallas": _pallas},
     attends=False,
-    moved=moved,
-    flops=flops,
+    moved=lambda B, N, H: B * N * (8 * H * H + 8 * H),
     fill={
         "k": lambda key, shape, sizes, options: draws.normal(key, shape) * shape[-1] ** -0.5,
         "state": draws.float32,
         "decay": lambda key, shape, sizes, options: jnp.linspace(0.5, 0.99, *shape),
     },
-    carry="state",
-    bench=(Work({"B": 64, "N": 64, "H": 128}, {}),),
+    carry="state", bench=(Work({"B": 64, "N": 64, "H": 128}, {}),),
     reads=lambda row: f"a float32 state of {row['H']} x {row['H']} a head, and writes it",
-)
+)  # fmt: skip

@@ -26,31 +26,26 @@ def draw(case: Case, dtype: np.dtype, rng: np.random.Generator) -> Inputs:
     return draws.over_a_cache(case, dtype, rng, shapes, CACHES, (C + R) ** -0.5)
 
 
-def _case(name, B, N, S, lengths, *tags, T=1, C=512, R=64, plan=(), **options) -> Case:
-    sizes = {"B": B, "T": T, "N": N, "S": S, "C": C, "R": R}
+def _case(name, lengths, S, N, C=128, R=64, *tags, T=1, plan=(), **options) -> Case:
+    sizes = {"B": len(lengths), "T": T, "N": N, "S": S, "C": C, "R": R}
     return Case(name, NAME, sizes, lengths, options, frozenset(tags), dict(plan))
 
 
 CASES = (
-    _case("mla_16_heads", 2, 16, 128, (128, 70), "basic"),
-    _case("mla_128_heads", 1, 128, 128, (100,), "basic"),
-    _case("mla_empty_rows", 4, 16, 128, (0, 1, 64, 65), C=128),
-    _case("mla_one_head", 2, 1, 128, (128, 3), C=128),
-    _case("mla_64_heads", 2, 64, 192, (192, 0), C=128),
-    _case("mla_two_queries", 2, 16, 128, (128, 1), T=2, C=128),
-    _case("mla_window_sinks", 2, 32, 256, (256, 40), C=128, window=70, sinks=True),
-    _case("mla_80_heads", 2, 80, 128, (128, 70), "memcheck", C=128),
-    _case("mla_chunked", 3, 16, 256, (256, 130, 0), "memcheck", C=128, chunk=64),
+    _case("mla_16_heads", (128, 70), 128, 16, 512, 64, "basic"),
+    _case("mla_128_heads", (100,), 128, 128, 512, 64, "basic"),
+    _case("mla_empty_rows", (0, 1, 64, 65), 128, 16, 128),
+    _case("mla_one_head", (128, 3), 128, 1, 128),
+    _case("mla_64_heads", (192, 0), 192, 64, 128),
+    _case("mla_two_queries", (128, 1), 128, 16, 128, T=2),
+    _case("mla_window_sinks", (256, 40), 256, 32, 128, window=70, sinks=True),
+    _case("mla_80_heads", (128, 70), 128, 80, 128, 64, "memcheck"),
+    _case("mla_chunked", (256, 130, 0), 256, 16, 128, 64, "memcheck", chunk=64),
 )
 
 # --- edges of the kernels' plans
 
-
-def _edge(lengths, S, N, C=128, R=64, *, dtype="float16", page=0, splits=0, **more) -> Draw:
-    case = _case("edge", len(lengths), N, S, lengths, C=C, R=R, plan={"splits": splits} if splits else {}, **more)
-    return Draw(case, dtype, 0, "paged" if page else "plain", page)
-
-
+_edge = partial(draws.edge, _case)
 AROUND_A_TILE = decode_attention.AROUND_A_TILE
 MOSAIC_EDGES = (
     # The kernel of few rows: one split and several.
@@ -154,17 +149,6 @@ def _triton(draw: Draw) -> str | None:
 
 # --- benchmarks
 
-
-def moved(sizes, options) -> int:
-    B, N, S, C, R = (sizes[axis] for axis in "BNSCR")
-    return 2 * B * (S * (C + R) + N * (2 * C + R))
-
-
-def flops(sizes, options) -> int:
-    B, N, S, C, R = (sizes[axis] for axis in "BNSCR")
-    return 2 * B * N * S * (2 * C + R)
-
-
 SCALE = 192**-0.5  # of DeepSeek's expanded heads: nope 128 + rope 64
 BENCH = tuple(
     Work({"B": B, "N": N, "S": S, "C": 512, "R": 64}, {"scale": SCALE}, peers=peers.expanded)
@@ -174,18 +158,10 @@ BENCH = tuple(
 )  # fmt: skip
 
 OP = Op(
-    name=NAME,
-    axes={"q_latent": "BTNC", "q_rope": "BTNR", "latent": "BSC", "k_rope": "BSR", "lengths": "B"},
-    draw=draw,
-    oracle=oracle,
-    cases=CASES,
-    fuzz=Fuzz(question, SIZES, MOSAIC, views.of_a_cache(CACHES), change),
+    name=NAME, axes={"q_latent": "BTNC", "q_rope": "BTNR", "latent": "BSC", "k_rope": "BSR", "lengths": "B"}, draw=draw,
+    oracle=oracle, cases=CASES, fuzz=Fuzz(question, SIZES, MOSAIC, views.of_a_cache(CACHES), change),
     edges={"pallas": MOSAIC_EDGES, "triton": TRITON_EDGES},
-    refusals={"triton": _triton, "pallas": questions.mosaic_cache},
-    caches=CACHES,
-    moved=moved,
-    flops=flops,
-    fill={"lengths": draws.full},
-    bench=BENCH,
-    table="latent",
-)
+    refusals={"triton": _triton, "pallas": questions.mosaic_cache}, caches=CACHES,
+    moved=lambda B, N, S, C, R, **_: 2 * B * (S * (C + R) + N * (2 * C + R)),
+    bench=BENCH, table="latent",
+)  # fmt: skip

@@ -43,27 +43,22 @@ def _poison(arrays: dict[str, np.ndarray], indices: np.ndarray) -> None:
         arrays["latent"][b, unread] = arrays["k_rope"][b, unread] = np.nan
 
 
-def _case(name, B, N, S, L, *tags, T=1, C=512, R=64, filled=None, plan=(), **options) -> Case:
-    """filled: 0 for rows whose lists name nothing."""
-    sizes = {"B": B, "T": T, "N": N, "S": S, "C": C, "R": R, "L": L}
-    return Case(name, NAME, sizes, filled or (1,) * B, options, frozenset(tags), dict(plan))
+def _case(name, filled, S, N, L, C=128, R=64, *tags, T=1, plan=(), **options) -> Case:
+    """filled: how many tokens the list of each row's last query names at most; 0: no list of the row names any."""
+    sizes = {"B": len(filled), "T": T, "N": N, "S": S, "C": C, "R": R, "L": L}
+    return Case(name, NAME, sizes, filled, options, frozenset(tags), dict(plan))
 
 
 CASES = (
-    _case("sparse_mla_16_heads", 2, 16, 256, 96, "basic"),
-    _case("sparse_mla_128_heads", 1, 128, 128, 64, "basic", "memcheck"),
-    _case("sparse_mla_small", 2, 8, 96, 40, "memcheck", C=128, T=2, sinks=True),
-    _case("sparse_mla_nothing_picked", 2, 16, 64, 16, C=128, filled=(0, 1)),
+    _case("sparse_mla_16_heads", (1, 1), 256, 16, 96, 512, 64, "basic"),
+    _case("sparse_mla_128_heads", (1,), 128, 128, 64, 512, 64, "basic", "memcheck"),
+    _case("sparse_mla_small", (1, 1), 96, 8, 40, 128, 64, "memcheck", T=2, sinks=True),
+    _case("sparse_mla_nothing_picked", (0, 1), 64, 16, 16, 128),
 )
 
 # --- edges of the kernels' plans
 
-
-def _edge(filled, S, N, L, C=128, R=64, *, dtype="float16", splits=0, plan=(), **more) -> Draw:
-    """filled: how many tokens the list of each row's last query names."""
-    plan = {"splits": splits} if splits else plan
-    return Draw(_case("edge", len(filled), N, S, L, C=C, R=R, filled=filled, plan=plan, **more), dtype, 0)
-
+_edge = partial(draws.edge, _case)
 
 MOSAIC_EDGES = (
     # The kernel of few rows: lists of less than a tile, around one and of several, longer than the cache.
@@ -148,11 +143,9 @@ def question(draw, st, sizes, dtypes: tuple[str, ...], out: tuple[str, ...]) -> 
     else:
         options = questions.optional(draw, st, **strategies)
     lengths = tuple(draw(questions.near(st, L, 64)) for _ in range(B))
-    view = draw(st.sampled_from(tuple(VIEWS)))
-    at = draw({"alone": st.integers(0, B - 1), "split": st.integers(0, L)}.get(view, st.just(0)))
+    places = {"alone": st.integers(0, B - 1), "split": st.integers(0, L)}
     case = Case("fuzz", NAME, chosen, lengths, options)
-    values = "normal" if stored else draw(questions.values(st))
-    return Draw(case, draw(st.sampled_from(dtypes)), draw(questions.seeds(st)), view, at, values, stored)
+    return questions.put(draw, st, case, dtypes, VIEWS, places, None if stored else questions.values(st), stored)
 
 
 def change(draw: Draw, inputs: Inputs, rng: np.random.Generator) -> Inputs:
@@ -199,37 +192,16 @@ def _pallas(draw: Draw) -> str | None:
     )
 
 
-# --- benchmarks
-
-
-def moved(sizes, options) -> int:
-    B, N, L, C, R = (sizes[axis] for axis in "BNLCR")
-    return 2 * B * (L * (C + R) + N * (2 * C + R))
-
-
-def flops(sizes, options) -> int:
-    B, N, L, C, R = (sizes[axis] for axis in "BNLCR")
-    return 2 * B * N * L * (2 * C + R)
-
-
 OP = Op(
-    name=NAME,
-    axes={"q_latent": "BTNC", "q_rope": "BTNR", "latent": "BSC", "k_rope": "BSR", LISTS: "BTL"},
-    draw=draw,
-    oracle=oracle,
-    cases=CASES,
-    fuzz=Fuzz(question, SIZES, MOSAIC, VIEWS, change),
-    edges={"pallas": MOSAIC_EDGES, "triton": TRITON_EDGES},
-    refusals={"triton": _triton, "pallas": _pallas},
-    caches=CACHES,
-    lists=LISTS,
-    stored="latent",
-    moved=moved,
-    flops=flops,
+    name=NAME, axes={"q_latent": "BTNC", "q_rope": "BTNR", "latent": "BSC", "k_rope": "BSR", LISTS: "BTL"}, draw=draw,
+    oracle=oracle, cases=CASES, fuzz=Fuzz(question, SIZES, MOSAIC, VIEWS, change),
+    edges={"pallas": MOSAIC_EDGES, "triton": TRITON_EDGES}, refusals={"triton": _triton, "pallas": _pallas},
+    caches=CACHES, lists=LISTS, stored="latent",
+    moved=lambda B, N, L, C, R, **_: 2 * B * (L * (C + R) + N * (2 * C + R)),
     fill={LISTS: draws.lists},
     bench=tuple(
         Work({"B": B, "N": N, "S": S, "C": 512, "R": 64, "L": L}, {"scale": 192**-0.5})
         for B, N, S, L in ((64, 128, 16384, 2048), (64, 128, 131072, 2048), (64, 64, 32768, 2048))
     ),
     reads=lambda row: f"{row['L']} tokens",
-)
+)  # fmt: skip

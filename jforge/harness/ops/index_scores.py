@@ -208,35 +208,12 @@ def _pallas(draw: Draw) -> str | None:
     return pallas(draw) or ("heads of one query must fit" if 16 * (heads // box) * J > 2**17 else None)
 
 
-# --- benchmarks
-
-
-def moved(sizes, options) -> int:
-    B, heads, S, J = (sizes[axis] for axis in "BISJ")
-    return B * (2 * (heads + S) * J + 4 * S)
-
-
-def flops(sizes, options) -> int:
-    B, heads, S, J = (sizes[axis] for axis in "BISJ")
-    return 2 * B * heads * S * (J + 1)
-
-
 OP = Op(
-    name=NAME,
-    axes={"q_index": "BTIJ", KEYS: "BSJ", "weights": "BTI", "lengths": "B"},
-    draw=draw,
-    oracle=oracle,
-    cases=CASES,
-    fuzz=Fuzz(question, SIZES, MOSAIC, VIEWS, change, exact=True, same_bits=True),
-    metrics=(compare.worst_row,),
-    edges={"pallas": MOSAIC_EDGES, "triton": TRITON_EDGES},
-    refusals={"triton": triton, "pallas": _pallas},
-    caches=(KEYS,),
-    stored="k",
-    attends=False,
-    moved=moved,
-    flops=flops,
-    fill={"weights": draws.float32, "lengths": draws.full},
-    bench=(Work({"B": 16, "I": 64, "S": 65536, "J": 128}, {}),),
+    name=NAME, axes={"q_index": "BTIJ", KEYS: "BSJ", "weights": "BTI", "lengths": "B"}, draw=draw, oracle=oracle,
+    cases=CASES, fuzz=Fuzz(question, SIZES, MOSAIC, VIEWS, change, exact=True, same_bits=True),
+    metrics=(compare.worst_row,), edges={"pallas": MOSAIC_EDGES, "triton": TRITON_EDGES},
+    refusals={"triton": triton, "pallas": _pallas}, caches=(KEYS,), stored="k", attends=False,
+    moved=lambda B, I, S, J: B * (2 * (I + S) * J + 4 * S),  # noqa: E741
+    fill={"weights": draws.float32}, bench=(Work({"B": 16, "I": 64, "S": 65536, "J": 128}, {}),),
     reads=lambda row: "all index keys",
-)
+)  # fmt: skip

@@ -70,11 +70,8 @@ SIZES = ((1, 2, 1, 3, 64), (3, 2, 2, 1, 128), (7, 2, 1, 2, 64), (2, 3, 1, 2, 12)
 def question(draw, st, sizes, dtypes: tuple[str, ...], out: tuple[str, ...]) -> Draw:
     chosen = dict(zip("PBTNV", draw(st.sampled_from(sizes)), strict=True))
     lengths = tuple(draw(st.integers(0, chosen["P"])) for _ in range(chosen["B"]))
-    view = draw(st.sampled_from(tuple(VIEWS)))
-    at = draw(st.integers(0, chosen["P"])) if view == "split" else 0
-    case = Case("fuzz", NAME, chosen, lengths)
-    dtype, seed = draw(st.sampled_from(dtypes)), draw(questions.seeds(st))
-    return Draw(case, dtype, seed, view, at, draw(questions.values(st)))
+    places = {"split": st.integers(0, chosen["P"])}
+    return questions.put(draw, st, Case("fuzz", NAME, chosen, lengths), dtypes, VIEWS, places, questions.values(st))
 
 
 def change(draw: Draw, inputs: Inputs, rng: np.random.Generator) -> Inputs:
@@ -103,12 +100,7 @@ def _pallas(draw: Draw) -> str | None:
 
 
 OP = Op(
-    name=NAME,
-    axes={"outs": "PBTNV", "lses": "PBTN"},
-    draw=draw,
-    oracle=oracle,
-    cases=CASES,
-    fuzz=Fuzz(question, SIZES, SIZES, VIEWS, change, same_bits=True),
+    name=NAME, axes={"outs": "PBTNV", "lses": "PBTN"}, draw=draw, oracle=oracle, cases=CASES,
+    fuzz=Fuzz(question, SIZES, SIZES, VIEWS, change, same_bits=True), refusals={"pallas": _pallas},
     edges={"pallas": MOSAIC_EDGES, "triton": TRITON_EDGES},
-    refusals={"pallas": _pallas},
-)
+)  # fmt: skip

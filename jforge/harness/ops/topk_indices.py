@@ -152,13 +152,7 @@ def _there(places: np.ndarray, picks: np.ndarray) -> np.ndarray:
 VIEWS = {"plain": views.plain, "permuted": _permuted, "split": _split, "shuffled": _shuffled}
 
 OP = Op(
-    name=NAME,
-    axes={"scores": "BTS"},
-    draw=draw,
-    oracle=oracle,
-    cases=CASES,
-    fuzz=Fuzz(question, SIZES, SIZES, VIEWS, change, judge=judge),
-    metrics=(compare.different,),
-    edges={"triton": TRITON_EDGES},
-    attends=False,
-)
+    name=NAME, axes={"scores": "BTS"}, draw=draw, oracle=oracle, cases=CASES,
+    fuzz=Fuzz(question, SIZES, SIZES, VIEWS, change, judge=judge), metrics=(compare.different,),
+    edges={"triton": TRITON_EDGES}, attends=False,
+)  # fmt: skip
