@@ -62,8 +62,10 @@ ALL_PAGES = [
 ALL_SCALES = [
     ({"scale": None}, T, "scale is "),
     ({"scale": np.complex64(1)}, T, "scale is "),
-    ({"scale": NAN}, V, "scale is nan; allowed: a finite number"),
-    ({"scale": INF}, V, "scale is inf; allowed: a finite number"),
+    ({"scale": NAN}, V, "scale is nan; allowed: a number from -3.4e+38 to 3.4e+38"),
+    ({"scale": INF}, V, "scale is inf; allowed: a number"),
+    ({"scale": 1e39}, V, "scale is 1e+39; allowed: a number from -3.4e+38"),
+    ({"scale": -(10**400)}, V, "scale is -1000"),
 ]
 WINDOWS = [
     ({"window": 0}, V, "window is 0; allowed: an int >= 1"),
@@ -86,9 +88,8 @@ OVER_A_CACHE = [
     ({"k": f16(3, 11, 2, 5)}, T, "k has dtype torch.float16; allowed: float32, int8, float8_e4m3fn, float8_e5m2"),
     ({"v": f16(3, 11, 2, 3)}, T, "v has dtype torch.float16; allowed: float32, int8, float8_e4m3fn, float8_e5m2"),
     ({"v": f32(3, 8, 2, 3)}, V, "v has shape [3, 8, 2, 3]; allowed: [B=3 S=11 K=2 V]"),
-    ({"softcap": 0.0}, V, "softcap is 0.0; allowed: a finite number > 0"),
-    ({"softcap": -1.0}, V, "softcap is -1.0; allowed: a finite number > 0"),
-    ({"softcap": INF}, V, "softcap is inf; allowed: a finite number > 0"),
+    *(({"softcap": cap}, V, f"softcap is {cap}; allowed: a number from 1e-30 to 1e+38") for cap in (0.0, -1.0, INF)),
+    *(({"softcap": cap}, V, f"softcap is {cap}; allowed: a number from 1e-30") for cap in (1e-31, 1.1e38, 10**39)),
     ({"sinks": f32(2)}, V, "sinks has shape [2]; allowed: [N=4]"),
     ({"k_scale": f32(3, 11, 2)}, T, "k_scale is given for k of dtype torch.float32; allowed: with int8, "),
     (CODES, T, "k_scale is None; allowed: a float32 tensor, because k has dtype torch.int8"),

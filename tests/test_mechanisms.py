@@ -170,7 +170,7 @@ BAD = {
         ({"hidden_size": 0}, "hidden_size is 0"), ({"hidden_size": 18}, "head_dim is None"),
         ({"head_dim": 2.5}, "head_dim is 2.5"), ({"qk_norm": "layer"}, "qk_norm is 'layer'"),
         ({"rope_layout": "neox"}, "rope_layout is 'neox'; it must be one of 'half', 'interleaved'"),
-        ({"scaling": -1.0}, "scaling is -1.0"), ({"attn_logit_softcapping": 0}, "attn_logit_softcapping is 0"),
+        ({"scaling": -1.0}, "scaling is -1.0"), *several("it must be", attn_logit_softcapping=[0, 1e-31, "30"]),
         ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4}}, "rope_type is 'dynamic'"),
         ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "rope_parameters has no factor"),
         ({"rope_parameters": {}}, "rope_parameters has no rope_theta"),

@@ -139,7 +139,7 @@ def decode_attention(q, k, v, lengths, *, scale, window=None, sinks=None, softca
     q: B T N H, k: B S K H, v: B S K V of one dtype (float16, bfloat16, float32), N a multiple of K, H and V at most
     256; any strides, the last dimension contiguous. lengths: int32 B, keys with the T new ones included, 0 to
     S (a CUDA tensor's values are not looked at).
-    window: keys that a query sees, its own included. sinks: N, natural-log units, unscaled. softcap: > 0.
+    window: keys that a query sees, its own included. sinks: N, natural-log units, unscaled. softcap: 1e-30 to 1e38.
     chunk: keys of one split; results are then bitwise the same whatever else is in the batch. By default the number of
     splits follows from the shapes and the card.
     Returns out: B T N V in out_dtype (default q's dtype) and lse: float32 B T N, natural log, sink included.

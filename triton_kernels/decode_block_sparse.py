@@ -175,7 +175,7 @@ def decode_block_sparse(q, k, v, block_indices, lengths, *, block_size, scale, s
     block_size: >= 1; the last block of a cache can be partial. lengths: int32 B, keys with the T new ones included, 0
     to S; None: the lists alone decide. page_table: int32 B P; then k and v are pools, `pages page K H` and
     `pages page K V`, S = P * page, and only the entries of listed slots that a query sees are read.
-    sinks: N, natural-log units, unscaled. softcap: > 0.
+    sinks: N, natural-log units, unscaled. softcap: 1e-30 to 1e38.
     Returns out: B T N V in out_dtype (default q's dtype) and lse: float32 B T N, natural log, sink included.
 
     A query that sees no key gives out = 0 and lse = -inf, or its sink. Slots that no query may read can hold NaN or

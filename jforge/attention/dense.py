@@ -22,10 +22,10 @@ from jforge import ops as jax_ops
 from jforge.core import masks, rope
 from jforge.core.attend import attend, einsum
 from jforge.core.attention import Attention
-from jforge.core.config import Derived, FrozenDict, one_of, positive, positive_ints, reject
+from jforge.core.config import Derived, FrozenDict, one_of, positive, positive_ints, reject, within
 from jforge.core.norm import rms_norm
 from jforge.core.params import Drawn, Params
-from jforge.core.softmax import common
+from jforge.core.softmax import CAPS, common
 from jforge.core.spec import Buffer, CacheSpec, cache_class
 from jforge.core.step import Token, Tokens, append, begin, end, in_order, one_token
 from jforge.cost import Work
@@ -70,7 +70,7 @@ class Config(Derived):
         positive("scaling", self.scaling)
         positive("rms_norm_eps", self.rms_norm_eps)
         if self.attn_logit_softcapping is not None:
-            positive("attn_logit_softcapping", self.attn_logit_softcapping)
+            within("attn_logit_softcapping", self.attn_logit_softcapping, *CAPS)
         object.__setattr__(self, "rope_parameters", rope.freeze(self.rope_parameters))
         if self.rope_parameters is not None:
             rope.rotary_dim(self.rope_parameters, self.head_dim)

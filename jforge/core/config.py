@@ -15,6 +15,11 @@ def positive(name: str, value: Any) -> None:
         reject(name, value, "a positive number")
 
 
+def within(name: str, value: Any, least: float, most: float) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not least <= value <= most:
+        reject(name, value, f"a number from {least:g} to {most:g}")
+
+
 def positive_int(name: str, value: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         reject(name, value, "a positive integer")

@@ -10,6 +10,8 @@ from jaxtyping import Array, Bool, Float
 
 from jforge.core import masks
 
+CAPS = 1e-30, 1e38  # the least and the largest limit of `cap`
+
 
 def accumulation_dtype(*arrays):
     """float32 or wider: the dtype for softmax, norms, RoPE angles, states and sums over `arrays`."""
@@ -31,7 +33,7 @@ def common(*arrays: Array) -> list[Array]:
 def cap(scores: Array, limit: float | None) -> Array:
     """limit * tanh(scores / limit), on scaled scores and before the mask (Gemma 2). None leaves them alone.
 
-    limit: 1e-30 to 1e38. Where the quotient is so small that tanh changes nothing, it may be a denormal, which XLA
+    limit: within CAPS. Where the quotient is so small that tanh changes nothing, it may be a denormal, which XLA
     flushes to 0: the scores stay. A large limit is divided by a power of two beforehand, as its reciprocal is one too;
     the clip, where tanh is 1, keeps XLA from folding the two factors.
     """

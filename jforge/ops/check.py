@@ -5,16 +5,18 @@ shapes and ranges, TypeError for types and dtypes. They look at shapes and dtype
 `length_values` also looks at values where they are concrete.
 """
 
-import math
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jforge.core.softmax import CAPS
+
 FLOATS = ("float16", "bfloat16", "float32", "float64")
 QUANTISED = ("int8", "float8_e4m3fn", "float8_e5m2")
 WIDE, SCALE, INT32 = ("float32", "float64"), ("float32",), ("int32",)
+FLOAT32_MAX = float(np.finfo(np.float32).max)
 DECAYS = ("N", "B N", "B N H")
 
 
@@ -38,16 +40,16 @@ def dtype(name: str, given, allowed: tuple[str, ...], verb: str = "has dtype") -
         raise TypeError(f"{name} {verb} {given}; allowed: {', '.join(allowed)}")
 
 
-def number(name: str, value) -> None:
+def number(name: str, value, least: float = -FLOAT32_MAX, most: float = FLOAT32_MAX) -> None:
     if isinstance(value, bool) or not isinstance(value, int | float | np.integer | np.floating):
         raise TypeError(f"{name} is {value!r}; it must be a number")
-    if not math.isfinite(value):
-        raise ValueError(f"{name} is {value!r}; it must be finite")
+    if not least <= value <= most:
+        raise ValueError(f"{name} is {value!r}; it must lie in {least:.3g}..{most:.3g}")
 
 
-def positive(name: str, value, kinds=(int, np.integer), noun: str = "integer") -> None:
-    if not isinstance(value, kinds) or isinstance(value, bool) or not 0 < value < float("inf"):
-        raise ValueError(f"{name} is {value!r}; it must be a positive {noun}")
+def positive(name: str, value) -> None:
+    if not isinstance(value, int | np.integer) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"{name} is {value!r}; it must be a positive integer")
 
 
 def length_values(lengths, slots: int) -> None:
@@ -130,7 +132,7 @@ OPTIONS = {
     "chunk": positive,
     "block_size": positive,
     "k": positive,
-    "softcap": partial(positive, kinds=(int, float, np.integer, np.floating), noun="number"),
+    "softcap": partial(number, least=CAPS[0], most=CAPS[1]),
     "out_dtype": lambda name, value: dtype(name, jnp.dtype(value), FLOATS, "is"),
 }
 MAY_BE_NONE = ("window", "chunk", "softcap", "out_dtype")

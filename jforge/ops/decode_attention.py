@@ -31,8 +31,8 @@ def decode_attention(
     k: B S K H and v: B S K V in q's dtype; query head n reads KV head n // (N/K). With `page_table` they are pools
     `pages page K H` and slot s of row b lies in page page_table[b, s // page]; entries past ceil(length/page) may
     be anything. With k_scale and v_scale (float32, B S K or pages page K) they are int8 or fp8 and mean
-    stored * scale. `sinks` are logits in natural-log units, not scaled. `chunk` fixes how the kernels split the keys;
-    the result here does not depend on it.
+    stored * scale. `sinks` are logits in natural-log units, not scaled. softcap: 1e-30 to 1e38, scale: a float32.
+    `chunk` fixes how the kernels split the keys; the result here does not depend on it.
 
     Returns out in `out_dtype` (default q's) and lse, the natural log of the summed exponentials, sink included, in
     float32 or wider. A query that sees nothing gives 0 and -inf (or the sink). Slots that no query may read may hold

@@ -7,7 +7,6 @@ stand apart, and values are read on the CPU alone.
 """
 
 import functools
-import math
 import numbers
 
 import torch
@@ -18,6 +17,7 @@ WIDE = (torch.float32, torch.float64)
 INT32 = (torch.int32,)
 MAY_BE_EMPTY = ("B", "S", "P")  # a batch, a cache and a page table may have no entry; every other dimension has one
 DECAYS = ("N", "B N", "B N H")
+FLOAT32_MAX = torch.finfo(torch.float32).max
 
 
 def tensor(name, value, dims, sizes, dtypes, device=None):
@@ -47,12 +47,12 @@ def is_tensor(name, value):
         raise TypeError(f"{name} is a {type(value).__name__}; allowed: a torch.Tensor")
 
 
-def number(name, value, positive=False):
-    """A finite Python (or NumPy) number; a tensor would need a device sync to be read."""
-    wanted = "a finite number > 0" if positive else "a finite number"
+def number(name, value, least=-FLOAT32_MAX, most=FLOAT32_MAX):
+    """A Python (or NumPy) number; a tensor would need a device sync to be read."""
+    wanted = f"a number from {least:.3g} to {most:.3g}"
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name} is a {type(value).__name__}; allowed: {wanted}")
-    if not math.isfinite(value) or (positive and value <= 0):
+    if not least <= value <= most:
         raise ValueError(f"{name} is {value}; allowed: {wanted}")
 
 
@@ -148,7 +148,7 @@ def _names(dtypes):
 
 OPTIONS = {
     "scale": number,
-    "softcap": functools.partial(number, positive=True),
+    "softcap": functools.partial(number, least=1e-30, most=1e38),
     "window": integer,
     "chunk": integer,
     "block_size": integer,

@@ -17,7 +17,8 @@ def decode_attention(
     page_table: int32 B P; then k and v are pools `pages page K H`, and slot s of row b is slot s % page of the page
     page_table[b, s // page]; entries whose slots no query sees are not read. k_scale, v_scale: float32 B S K (pools:
     pages page K) for int8 and float8 k, v: value = stored * scale. sinks: N, logits in natural-log units that join
-    the denominator alone, neither scaled nor capped. chunk: the split size of the kernels; no effect on the result.
+    the denominator alone, neither scaled nor capped. scale: a float32. softcap: 1e-30 to 1e38.
+    chunk: the split size of the kernels; no effect on the result.
     Returns out B T N V in out_dtype or q's dtype, and lse B T N in float32 (float64 for float64), the natural log of
     the denominator, sink included. A query that sees no key gives out = 0 and lse = -inf, or its sink. Slots that no
     query sees may hold NaN or Inf. Raises ValueError (shapes, ranges, devices; values of lengths and of page_table on
