@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 
+_LOG2E = 1 / math.log(2)
 DENSE, BLOCKS, INDEX, MAXIMA = "decode_attention", "decode_block_sparse", "index_scores", "block_index_scores"
 LISTED, LINEAR, TOPK = "decode_sparse_mla", "decode_linear", "topk_indices"
 
@@ -61,6 +62,32 @@ def _newest_for_all(right, q, k, v, lists, lengths, **options):
     """Every query of a row sees what its last one does. In torch alone."""
     parts = [right(q[:, [t]], k, v, lists[:, [t]], lengths, **options) for t in range(q.shape[1])]
     return tuple(torch.cat(part, 1) for part in zip(*parts, strict=True))
+
+
+def _ends_of_base_2(right, *arrays, **options):
+    """A logit, sink or lse that is finite, but times log2 e is not."""
+    out, lse = right(*arrays, **options)
+    return out, lse * _LOG2E / _LOG2E
+
+
+def _base_2_sinks(right, *arrays, sinks=None, **options):
+    return right(*arrays, sinks=None if sinks is None else sinks * _LOG2E / _LOG2E, **options)
+
+
+def _maximum_in_a_rounded_base(right, *arrays, scale, **options):
+    """exp2(x - peak) of a product rounded once and a peak rounded twice: far apart once |peak| is about 2^31."""
+    out, lse = right(*arrays, scale=scale, **options)
+    far = abs(lse) > 4e9
+    return out * ~far[..., None], lse - far * abs(lse) * 2.0**-23
+
+
+def _no_small_cap(right, *arrays, softcap=None, **options):
+    """As if softcap * tanh(x / softcap) were x where the quotient overflows."""
+    return right(*arrays, softcap=softcap if softcap is None or softcap > 1e-20 else None, **options)
+
+
+def _lses_of_base_2(right, outs, lses):
+    return right(outs, lses * _LOG2E / _LOG2E)
 
 
 def _base_2_parts(right, outs, lses):
@@ -166,6 +193,10 @@ BUGS = {
     "base-2 lse": (DENSE, _base_2, ("jforge", "torch_ref", "triton", "pallas")),
     "scaled sinks": (DENSE, _scaled_sinks, ("jforge", "torch_ref")),
     "query head n on KV head n % K": (DENSE, _group_modulo, ("jforge", "torch_ref")),
+    "a lse times log2 e overflows": (DENSE, _ends_of_base_2, ("jforge", "torch_ref")),
+    "a sink times log2 e overflows": (DENSE, _base_2_sinks, ("jforge", "torch_ref")),
+    "the maximum is rounded before it is taken off": (DENSE, _maximum_in_a_rounded_base, ("jforge", "torch_ref")),
+    "a small softcap is none": (DENSE, _no_small_cap, ("jforge", "torch_ref")),
     "bits that depend on the row's place": ("merge_states", batch_dependent, ("triton",)),
     "pages in reverse": (DENSE, _reversed_pages, ("jforge",)),
     "-1 is block 0": (BLOCKS, _minus_1_is_block_0, ("jforge", "torch_ref")),
@@ -173,6 +204,7 @@ BUGS = {
     "all queries see the newest token": (BLOCKS, _newest_for_all, ("torch_ref",)),
     "block sinks scaled": (BLOCKS, _scaled_sinks, ("torch_ref",)),
     "parts weighted in base 2": ("merge_states", _base_2_parts, ("jforge", "torch_ref", "triton")),
+    "the lses of parts times log2 e overflow": ("merge_states", _lses_of_base_2, ("jforge", "torch_ref", "triton")),
     "lengths forgotten": (INDEX, _all_keys_seen, ("jforge", "torch_ref")),
     "relu forgotten": (INDEX, _no_relu, ("jforge", "torch_ref", "triton", "pallas")),
     "weights without their sign": (INDEX, _unsigned_weights, ("jforge", "torch_ref")),

@@ -82,12 +82,12 @@ MAGNITUDES = (2.0**20, 3.1e9, 1.3e10, 1e30, 0.97 * LARGEST)
 
 
 def levels(count: int, rng: np.random.Generator) -> np.ndarray:
-    """Numbers of eight bits up to 1, of either sign and in random order; no two magnitudes are closer than 1/256 of
-    them, so that of their multiples by one of MAGNITUDES only the largest has a weight.
+    """Numbers of eight bits from just below 1 down, of either sign and in random order; no two magnitudes are closer
+    than 1/256 of them, so that of their multiples by one of MAGNITUDES only the largest has a weight.
     """
     number = np.arange(count)
-    sizes = (128 + number % 128) * 2.0 ** (number // 128)
-    return rng.permutation(sizes / (256 * 2.0 ** (count // 128)) * rng.choice([-1, 1], count))
+    sizes = (255 - number % 128) / (256 * 2.0 ** (number // 128))
+    return rng.permutation(sizes * rng.choice([-1, 1], count))
 
 
 def huge(draw: Draw, inputs: Inputs, rng: np.random.Generator, queries: tuple, keys: tuple) -> Inputs:

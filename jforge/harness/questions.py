@@ -76,7 +76,7 @@ def put(draw, st, case: Case, dtypes, views, places: dict, values=None, stored: 
     view = draw(st.sampled_from(tuple(views)))
     at = draw(places.get(view, st.just(0)))
     dtype, seed = draw(st.sampled_from(dtypes)), draw(seeds(st))
-    return Draw(case, dtype, seed, view, at, draw(values or st.just("normal")), stored)
+    return Draw(case, dtype, seed, view, at, draw(st.just("normal") if values is None else values), stored)
 
 
 # --- refusals
