@@ -49,16 +49,17 @@ from triton_kernels.tiles import (
 MAX_HEAD_DIM, MAX_SHARED_DIM = 256, 512  # the second for rows that are keys and values at once
 
 
-@triton.jit(do_not_specialize=["slots", "n_entries"])
+@triton.jit(do_not_specialize=["slots", "n_entries", "chunk"])
 def block_sparse_kernel(
     q, k, v, block_indices, lengths, page_table, sinks, out, lse,
     q_stride_b, q_stride_t, q_stride_n, k_stride_b, k_stride_s, k_stride_k, v_stride_b, v_stride_s, v_stride_k,
     list_stride_b, list_stride_t, list_stride_n, table_stride,
-    scale, softcap, inverse, slots, n_entries,
+    scale, softcap, inverse, slots, n_entries, chunk,
     T: tl.constexpr, LISTS: tl.constexpr, SHARE: tl.constexpr, G: tl.constexpr, H: tl.constexpr, V: tl.constexpr,
     H1: tl.constexpr, H2: tl.constexpr, V1: tl.constexpr, V2: tl.constexpr, BLOCK: tl.constexpr, PAGE: tl.constexpr,
     WHOLE: tl.constexpr, ROWS: tl.constexpr, BLOCKS: tl.constexpr, BLOCK_N: tl.constexpr,
-    HAS_LENGTHS: tl.constexpr, HAS_SINK: tl.constexpr, HAS_CAP: tl.constexpr, SPLIT: tl.constexpr,
+    HAS_LENGTHS: tl.constexpr, HAS_SINK: tl.constexpr, HAS_CAP: tl.constexpr, FIXED: tl.constexpr,
+    SPLIT: tl.constexpr,
 ):  # fmt: skip
     # Blocks of heads of one list are neighbours in the grid: the second reads K and V from L2.
     block = tl.program_id(0) % BLOCKS
@@ -73,7 +74,7 @@ def block_sparse_kernel(
     n = head * G + g
     real = g < G
     seen = seen_slots(lengths, batch, t, slots, T, HAS_LENGTHS)
-    start, end = split_range(n_entries * BLOCK, split, n_splits, BLOCK_N)
+    start, end = split_range(n_entries * BLOCK, split, n_splits, BLOCK_N, chunk, FIXED)
 
     q_base = q + batch.to(tl.int64) * q_stride_b + t * q_stride_t
     q1 = load_tile(q_base, n * q_stride_n, real, 0, H1, H, False)
@@ -144,28 +145,29 @@ def site(q, k, v, block_indices, lengths, *, block_size, **options):
     return key, default_config(q.element_size(), head_dim, value_dim, block_rows(group), most_ctas=2)
 
 
-def run(q, k, v, block_indices, lengths, *, page_table=None, config=None, **options):
+def run(q, k, v, block_indices, lengths, *, page_table=None, chunk=None, config=None, **options):
     """`decode_block_sparse` on arguments that were checked; `config` overrides the plan (for tuning)."""
     block_size = options["block_size"]
     key, default = site(q, k, v, block_indices, lengths, block_size=block_size)
-    chosen = config or OP.config(q, key, default)
+    chosen = config or OP.config(q, None if chunk else key, default)  # tables look at the batch
+    options |= dict(chunk=chunk, config=chosen)
     if v is None:
-        return listed_latents.run(q, None, k, None, block_indices, lengths, page_table, config=chosen, **options)
+        return listed_latents.run(OP.name, q, None, k, None, block_indices, lengths, page_table, **options)
     page = 0 if page_table is None else k.shape[1]
     if config is None and not whole_tiles(block_size, page, chosen.block_n):
-        chosen = default  # tables are measured with whole tiles
+        options["config"] = default  # tables are measured with whole tiles
     h1, h2 = split_dim(key.head_dim)
     v1, v2 = value_chunks(key.value_dim)
     strides = *q.stride()[:3], *k.stride()[:3], *v.stride()[:3]
     return over_lists(
-        block_sparse_kernel, (q, k, v), strides, k, block_indices, lengths, page_table, **options,
-        width=key.value_dim, rows=block_rows(key.group), config=chosen,
+        OP.name, block_sparse_kernel, (q, k, v), strides, k, block_indices, lengths, page_table, **options,
+        width=key.value_dim, rows=block_rows(key.group),
         H=key.head_dim, V=key.value_dim, H1=h1, H2=h2, V1=v1, V2=v2,
     )  # fmt: skip
 
 
 def decode_block_sparse(q, k, v, block_indices, lengths, *, block_size, scale, sinks=None, softcap=None,
-                        page_table=None, k_scale=None, v_scale=None, out_dtype=None):  # fmt: skip
+                        page_table=None, k_scale=None, v_scale=None, chunk=None, out_dtype=None):  # fmt: skip
     """Attention of T tokens of every row over listed blocks of its cache; the equation is at the top of this file.
 
     q: B T N H, k: B S K H, v: B S K V of one dtype (float16, bfloat16, float32), N a multiple of K, H and V at most
@@ -175,7 +177,9 @@ def decode_block_sparse(q, k, v, block_indices, lengths, *, block_size, scale, s
     block_size: >= 1; the last block of a cache can be partial. lengths: int32 B, keys with the T new ones included, 0
     to S; None: the lists alone decide. page_table: int32 B P; then k and v are pools, `pages page K H` and
     `pages page K V`, S = P * page, and only the entries of listed slots that a query sees are read.
-    sinks: N, natural-log units, unscaled. softcap: 1e-30 to 1e38.
+    sinks: N, natural-log units, unscaled. softcap: 1e-30 to 1e38. chunk: slots of a list's blocks in one split (rounded
+    up to whole tiles); results are then bitwise the same whatever else is in the batch, and if a list is made longer
+    by -1.
     Returns out: B T N V in out_dtype (default q's dtype) and lse: float32 B T N, natural log, sink included.
 
     A query that sees no key gives out = 0 and lse = -inf, or its sink. Slots that no query may read can hold NaN or
@@ -183,7 +187,7 @@ def decode_block_sparse(q, k, v, block_indices, lengths, *, block_size, scale, s
     interpreter, NotImplementedError for quantised caches and wider heads; always before any launch.
     """
     options = dict(block_size=block_size, scale=scale, sinks=sinks, softcap=softcap, page_table=page_table)
-    options |= dict(out_dtype=out_dtype)
+    options |= dict(chunk=chunk, out_dtype=out_dtype)
     check.decode_block_sparse(q, k, v, block_indices, lengths, **options, k_scale=k_scale, v_scale=v_scale)
     if k_scale is not None or v_scale is not None:
         raise NotImplementedError(f"{OP.name}: quantised k and v (k_scale, v_scale) have no Triton kernel yet")

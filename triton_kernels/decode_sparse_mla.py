@@ -15,22 +15,24 @@ def site(q_latent, q_rope, latent, k_rope, indices, **options):
     return listed_latents.site(q_latent, q_rope.shape[-1], 1, indices.shape[-1])
 
 
-def run(q_latent, q_rope, latent, k_rope, indices, *, config=None, **options):
+def run(q_latent, q_rope, latent, k_rope, indices, *, chunk=None, config=None, **options):
     """`decode_sparse_mla` on arguments that were checked; `config` overrides the plan (for tuning)."""
-    config = config or OP.config(q_latent, *site(q_latent, q_rope, latent, k_rope, indices))
-    general = (q_latent, q_rope, latent[:, :, None], k_rope, indices[:, :, None])
-    return listed_latents.run(*general, config=config, **options)
+    key, default = site(q_latent, q_rope, latent, k_rope, indices)
+    config = config or OP.config(q_latent, None if chunk else key, default)  # tables look at the batch
+    general = (OP.name, q_latent, q_rope, latent[:, :, None], k_rope, indices[:, :, None])
+    return listed_latents.run(*general, chunk=chunk, config=config, **options)
 
 
 def decode_sparse_mla(
-    q_latent, q_rope, latent, k_rope, indices, *, scale, sinks=None, latent_scale=None, out_dtype=None
+    q_latent, q_rope, latent, k_rope, indices, *, scale, sinks=None, latent_scale=None, chunk=None, out_dtype=None
 ):
     """Attention of T tokens of every row over the listed entries of its latent cache; see `listed_latents`.
 
     q_latent: B T N C, q_rope: B T N R, latent: B S C, k_rope: B S R of one dtype (float16, bfloat16, float32), C at
     most 512 and R at most 64; any strides, the last dimension contiguous. indices: int32 B T L, one list of entries for
     all heads of a query, distinct (the caller's duty) and in any order; -1 and what is not in 0 .. S-1 is ignored.
-    sinks: N, natural-log units, unscaled.
+    sinks: N, natural-log units, unscaled. chunk: entries of one split (rounded up to whole tiles); results are then
+    bitwise the same whatever else is in the batch, and if a list is made longer by -1.
     Returns out_latent: B T N C in out_dtype (default q_latent's dtype) and lse: float32 B T N, natural log, sink
     included; W_uv of each head is the caller's to apply.
 
@@ -38,7 +40,7 @@ def decode_sparse_mla(
     or Inf. Raises ValueError for shapes, strides and devices, TypeError for dtypes and for CPU tensors outside the
     interpreter, NotImplementedError for latent_scale and wider caches; always before any launch.
     """
-    options = dict(scale=scale, sinks=sinks, out_dtype=out_dtype)
+    options = dict(scale=scale, sinks=sinks, chunk=chunk, out_dtype=out_dtype)
     check.decode_sparse_mla(q_latent, q_rope, latent, k_rope, indices, **options, latent_scale=latent_scale)
     runtime.check_latents(OP.name, out_dtype, latent_scale, q_latent, q_rope, latent, k_rope)
     runtime.check_rows(OP.name, indices=indices)

@@ -31,17 +31,18 @@ from triton_kernels.tiles import (
 )
 
 
-@triton.jit(do_not_specialize=["slots", "n_entries"])
+@triton.jit(do_not_specialize=["slots", "n_entries", "chunk"])
 def latent_list_kernel(
     q_latent, q_rope, latent, k_rope, indices, lengths, page_table, sinks, out, lse,
     ql_stride_b, ql_stride_t, ql_stride_n, qr_stride_b, qr_stride_t, qr_stride_n,
     latent_stride_b, latent_stride_k, rope_stride_b, list_stride_b, list_stride_t, list_stride_n, table_stride,
-    scale, softcap, inverse, slots, n_entries,
+    scale, softcap, inverse, slots, n_entries, chunk,
     T: tl.constexpr, LISTS: tl.constexpr, SHARE: tl.constexpr, G: tl.constexpr,
     C: tl.constexpr, R: tl.constexpr, C_PAD: tl.constexpr, R_PAD: tl.constexpr,
     LATENT_STRIDE: tl.constexpr, ROPE_STRIDE: tl.constexpr, BLOCK: tl.constexpr, PAGE: tl.constexpr,
     WHOLE: tl.constexpr, ROWS: tl.constexpr, BLOCKS: tl.constexpr, BLOCK_N: tl.constexpr, EARLY: tl.constexpr,
-    HAS_LENGTHS: tl.constexpr, HAS_SINK: tl.constexpr, HAS_CAP: tl.constexpr, SPLIT: tl.constexpr,
+    HAS_LENGTHS: tl.constexpr, HAS_SINK: tl.constexpr, HAS_CAP: tl.constexpr, FIXED: tl.constexpr,
+    SPLIT: tl.constexpr,
 ):  # fmt: skip
     # Blocks of heads of one list are neighbours in the grid: the second reads the latent from L2.
     block = tl.program_id(0) % BLOCKS
@@ -55,7 +56,7 @@ def latent_list_kernel(
     g = block * ROWS + tl.arange(0, ROWS)
     n = head * G + g
     seen = seen_slots(lengths, batch, t, slots, T, HAS_LENGTHS)
-    start, end = split_range(n_entries * BLOCK, split, n_splits, BLOCK_N)
+    start, end = split_range(n_entries * BLOCK, split, n_splits, BLOCK_N, chunk, FIXED)
 
     ql_base = q_latent + batch.to(tl.int64) * ql_stride_b + t * ql_stride_t
     ql = load_tile(ql_base, n * ql_stride_n, g < G, 0, C_PAD, C, False)
@@ -129,8 +130,8 @@ def site(q_latent, rope_dim, lists, span):
     return key, default_latent_config(q_latent.element_size(), latent_dim, 1, group)
 
 
-def run(q_latent, q_rope, latent, k_rope, indices, lengths=None, page_table=None, *, config, scale, softcap=None,
-        block_size=1, **options):  # fmt: skip
+def run(op, q_latent, q_rope, latent, k_rope, indices, lengths=None, page_table=None, *, config, scale, block_size=1,
+        **options):  # fmt: skip
     """The general call on arguments that were checked: latent B S K C (or pages), indices B T lists L.
 
     q_rope and k_rope are tensors or both None.
@@ -140,9 +141,8 @@ def run(q_latent, q_rope, latent, k_rope, indices, lengths=None, page_table=None
     q_rope, k_rope = (q_latent, latent[:, :, 0]) if q_rope is None else (q_rope, k_rope)
     strides = *q_latent.stride()[:3], *q_rope.stride()[:3], latent.stride(0), latent.stride(2), k_rope.stride(0)
     return over_lists(
-        latent_list_kernel, (q_latent, q_rope, latent, k_rope), strides, latent, indices, lengths, page_table,
-        width=latent_dim, scale=float(scale), softcap=softcap,
-        block_size=block_size, rows=config.rows, config=config, **options,
+        op, latent_list_kernel, (q_latent, q_rope, latent, k_rope), strides, latent, indices, lengths, page_table,
+        width=latent_dim, scale=scale, block_size=block_size, rows=config.rows, config=config, **options,
         C=latent_dim, R=rope_dim, C_PAD=mma_width(latent_dim), R_PAD=mma_width(rope_dim),
         LATENT_STRIDE=latent.stride(1), ROPE_STRIDE=k_rope.stride(1), EARLY=config.early,
     )  # fmt: skip

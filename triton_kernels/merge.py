@@ -139,8 +139,8 @@ def over_cache(op, kernel, tensors, numbers, *, programs, slots, width, config, 
     return _launch(kernel, (programs, n_splits, batch), tensors, numbers, out, lse, sinks, config, constants)
 
 
-def over_lists(kernel, tensors, strides, cache, lists, lengths, page_table, *, width, scale, block_size, rows,
-               config, softcap=None, sinks=None, out_dtype=None, **constants):  # fmt: skip
+def over_lists(op, kernel, tensors, strides, cache, lists, lengths, page_table, *, width, scale, block_size, rows,
+               config, softcap=None, chunk=None, sinks=None, out_dtype=None, **constants):  # fmt: skip
     """(out, lse) of queries that see what their list names, with `rows` heads of a list in a program.
 
     cache: B S K .., or pages; lists: B T count L; width: of out. None of lengths and page_table is read.
@@ -153,16 +153,28 @@ def over_lists(kernel, tensors, strides, cache, lists, lengths, page_table, *, w
     slots = cache.shape[1] if page_table is None else page_table.shape[1] * page
     group = heads // count
     blocks = -(-group // rows)
-    programs = batch * tokens * count * blocks
-    n_splits = count_splits(programs, n_entries * block_size, None, config, device_of(out))
+    programs, span = batch * tokens * count * blocks, n_entries * block_size
+    chunk = None if chunk is None else -(-min(int(chunk), max(span, 1)) // config.block_n) * config.block_n
+    n_splits = count_splits(programs, span, chunk, config, device_of(out))
+    runtime.check_grid(op, 1, n_splits)
     lists, table = (x if x is None or x.stride(-1) == 1 else x.contiguous() for x in (lists, page_table))
     # What a kernel never reads still needs a tensor.
     table, ends = lists if table is None else table, lists if lengths is None else lengths.contiguous()
-    numbers = *strides, *lists.stride()[:3], table.stride(0), float(scale), *cap_numbers(softcap), slots, n_entries
+    numbers = (
+        *strides,
+        *lists.stride()[:3],
+        table.stride(0),
+        float(scale),
+        *cap_numbers(softcap),
+        slots,
+        n_entries,
+        chunk or 0,
+    )
     constants |= dict(
         T=tokens, LISTS=count, SHARE=count // cache.shape[2], G=group, BLOCK=block_size, PAGE=page,
         WHOLE=whole_tiles(block_size, page, config.block_n), ROWS=rows, BLOCKS=blocks, BLOCK_N=config.block_n,
         HAS_LENGTHS=lengths is not None, HAS_CAP=softcap is not None,
+        FIXED=chunk is not None,
     )  # fmt: skip
     tensors = *tensors, lists, ends, table
     return _launch(kernel, (programs, n_splits), tensors, numbers, out, lse, sinks, config, constants)

@@ -143,9 +143,11 @@ def seen_slots(lengths, batch, t, slots, T: tl.constexpr, HAS_LENGTHS: tl.conste
 
 
 @triton.jit
-def split_range(n_positions, split, n_splits, BLOCK_N: tl.constexpr):
-    """Positions [start, end) of one split of a list, in whole tiles."""
-    size = tl.cdiv(tl.cdiv(n_positions, n_splits), BLOCK_N) * BLOCK_N
+def split_range(n_positions, split, n_splits, BLOCK_N: tl.constexpr, chunk=0, FIXED: tl.constexpr = False):
+    """Positions [start, end) of one split of a list, in whole tiles; with FIXED every split has `chunk` of them."""
+    size = chunk
+    if not FIXED:
+        size = tl.cdiv(tl.cdiv(n_positions, n_splits), BLOCK_N) * BLOCK_N
     start = split * size
     return start, tl.minimum(start + size, n_positions)
 

@@ -64,8 +64,8 @@ def run_cases(path: str, where: dict, chosen) -> bool:
 
 def invariance(op: Op, backend, batches: int = 50) -> dict:
     """One row among random others: the same bits as alone, whatever the batch size, its place, their lengths, and how
-    long the cache is; with sinks, and splits of 128 keys and of the whole cache (the row alone then has one split) in
-    turn.
+    long the cache and the lists are; with sinks, and splits of 128 keys and of the whole cache (the row alone then has
+    one split) in turn. A list names the whole cache.
     """
     rng, case = np.random.default_rng(0), op.invariant
     S, row = case.sizes["S"], op.inputs(case, "bfloat16")
@@ -80,11 +80,15 @@ def invariance(op: Op, backend, batches: int = 50) -> dict:
         slots, chunk, at = S << (i // 2) % 2, (128, S)[i % 2], int(rng.integers(B))
         lengths = rng.integers(0, slots + 1, B)
         lengths[at] = case.lengths[0]
-        sizes = {**case.sizes, "B": B, "S": slots}
+        sizes = {**case.sizes, "B": B, "S": slots} | ({"L": case.sizes["L"] * slots // S} if op.lists else {})
         others = op.inputs(Case(f"batch {i}", op.name, sizes, tuple(lengths.tolist()), case.options), "bfloat16")
         for name, array in others.arrays.items():
             mine = row.arrays[name][0]
-            array[(at, slice(len(mine))) if name in op.caches else at] = mine
+            if name == op.lists:
+                array[at] = -1
+                array[at, ..., : mine.shape[-1]] = mine
+            else:
+                array[(at, slice(len(mine))) if name in op.caches else at] = mine
         got = call(chunk, others.arrays)
         different += not all(np.array_equal(g[at], w[0]) for g, w in zip(got, want[chunk], strict=True))
     found = {"what": "invariance", "op": op.name, "implementation": backend.name, "batches": batches}

@@ -119,6 +119,30 @@ def test_a_fixed_chunk_is_batch_invariant(op, page, changes):
         assert same(run(op, arguments | row), [part[b : b + 1] for part in whole])
 
 
+@pytest.mark.parametrize(
+    "op, page, changes",
+    [
+        ("decode_block_sparse", 0, {"block_size": 8, "L": 13}), ("decode_block_sparse", 32, {"block_size": 16, "L": 8}),
+        ("decode_block_sparse", 0, {"block_size": 4, "V": 0, "L": 25}), ("decode_sparse_mla", 0, {"L": 90}),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("chunk", (16, 40, 1000))
+def test_a_fixed_chunk_of_a_list_is_batch_invariant(op, page, changes, chunk):
+    """A row's bits are the same again, alone, and with a list that is longer by entries that are ignored."""
+    arguments = given(op, B=3, S=128, lengths=(20, 70, 128), chunk=chunk, sinks=True, **changes)
+    plain, arguments = arguments, in_pages(arguments, page) if page else arguments
+    agree(op, run(op, arguments), plain)
+    whole, lists = run(op, arguments), "indices" if op == "decode_sparse_mla" else "block_indices"
+    assert same(run(op, arguments), whole)
+    assert chunk > 500 or not same(run(op, arguments | {"chunk": 1000}), whole)  # the chunk is one
+    longer = arguments | {lists: torch.nn.functional.pad(arguments[lists], (0, 70), value=-1)}
+    assert same(run(op, longer), whole)
+    for b in range(3):
+        row = {name: x[b : b + 1] for name, x in longer.items() if isinstance(x, torch.Tensor) and name != "sinks"}
+        row |= {name: arguments[name] for name in CACHES if page and name in arguments}
+        assert same(run(op, longer | row), [part[b : b + 1] for part in whole])
+
+
 def test_splits_change_no_bit_of_a_score(monkeypatch):
     """One split, and so many that most have no key."""
     for op in SCORES:

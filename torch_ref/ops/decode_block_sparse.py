@@ -10,7 +10,7 @@ from .decode_attention import dequantise
 
 def decode_block_sparse(
     q, k, v, block_indices, lengths, *, block_size, scale, sinks=None, softcap=None, page_table=None, k_scale=None,
-    v_scale=None, out_dtype=None,
+    v_scale=None, chunk=None, out_dtype=None,
 ):  # fmt: skip
     """out_t = sum_s p_s v_s,  p = softmax over seen s of cap(scale q_t . k_s),  cap(z) = softcap tanh(z / softcap).
 
@@ -23,7 +23,8 @@ def decode_block_sparse(
     page_table: int32 B P; then k and v are pools `pages page K H`, and slot s of row b is slot s % page of the page
     page_table[b, s // page]; blocks and pages need not divide each other, and entries whose slots no query sees are
     not read. k_scale, v_scale: float32 B S K (pools: pages page K) for int8 and float8 k, v: value = stored * scale.
-    sinks: N, logits in natural-log units that join the denominator alone, neither scaled nor capped.
+    sinks: N, logits in natural-log units that join the denominator alone, neither scaled nor capped. chunk: slots of
+    listed blocks in one split of the kernels; no effect on the result.
     Returns out B T N V in out_dtype or q's dtype, and lse B T N in float32 (float64 for float64), the natural log of
     the denominator, sink included. A query that sees no key gives out = 0 and lse = -inf, or its sink. Slots that no
     query sees may hold NaN or Inf. Raises ValueError (shapes, ranges, devices; values of lengths and of page_table on

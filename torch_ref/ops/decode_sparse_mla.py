@@ -7,7 +7,7 @@ from .decode_block_sparse import gathered, listed_attention, listed_slots, stora
 
 
 def decode_sparse_mla(
-    q_latent, q_rope, latent, k_rope, indices, *, scale, sinks=None, latent_scale=None, out_dtype=None
+    q_latent, q_rope, latent, k_rope, indices, *, scale, sinks=None, latent_scale=None, chunk=None, out_dtype=None
 ):
     """out_t = sum_s p_s latent_s,  p = softmax over picked s of scale (q_latent_t . latent_s + q_rope_t . k_rope_s).
 
@@ -15,7 +15,8 @@ def decode_sparse_mla(
     q_latent: B T N C. q_rope: B T N R. latent: B S C. k_rope: B S R, in the dtype of both queries. indices: int32
     B T L, in any order, distinct within a query (the caller's duty); entries below 0 or at and past S are ignored
     wherever they stand. latent_scale: float32 B S for an int8 or float8 latent: value = stored * scale. sinks: N,
-    logits in natural-log units that join the denominator alone, not scaled.
+    logits in natural-log units that join the denominator alone, not scaled. chunk: entries of one split of the
+    kernels; no effect on the result.
     Returns out B T N C in out_dtype or q_latent's dtype, and lse B T N in float32 (float64 for float64), the natural
     log of the denominator, sink included. A query without a key gives out = 0 and lse = -inf, or its sink. Slots that
     a query does not name may hold NaN or Inf. Raises ValueError (shapes, ranges, devices) and TypeError (dtypes).

@@ -12,7 +12,7 @@ NAME, LISTS = "decode_block_sparse", "block_indices"
 CACHES = ("k", "v")
 
 
-def oracle(q, k, v, block_indices, lengths, *, block_size, scale, sinks=None, softcap=None, out_dtype=None):
+def oracle(q, k, v, block_indices, lengths, *, block_size, scale, sinks=None, softcap=None, chunk=None, out_dtype=None):
     """(out, lse) in float64: attention of each query alone over the slots that its list lets it see."""
     q, k, v = (np.asarray(a, np.float64) for a in (q, k, k if v is None else v))
     B, T, N, _ = q.shape
@@ -197,7 +197,8 @@ MOSAIC = (
 def question(draw, st, sizes, dtypes: tuple[str, ...], out: tuple[str, ...]) -> Draw:
     *chosen, block_size = draw(st.sampled_from(sizes))
     chosen = dict(zip("BTNKSHVXL", chosen, strict=True))
-    strategies = questions.common(st, chosen["H"], out) | {"softcap": st.sampled_from(questions.SOFTCAPS)}
+    strategies = questions.common(st, chosen["H"], out) | {"chunk": st.sampled_from((16, 64, 100))}
+    strategies |= {"softcap": st.sampled_from(questions.SOFTCAPS)}
     options = {"block_size": block_size} | questions.optional(draw, st, **strategies)
     B, T, S, L = (chosen[axis] for axis in "BTSL")
     row = questions.near(st, S, block_size, 64, S // block_size * block_size, also=(T - 1, T))
@@ -265,5 +266,5 @@ OP = Op(
     edges={"pallas": MOSAIC_EDGES, "triton": TRITON_EDGES}, refusals={"pallas": _pallas}, caches=CACHES, lists=LISTS,
     moved=moved, fill={LISTS: draws.lists},
     bench=(_blocks(64, 64, 4, 131072, 16, 128), _blocks(16, 64, 4, 131072, 16, 128), _entries(64, 64, 32768, 512)),
-    reads=_reads,
+    reads=_reads, invariant=_case("invariance", (777,), 1024, 64, 16, 8, 2, 128, sinks=True),
 )  # fmt: skip

@@ -163,5 +163,5 @@ OP = Op(
     edges={"pallas": MOSAIC_EDGES, "triton": TRITON_EDGES},
     refusals={"triton": _triton, "pallas": questions.mosaic_cache}, caches=CACHES,
     moved=lambda B, N, S, C, R, **_: 2 * B * (S * (C + R) + N * (2 * C + R)),
-    bench=BENCH, table="latent",
+    bench=BENCH, table="latent", invariant=_case("invariance", (777,), 1024, 16, sinks=True),
 )  # fmt: skip

@@ -137,7 +137,7 @@ def question(draw, st, sizes, dtypes: tuple[str, ...], out: tuple[str, ...]) -> 
     *chosen, stored = draw(st.sampled_from(sizes))
     chosen = dict(zip("BTNSCRL", chosen, strict=True))
     B, L = chosen["B"], chosen["L"]
-    strategies = questions.common(st, chosen["C"] + chosen["R"], out)
+    strategies = questions.common(st, chosen["C"] + chosen["R"], out) | {"chunk": st.sampled_from((16, 64, 100))}
     if sizes is MOSAIC:  # all of the options or none, so that fewer calls are new
         options = {name: draw(strategy) for name, strategy in strategies.items()} if draw(st.booleans()) else {}
     else:
@@ -203,5 +203,5 @@ OP = Op(
         Work({"B": B, "N": N, "S": S, "C": 512, "R": 64, "L": L}, {"scale": 192**-0.5})
         for B, N, S, L in ((64, 128, 16384, 2048), (64, 128, 131072, 2048), (64, 64, 32768, 2048))
     ),
-    reads=lambda row: f"{row['L']} tokens",
+    reads=lambda row: f"{row['L']} tokens", invariant=_case("invariance", (1,), 512, 16, 512, sinks=True),
 )  # fmt: skip
