@@ -28,13 +28,14 @@ BLOCK_SIZES = (1, 8, 16, 32, 64, 128)
 
 
 def decode_block_sparse(q, k, v, block_indices, lengths, *, block_size, scale, sinks=None, softcap=None,
-                        page_table=None, k_scale=None, v_scale=None, out_dtype=None):  # fmt: skip
+                        page_table=None, k_scale=None, v_scale=None, chunk=None, out_dtype=None):  # fmt: skip
     """out_t = sum_s softmax_s(cap(scale * q_t . k_s)) v_s over s < lengths[b]-T+t+1 whose block is in the list.
 
     q: B T N H, k: B S K H, v: B S K V, or None where the values are the keys (or pools `pages page K H` with
     page_table: int32 B P) in float16 or bfloat16; block_indices: int32 B T K L, a list for the heads of each KV head,
     or B T N L, one for each head; lengths: int32 B or None; sinks: N. Returns out B T N V in `out_dtype` (default q's)
-    and float32 lse B T N. Everything means what it means in jforge.ops.decode_block_sparse.
+    and float32 lse B T N. Everything means what it means in jforge.ops.decode_block_sparse; `chunk` counts slots of the
+    listed blocks and is as in decode_attention.py.
 
     Raises ValueError and TypeError from jforge.ops.check, and NotImplementedError for what has no kernel: float32 and
     float64, k_scale and v_scale, other block sizes than 1, 8, 16, 32, 64 and 128, empty sizes, B*T above 65535. Blocks:
@@ -45,7 +46,7 @@ def decode_block_sparse(q, k, v, block_indices, lengths, *, block_size, scale, s
     """
     sizes = check.decode_block_sparse(
         q, k, v, block_indices, lengths, block_size=block_size, scale=scale, sinks=sinks, softcap=softcap,
-        page_table=page_table, k_scale=k_scale, v_scale=v_scale, out_dtype=out_dtype,
+        page_table=page_table, k_scale=k_scale, v_scale=v_scale, chunk=chunk, out_dtype=out_dtype,
     )  # fmt: skip
     limits.need(k_scale is None, "k_scale is given; the kernel reads float16 and bfloat16 caches only")
     known = ", ".join(map(str, BLOCK_SIZES))
@@ -59,10 +60,11 @@ def decode_block_sparse(q, k, v, block_indices, lengths, *, block_size, scale, s
     if v is None:
         limits.need(softcap is None, f"softcap is {softcap} and v is None; the kernel for shared rows has no cap")
         refuse_rows("k", H)
-        facts = shared_facts(B, N, H, 0, lists, q.dtype, out_dtype, scale=scale)
+        facts = shared_facts(B, N, H, 0, lists, q.dtype, out_dtype, scale=scale, chunk=chunk)
         return run_shared(q, None, _flat(k, lists), None, block_indices, lengths, page_table, sinks, facts)
     _refuse(lists, H, sizes["V"])
-    facts = make_facts(B, N, H, sizes["V"], lists, q.dtype, out_dtype, scale=scale, softcap=softcap)
+    options = dict(scale=scale, softcap=softcap, chunk=chunk)
+    facts = make_facts(B, N, H, sizes["V"], lists, q.dtype, out_dtype, **options)
     return run(q, k, v, block_indices, lengths, page_table, sinks, facts)
 
 
@@ -82,11 +84,10 @@ def _flat(cache, lists):
     return cache if lists.page is None else cache.reshape(1, -1, *cache.shape[2:])
 
 
-def make_facts(B, N, H, V, lists, dtype, out_dtype, *, scale, softcap=None) -> KvFacts:
+def make_facts(B, N, H, V, lists, dtype, out_dtype, **options) -> KvFacts:
     """The plan of dense attention over as many keys as a list has, by its table."""
     x = lists
     sizes = dict(B=B * x.T, T=1, S=x.keys, N=N, K=x.count, H=H, V=V)
-    options = dict(scale=scale, softcap=softcap)
     plan = dense_facts(sizes, dtype, out_dtype, **options)
     if x.size == 1 and plan.block != 64:  # the gather fills tiles of 64
         default = default_config(H, plan.width, plan.rows)

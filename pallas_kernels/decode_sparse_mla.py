@@ -22,12 +22,13 @@ from pallas_kernels.tiles import Lists
 
 
 def decode_sparse_mla(q_latent, q_rope, latent, k_rope, indices, *, scale, sinks=None, latent_scale=None,
-                      out_dtype=None):  # fmt: skip
+                      chunk=None, out_dtype=None):  # fmt: skip
     """out_t = sum_s softmax_s(scale * (q_latent_t . latent_s + q_rope_t . k_rope_s)) latent_s over s in indices_t.
 
     q_latent: B T N C, q_rope: B T N R, latent: B S C, k_rope: B S R in float16 or bfloat16; indices: int32 B T L, the
     tokens of all heads; sinks: N. Returns out B T N C in `out_dtype` (default q_latent's) and float32 lse B T N.
-    Everything means what it means in jforge.ops.decode_sparse_mla.
+    Everything means what it means in jforge.ops.decode_sparse_mla; `chunk` counts entries and is as in
+    decode_attention.py.
 
     Raises ValueError and TypeError from jforge.ops.check, and NotImplementedError for what has no kernel: float32 and
     float64, latent_scale, empty sizes, B*T above 65535, C that is not a multiple of 64 or above 512, R that is not a
@@ -35,7 +36,7 @@ def decode_sparse_mla(q_latent, q_rope, latent, k_rope, indices, *, scale, sinks
     """
     sizes = check.decode_sparse_mla(
         q_latent, q_rope, latent, k_rope, indices, scale=scale, sinks=sinks, latent_scale=latent_scale,
-        out_dtype=out_dtype,
+        chunk=chunk, out_dtype=out_dtype,
     )  # fmt: skip
     refuse_scale(latent_scale)
     B, T, N, S, C, R, L = (sizes[x] for x in "BTNSCRL")
@@ -43,7 +44,7 @@ def decode_sparse_mla(q_latent, q_rope, latent, k_rope, indices, *, scale, sinks
     refuse(lists, q_latent.dtype, out_dtype, B, N, ("q_latent", "latent", "indices"))
     refuse_rows("latent", C)
     limits.width("k_rope", "R", R, 8, ROPE)
-    facts = make_facts(B, N, C, R, lists, q_latent.dtype, out_dtype, scale=scale)
+    facts = make_facts(B, N, C, R, lists, q_latent.dtype, out_dtype, scale=scale, chunk=chunk)
     latent, k_rope = (rows.reshape(B, S, 1, -1) for rows in (latent, k_rope))
     return run(q_latent, q_rope, latent, k_rope, indices, None, None, sinks, facts)
 
@@ -54,11 +55,12 @@ def refuse_rows(keys, C) -> None:
     limits.need(whole, f"{keys} has rows of {C}; where they are the values too, they must be multiples of 64 up to 512")
 
 
-def make_facts(B, N, C, R, lists, dtype, out_dtype, *, scale) -> LatentFacts:
+def make_facts(B, N, C, R, lists, dtype, out_dtype, *, scale, chunk=None) -> LatentFacts:
     """The plan of a dense cache of as many keys as a list has, by the op's own table."""
     sizes = dict(B=B * lists.T * lists.count, T=1, S=lists.keys, N=N // lists.count, C=C, R=R)
     # The kernel of many rows leaves a gap after the last rows of a list, and the merge expects none between lists.
-    plan = latent_facts(sizes, dtype, out_dtype, scale=scale, op="decode_sparse_mla", together=lists.count == 1)
+    together = lists.count == 1
+    plan = latent_facts(sizes, dtype, out_dtype, scale=scale, chunk=chunk, op="decode_sparse_mla", together=together)
     return replace(plan, splits=lists.even_splits(plan.splits, plan.block), lists=lists)
 
 

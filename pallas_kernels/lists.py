@@ -40,7 +40,7 @@ class Listed(Place):
         self.list, self.pages = given["lists"].at[self.b], None if pages is None else pages.at[self.row]
         self.n, self.lowest = FAR, 0
         tiles = -(-x.keys // f.block)
-        per = -(-tiles // f.splits)
+        per = f.chunk // f.block if f.chunk else -(-tiles // f.splits)
         self.first = self.split * per
         self.steps = hidden(jnp.clip(tiles - self.first, 0, per))  # a bound on it would undo hidden_zero
         share = f.heads * f.units

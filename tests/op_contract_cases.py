@@ -64,13 +64,15 @@ ALL_SCALES = [
     ({"scale": np.complex64(1)}, T, "scale is "),
     ({"scale": NAN}, V, "scale is nan; allowed: a number from -3.4e+38 to 3.4e+38"),
     ({"scale": INF}, V, "scale is inf; allowed: a number"),
+    ({"scale": np.float16(-INF)}, V, "scale is -inf; allowed: a number"),
     ({"scale": 1e39}, V, "scale is 1e+39; allowed: a number from -3.4e+38"),
     ({"scale": -(10**400)}, V, "scale is -1000"),
 ]
+CHUNKS = [({"chunk": -8}, V, "chunk is -8; allowed: an int >= 1")]
 WINDOWS = [
     ({"window": 0}, V, "window is 0; allowed: an int >= 1"),
     ({"window": 2.0}, T, "window is a float; allowed: an int >= 1"),
-    ({"chunk": -8}, V, "chunk is -8; allowed: an int >= 1"),
+    *CHUNKS,
 ]
 BLOCKS = [
     ({"block_size": 0}, V, "block_size is 0; allowed: an int >= 1"),
@@ -138,7 +140,7 @@ CASES = {
         (POOLS | {"latent": f32(0, 9, 5), "k_rope": f32(0, 9, 4)}, V, "latent has shape [0, 9, 5]; allowed: [pages"),
     ],
     "decode_block_sparse": [
-        *(*OVER_A_CACHE, *BLOCKS),
+        *(*OVER_A_CACHE, *BLOCKS, *CHUNKS),
         ({"block_indices": lists(3, 2, 2, 3, dtype="int64")}, T, "block_indices has dtype torch.int64; allowed: int32"),
         ({"block_indices": lists(2, 2, 2, 3)}, V, "block_indices has shape [2, 2, 2, 3]; allowed: [B=3 T=2 lists L]"),
         ({"block_indices": lists(3, 2, 2, 0)}, V, "block_indices has shape [3, 2, 2, 0]; allowed: [B=3 T=2 lists L]"),
@@ -151,7 +153,7 @@ CASES = {
         ({"v": None, "v_scale": f32(3, 11, 2)}, T, "v_scale is given with v=None; allowed: None, because the values"),
     ],
     "decode_sparse_mla": [
-        *OVER_LATENTS,
+        *(*OVER_LATENTS, *CHUNKS),
         ({"indices": lists(3, 2, 4, dtype="int64")}, T, "indices has dtype torch.int64; allowed: int32"),
         ({"indices": lists(3, 1, 4)}, V, "indices has shape [3, 1, 4]; allowed: [B=3 T=2 L]"),
     ],

@@ -43,7 +43,7 @@ def dtype(name: str, given, allowed: tuple[str, ...], verb: str = "has dtype") -
 def number(name: str, value, least: float = -FLOAT32_MAX, most: float = FLOAT32_MAX) -> None:
     if isinstance(value, bool) or not isinstance(value, int | float | np.integer | np.floating):
         raise TypeError(f"{name} is {value!r}; it must be a number")
-    if not least <= value <= most:
+    if not least <= (value.item() if isinstance(value, np.generic) else value) <= most:  # float16 holds no bound
         raise ValueError(f"{name} is {value!r}; it must lie in {least:.3g}..{most:.3g}")
 
 
@@ -178,10 +178,10 @@ decode_attention = _checks("q k v lengths", ATTEND + " softcap", Q, K, V, LENGTH
 decode_mla = _checks("q_latent q_rope latent k_rope lengths", ATTEND, *LATENTS, LENGTHS, PAGES, SINKS)
 decode_block_sparse = _checks(
     "q k v block_indices lengths",
-    "block_size scale softcap out_dtype",
+    "block_size scale softcap chunk out_dtype",
     *(Q, K, V_OR_K, BLOCKS, _heads, _lists, LENGTHS_OR_ALL, *CACHED),
 )
-decode_sparse_mla = _checks("q_latent q_rope latent k_rope indices", "scale out_dtype", *LATENTS, TOKENS, SINKS)
+decode_sparse_mla = _checks("q_latent q_rope latent k_rope indices", "scale chunk out_dtype", *LATENTS, TOKENS, SINKS)
 index_scores = _checks("q_index k_index weights lengths", "", *INDEX, ("weights", "B T I", WIDE))
 block_index_scores = _checks("q_index k_index lengths", "block_size", *INDEX)
 topk_indices = _checks("scores k", "k", _scores)

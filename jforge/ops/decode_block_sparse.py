@@ -24,6 +24,7 @@ def decode_block_sparse(
     page_table: Int[Array, "B P"] | None = None,
     k_scale: Array | None = None,
     v_scale: Array | None = None,
+    chunk: int | None = None,
     out_dtype=None,
 ) -> tuple[Float[Array, "B T N V"], Float[Array, "B T N"]]:
     """out_t = sum_s softmax_s(cap(scale * q_t . k_s)) v_s over the seen slots s of the listed blocks.
@@ -32,7 +33,8 @@ def decode_block_sparse(
     j * block_size <= s < (j + 1) * block_size, and with block_size 1 the list is of tokens. -1 and indices past the
     cache are ignored, wherever they stand; those of one list are distinct (the caller's duty), in any order. Query t
     sees s < lengths[b]-T+t+1, so the last block may be partial; lengths=None: the list alone decides.
-    v=None: the values are the keys. All else (pages, scales, sinks, results, errors) is as in decode_attention.
+    v=None: the values are the keys. chunk: slots of a list's blocks in one split, a plan that kernels follow; no effect
+    here. All else (pages, scales, sinks, results, errors) is as in decode_attention.
 
     Only the listed blocks are gathered. Sources: NSA (arXiv 2502.11089), MoBA (2502.13189), DeepSeek-V4, MiniMax-M3.
     """

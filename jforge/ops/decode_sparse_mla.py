@@ -20,13 +20,15 @@ def decode_sparse_mla(
     scale: float,
     sinks: Float[Array, "N"] | None = None,
     latent_scale: Float[Array, "B S"] | None = None,
+    chunk: int | None = None,
     out_dtype=None,
 ) -> tuple[Float[Array, "B T N C"], Float[Array, "B T N"]]:
     """decode_mla over the tokens that `indices` names, the same for all heads; they alone decide what is seen.
 
     latent: B S C, k_rope: B S R. Indices are distinct within a query (the caller's duty); -1 and indices past the cache
     are ignored wherever they stand. Only the picked rows are gathered, each once: the latent is the value too.
-    latent_scale, sinks, results and errors as in decode_mla. Source: DeepSeek-V3.2, FlashMLA's sparse decode.
+    chunk: entries of one split, a plan that kernels follow; no effect here. latent_scale, sinks, results and errors as
+    in decode_mla. Source: DeepSeek-V3.2, FlashMLA's sparse decode.
     """
     check.decode_sparse_mla(**locals())
     slots, seen = listed_slots(indices[:, :, None], 1, latent.shape[1], None)

@@ -38,6 +38,28 @@ def test_fixed_chunk_is_batch_invariant(op, N, options):
         assert same([part[row] for part in both], call(*one, **options)), (b, S)
 
 
+@pytest.mark.parametrize(
+    "op, sizes, options",
+    [("decode_block_sparse", dict(N=16, X=1, L=8), {"block_size": 16}),
+     ("decode_block_sparse", dict(N=8, X=1, L=90), {"block_size": 1}),
+     ("decode_block_sparse", dict(N=8, X=1, V=0, L=90), {"block_size": 1, "out_dtype": "float32"}),
+     ("decode_sparse_mla", dict(N=40, L=90), {"out_dtype": "float32"})],
+)  # fmt: skip
+def test_fixed_chunk_of_a_list_is_batch_invariant(op, sizes, options):
+    """A row alone, and with a list that is longer by entries that are ignored; sinks included."""
+    call, lists = getattr(PALLAS.ops, op), BY_NAME[op].lists
+    arrays, options = given(op, dict(B=2, S=128) | sizes, (128, 70), sinks=True, chunk=64, **options)
+    at = list(BY_NAME[op].axes).index(lists)
+    both = call(*arrays, **options)
+    assert not same(both, call(*arrays, **{**options, "chunk": 1000}))  # the chunk is one
+    longer = [jnp.pad(a, (*[(0, 0)] * (a.ndim - 1), (0, 70)), constant_values=-1) if i == at else a
+              for i, a in enumerate(arrays)]  # fmt: skip
+    assert same(both, call(*longer, **options))
+    for b in range(2):
+        one = [a if a is None else a[b : b + 1] for a in longer]
+        assert same([part[b : b + 1] for part in both], call(*one, **options)), b
+
+
 @pytest.mark.parametrize("op, options", [("index_scores", {}), ("block_index_scores", {"block_size": 16})])
 def test_a_score_depends_on_nothing_but_its_key(op, options):
     """A row alone and among others, by one program and by three."""

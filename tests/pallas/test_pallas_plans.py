@@ -115,13 +115,16 @@ def test_what_the_tuner_writes_is_found(name, monkeypatch, tmp_path):
 
 
 def test_grids_that_cuda_has_not_say_so():
-    def refused(reason, sizes, **options):
-        call = functools.partial(pallas_kernels.decode_attention, scale=1.0, **options)
+    def refused(reason, sizes, op="decode_attention", **options):
+        call = functools.partial(getattr(pallas_kernels, op), scale=1.0, **options)
         with compat.lowering_for_cuda(), pytest.raises(NotImplementedError, match=reason):
-            jax.eval_shape(call, *abstract("decode_attention", dict(T=1, N=1, K=1, H=16) | sizes))
+            jax.eval_shape(call, *abstract(op, dict(T=1, N=1, K=1, H=16) | sizes))
 
     refused("65536 programs along split", dict(B=1, S=64 * 65536), chunk=64)
     refused("B=65536", dict(B=65536, S=8))
+    lists = dict(B=1, X=1, S=64, L=64 * 65536, C=64, R=8)
+    refused("65536 programs along split", lists, "decode_sparse_mla", chunk=64)
+    refused("65536 programs along split", lists | dict(L=4 * 65536), "decode_block_sparse", block_size=16, chunk=64)
 
 
 def test_rows_lie_along_the_axis_that_cuda_does_not_limit():

@@ -52,7 +52,7 @@ def number(name, value, least=-FLOAT32_MAX, most=FLOAT32_MAX):
     wanted = f"a number from {least:.3g} to {most:.3g}"
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name} is a {type(value).__name__}; allowed: {wanted}")
-    if not least <= value <= most:
+    if not least <= (value.item() if hasattr(value, "item") else value) <= most:  # NumPy's float16 holds no bound
         raise ValueError(f"{name} is {value}; allowed: {wanted}")
 
 
