@@ -1,6 +1,7 @@
 """Every named case on every backend against the float64 oracle, and the contract that the four packages share."""
 
 import logging
+import re
 
 import jax
 import jax.numpy as jnp
@@ -88,6 +89,14 @@ def test_mix_falls_back_where_the_first_refuses(caplog):
         mixed.decode_attention(*(jnp.zeros(s, jnp.bfloat16) for s in (Q, K, V)), jnp.asarray(N), scale=0.1, window=0)
     with pytest.raises(AttributeError, match="no op called 'decode'"):
         mixed.decode()
+
+
+@pytest.mark.parametrize("shape", [(1030,), (2, 1030)])
+def test_no_row_goes_to_a_kernel_that_never_picks_nan(shape):
+    """XLA for CUDA has one for one or two axes: topk_of_nan is its case, on a GPU."""
+    traced = jax.jit(jforge.ops.topk_indices, static_argnums=1).trace(jnp.zeros(shape), 4)
+    (call,) = re.findall(r"chlo.top_k.*tensor<([\dx]+)xf32> ->", traced.lower(lowering_platforms=("cuda",)).as_text())
+    assert call.count("x") >= 2
 
 
 def test_topk_order_ties_and_sentinels():

@@ -13,7 +13,9 @@ def topk_indices(scores, k):
     all NaN equal: a broken score is picked and shows. Raises ValueError (k < 1, no dimension) and TypeError (dtypes).
     """
     check.topk_indices(**locals())
-    # torch.topk promises no order among ties; a stable sort keeps the lower index first
+    # torch.topk promises no order among ties; a stable sort keeps the lower index first. On CUDA it tells NaNs apart
+    # by their sign.
+    scores = scores.masked_fill(scores.isnan(), torch.nan)
     ordered, index = torch.sort(scores, dim=-1, descending=True, stable=True)
     picks = index.masked_fill(ordered == -torch.inf, -1)[..., :k]
     missing = k - picks.shape[-1]

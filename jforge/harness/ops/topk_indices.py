@@ -23,7 +23,7 @@ def oracle(scores, k):
 
 
 def draw(case: Case, dtype: np.dtype, rng: np.random.Generator) -> Inputs:
-    return _drawn(case, dtype, rng, "tiny" if "tiny" in case.tags else "coarse")
+    return _drawn(case, dtype, rng, next((values for values in VALUES if values in case.tags), "coarse"))
 
 
 def _drawn(case: Case, dtype: np.dtype, rng: np.random.Generator, values: str) -> Inputs:
@@ -51,6 +51,7 @@ CASES = (
     _case("topk_of_many", 2, 1030, 64, (1030, 40), "basic"),
     _case("topk_more_than_there_are", 3, 7, 9, (7, 0, 3), "basic"),
     _case("topk_of_denormals", 2, 70, 16, (70, 9), "basic", "tiny"),
+    _case("topk_of_nan", 2, 1030, 16, (1030, 700), "basic", "broken"),
 )
 
 # --- edges of the kernels' plans: more scores than a program takes, as many picks as scores and more; ties, 0.0 and
