@@ -39,8 +39,9 @@ def test_a_prefill_of_no_tokens_changes_nothing(name):
     cfg = att.examples[0]
     params, rng = att.init_params(jax.random.key(0), cfg), np.random.default_rng(0)
     x = jnp.asarray(rng.standard_normal((2, 3, cfg.hidden_size)), jnp.float32)
-    _, before = att.prefill(params, cfg, x, att.init_cache(cfg, 2, 5, jnp.float32))
-    y, after = att.prefill(params, cfg, x[:, :0], before)
+    prefill = jax.jit(lambda x, cache: att.prefill(params, cfg, x, cache))
+    _, before = prefill(x, att.init_cache(cfg, 2, 5, jnp.float32))
+    y, after = prefill(x[:, :0], before)
     assert y.shape == (2, 0, cfg.hidden_size)
     for leaf, same in zip(jax.tree.leaves(after), jax.tree.leaves(before), strict=True):
         np.testing.assert_array_equal(leaf, same)
