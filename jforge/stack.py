@@ -26,7 +26,7 @@ from jaxtyping import Array
 import jforge
 from jforge.core.attention import Attention
 from jforge.core.norm import rms_norm
-from jforge.core.step import Step, Token, Tokens, end, one_token, place
+from jforge.core.step import Step, Tokens, end, few_tokens, place
 from jforge.cost import Cost
 
 Layers = Sequence[tuple[str | Attention, Any]]
@@ -81,14 +81,14 @@ def prefill(
 
 
 def decode(
-    params: Sequence, layers: Layers, x: Token, cache: tuple, block: Block, ops=jforge.ops
-) -> tuple[Token, tuple]:
-    """Append one token a row in every layer, each through `ops`."""
+    params: Sequence, layers: Layers, x: Tokens, cache: tuple, block: Block, ops=jforge.ops
+) -> tuple[Tokens, tuple]:
+    """Append 1 to 16 tokens a row in every layer, each through `ops`."""
 
     def call(att, params, cfg, h, cache):
         return att.decode(params, cfg, h, cache, ops=ops)
 
-    return _step(params, layers, one_token(x), cache, block, None, call)
+    return _step(params, layers, few_tokens(x), cache, block, None, call)
 
 
 def cost(layers: Layers, *, context: int, **sizes) -> Cost:

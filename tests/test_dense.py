@@ -51,9 +51,14 @@ def test_bad_x_is_named(bad, error, named, untyped):
         ATT.prefill(params(), CFG, bad(), cache())
 
 
-def test_decode_takes_one_token(untyped):
-    with pytest.raises(ValueError, match="decode takes one token a row"):
-        ATT.decode(params(), CFG, x(), cache())
+@pytest.mark.parametrize("name", jforge.names())
+@pytest.mark.parametrize("tokens", [0, 17])
+def test_decode_takes_1_to_16_tokens(name, tokens, untyped):
+    att = jforge.get(name)
+    cfg = att.examples[0]
+    x = jnp.zeros((2, tokens, cfg.hidden_size))
+    with pytest.raises(ValueError, match=rf"x has shape \(2, {tokens}, \d+\); decode takes 1 to 16 tokens a row"):
+        att.decode({}, cfg, x, att.init_cache(cfg, 2, 20))
 
 
 @pytest.mark.parametrize(

@@ -109,15 +109,21 @@ def test_a_row_that_overflows_keeps_everything(name, i):
     _, prefill, decode = compiled(att, cfg)
     one = np.array([1, 1], np.int32)
     _, filled = prefill(params, x, empty, np.array([before, full], np.int32))
-    for y, after in (prefill(params, x, filled, one), decode(params, x[:, :1], filled)):
-        assert np.isfinite(y[0]).all() and np.isnan(y[1]).all() and after.length.tolist() == [before + 1, full]
+    _, nearly = prefill(params, x, empty, np.array([before - 1, full - 1], np.int32))
+    for old, new, (y, after) in (
+        (filled, 1, prefill(params, x, filled, one)),
+        (filled, 1, decode(params, x[:, :1], filled)),
+        (nearly, 2, decode(params, -x[:, :2], nearly)),  # of two tokens there is room for one
+    ):
+        assert np.isfinite(y[0]).all() and np.isnan(y[1]).all(), new
+        assert after.length.tolist() == [before + 1, old.length[1]]
         for leaf in spec:
-            was, now = (np.asarray(getattr(cache, leaf), np.float32) for cache in (filled, after))
+            was, now = (np.asarray(getattr(cache, leaf), np.float32) for cache in (old, after))
             np.testing.assert_array_equal(now[1], was[1], err_msg=leaf)
             assert (now[0] != was[0]).any(), leaf
-    for step in (att.prefill, att.decode):
+    for step, cache, new in ((att.prefill, filled, 1), (att.decode, filled, 1), (att.decode, nearly, 2)):
         with pytest.raises(ValueError, match=f"row 1 would hold {full + 1} tokens; the cache has capacity {full}"):
-            step(params, cfg, x[:, :1], filled)
+            step(params, cfg, x[:, :new], cache)
 
 
 def test_what_never_overflows():

@@ -29,7 +29,7 @@ from jforge.core.attend import attend
 from jforge.core.attention import Attention
 from jforge.core.config import FrozenDict, positive
 from jforge.core.params import Params
-from jforge.core.step import Token, Tokens, append, begin, end, in_order, one_token
+from jforge.core.step import Tokens, append, begin, end, few_tokens, in_order
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,8 +66,8 @@ def prefill(params: Params, cfg: Config, x: Tokens, cache: KVCache, lengths=None
     return end(step, dense.project_out(params, cfg, step.x, out), x.dtype), cache
 
 
-def decode(params: Params, cfg: Config, x: Token, cache: KVCache, ops=jax_ops) -> tuple[Token, KVCache]:
-    step = begin(cfg, dense.cache_spec(cfg), one_token(x), cache)
+def decode(params: Params, cfg: Config, x: Tokens, cache: KVCache, ops=jax_ops) -> tuple[Tokens, KVCache]:
+    step = begin(cfg, dense.cache_spec(cfg), few_tokens(x), cache)
     q, k, v = dense.project(params, cfg, step.x, step.positions)
     cache = append(cache, step, k=k, v=v)
     q = grown(cfg, q, step.positions).astype(cache.k.dtype)

@@ -259,7 +259,7 @@ def test_bad_stacks():
 
 def test_bad_inputs(untyped):
     p, block, store = params("float32"), pre_norm(norms("float32")), stack.init_cache(LAYERS, 2, 4, jnp.float32)
-    with pytest.raises(ValueError, match="decode takes one token a row"):
-        stack.decode(p, LAYERS, tokens(2, dtype="float32"), store, block)
+    with pytest.raises(ValueError, match="decode takes 1 to 16 tokens a row"):
+        stack.decode(p, LAYERS, tokens(17, dtype="float32"), store, block)
     with pytest.raises(TypeError, match="^cache is a KVCache; it must be a State$"):
         stack.decode(p, LAYERS, tokens(1, dtype="float32"), store[::-1], block)

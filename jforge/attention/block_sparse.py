@@ -28,7 +28,7 @@ from jforge.core.attend import attend
 from jforge.core.attention import Attention
 from jforge.core.config import FrozenDict, natural, positive_int, positive_ints
 from jforge.core.params import Params
-from jforge.core.step import Token, Tokens, append, begin, end, in_order, one_token
+from jforge.core.step import Token, Tokens, append, begin, end, few_tokens, in_order
 from jforge.cost import Work
 
 
@@ -136,9 +136,9 @@ def prefill(params: Params, cfg: Config, x: Tokens, cache: KVCache, lengths=None
     return end(step, dense.project_out(params, cfg, step.x, out), x.dtype), cache
 
 
-def decode(params: Params, cfg: Config, x: Token, cache: KVCache, ops=jax_ops) -> tuple[Token, KVCache]:
-    """Append one token a row and gather the blocks of its list through `ops.decode_block_sparse`."""
-    step, S = begin(cfg, dense.cache_spec(cfg), one_token(x), cache), cache.k.shape[1]
+def decode(params: Params, cfg: Config, x: Tokens, cache: KVCache, ops=jax_ops) -> tuple[Tokens, KVCache]:
+    """Append 1 to 16 tokens a row and gather the blocks of their lists through `ops.decode_block_sparse`."""
+    step, S = begin(cfg, dense.cache_spec(cfg), few_tokens(x), cache), cache.k.shape[1]
     q, k, v = dense.project(params, cfg, step.x, step.positions)
     cache = append(cache, step, k=k, v=v)
     lists, q = _lists(cfg, step.positions, S), q.astype(cache.k.dtype)

@@ -35,7 +35,7 @@ from jforge.core.config import FrozenDict, positive_ints, reject
 from jforge.core.params import Params
 from jforge.core.softmax import accumulation_dtype
 from jforge.core.spec import CacheSpec, cache_class
-from jforge.core.step import Step, Token, Tokens, begin, end, in_order, one_token
+from jforge.core.step import Step, Token, Tokens, begin, end, few_tokens, in_order, one_by_one, one_token, several
 from jforge.cost import Work
 from jforge.ops.index_scores import token_scores
 
@@ -131,9 +131,11 @@ def prefill(params: Params, cfg: Config, x: Tokens, cache: CSACache, lengths=Non
     return end(step, v4_window.project_out(params, cfg, out, step.positions), x.dtype), cache
 
 
-def decode(params: Params, cfg: Config, x: Token, cache: CSACache, ops=jax_ops) -> tuple[Token, CSACache]:
-    """One token a row: the ring, a scan of the index keys, and a gather of the picked entries."""
-    step = begin(cfg, cache_spec(cfg), one_token(x), cache)
+def decode(params: Params, cfg: Config, x: Tokens, cache: CSACache, ops=jax_ops) -> tuple[Tokens, CSACache]:
+    """Token by token: the ring, a scan of the index keys, and a gather of the picked entries."""
+    if several(x):
+        return one_by_one(decode, cache_spec(cfg), params, cfg, x, cache, ops)
+    step = begin(cfg, cache_spec(cfg), few_tokens(x), cache)
     q, latent, cache = _append(params, cfg, step, cache)
     picks = _select(params, cfg, step, latent, cache, ops)
     near = v4_window.attend_ring(params, cfg, q, cache.kv, step, ops)

@@ -27,7 +27,7 @@ from jforge.core.norm import rms_norm
 from jforge.core.params import Drawn, Params
 from jforge.core.softmax import CAPS, common
 from jforge.core.spec import Buffer, CacheSpec, cache_class
-from jforge.core.step import Token, Tokens, append, begin, end, in_order, one_token
+from jforge.core.step import Tokens, append, begin, end, few_tokens, in_order
 from jforge.cost import Work
 
 
@@ -205,9 +205,9 @@ def prefill(params: Params, cfg: Config, x: Tokens, cache: KVCache, lengths=None
     return end(step, project_out(params, cfg, step.x, out), x.dtype), cache
 
 
-def decode(params: Params, cfg: Config, x: Token, cache: KVCache, ops=jax_ops) -> tuple[Token, KVCache]:
-    """Append one token a row and attend through `ops.decode_attention`; the same numbers as prefill with T = 1."""
-    step = begin(cfg, cache_spec(cfg), one_token(x), cache)
+def decode(params: Params, cfg: Config, x: Tokens, cache: KVCache, ops=jax_ops) -> tuple[Tokens, KVCache]:
+    """Append 1 to 16 tokens a row and attend through `ops.decode_attention`; the same numbers as prefill."""
+    step = begin(cfg, cache_spec(cfg), few_tokens(x), cache)
     q, k, v = project(params, cfg, step.x, step.positions)
     cache = append(cache, step, k=k, v=v)
     q = q.astype(cache.k.dtype)

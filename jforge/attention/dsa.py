@@ -36,7 +36,7 @@ from jforge.core.norm import layer_norm
 from jforge.core.params import Params
 from jforge.core.softmax import accumulation_dtype
 from jforge.core.spec import Buffer, CacheSpec, cache_class
-from jforge.core.step import Step, Token, Tokens, append, begin, end, in_order, one_token
+from jforge.core.step import Step, Token, Tokens, append, begin, end, few_tokens, in_order, one_token
 from jforge.cost import Work
 from jforge.ops.index_scores import token_scores
 
@@ -177,9 +177,9 @@ def prefill(params: Params, cfg: Config, x: Tokens, cache, lengths=None, indices
     return end(step, mla.project_out(params, cfg, out), x.dtype), cache
 
 
-def decode(params: Params, cfg: Config, x: Token, cache, ops=jax_ops, indices=None):
-    """One token a row: a scan of the index keys, a top-k, and the absorbed form over a gather of the picks."""
-    step = begin(cfg, cache_spec(cfg), one_token(x), cache)
+def decode(params: Params, cfg: Config, x: Tokens, cache, ops=jax_ops, indices=None):
+    """1 to 16 tokens a row: a scan of the index keys, a top-k, and the absorbed form over a gather of the picks."""
+    step = begin(cfg, cache_spec(cfg), few_tokens(x), cache)
     _check_indices(cfg, indices, x)
     q_nope, q_rope, q_index, weights, cache = _append(params, cfg, step, cache)
     if indices is None:

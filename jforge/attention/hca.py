@@ -25,7 +25,7 @@ from jforge.core.config import FrozenDict
 from jforge.core.params import Params
 from jforge.core.softmax import accumulation_dtype
 from jforge.core.spec import CacheSpec, cache_class
-from jforge.core.step import Token, Tokens, begin, end, in_order, one_token
+from jforge.core.step import Tokens, begin, end, few_tokens, in_order, one_by_one, several
 from jforge.cost import Work
 
 
@@ -72,9 +72,11 @@ def prefill(params: Params, cfg: Config, x: Tokens, cache: HCACache, lengths=Non
     return end(step, v4_window.project_out(params, cfg, out, step.positions), x.dtype), cache
 
 
-def decode(params: Params, cfg: Config, x: Token, cache: HCACache, ops=jax_ops) -> tuple[Token, HCACache]:
-    """One token a row: `ops.decode_attention` over the ring and over the entries, merged."""
-    step = begin(cfg, cache_spec(cfg), one_token(x), cache)
+def decode(params: Params, cfg: Config, x: Tokens, cache: HCACache, ops=jax_ops) -> tuple[Tokens, HCACache]:
+    """Token by token: `ops.decode_attention` over the ring and over the entries, merged."""
+    if several(x):
+        return one_by_one(decode, cache_spec(cfg), params, cfg, x, cache, ops)
+    step = begin(cfg, cache_spec(cfg), few_tokens(x), cache)
     q, _, kv = v4_window.project(params, cfg, step.x, step.positions)
     leaves = compressor(cfg).extend_by_one(params, cfg, cache, step)
     cache = replace(ring.write(cache, step, kv=kv), **leaves)

@@ -30,7 +30,7 @@ from jforge.core.norm import rms_norm
 from jforge.core.params import Params
 from jforge.core.softmax import accumulation_dtype
 from jforge.core.spec import Buffer, CacheSpec, cache_class
-from jforge.core.step import Token, Tokens, begin, check_input, end, one_token
+from jforge.core.step import Tokens, begin, check_input, end, few_tokens, one_by_one, several
 from jforge.cost import Work
 
 
@@ -171,9 +171,11 @@ def prefill(params: Params, cfg: Config, x: Tokens, cache: State, lengths=None) 
     return end(step, project_out(params, cfg, step.x, out.astype(x.dtype)), x.dtype), State(state, step.length)
 
 
-def decode(params: Params, cfg: Config, x: Token, cache: State, ops=jax_ops) -> tuple[Token, State]:
-    """One step of the recurrence through `ops.decode_linear`, which may overwrite the state."""
-    step = begin(cfg, cache_spec(cfg), one_token(x), cache)
+def decode(params: Params, cfg: Config, x: Tokens, cache: State, ops=jax_ops) -> tuple[Tokens, State]:
+    """Steps of the recurrence through `ops.decode_linear`, which may overwrite the state."""
+    if several(x):
+        return one_by_one(decode, cache_spec(cfg), params, cfg, x, cache, ops)
+    step = begin(cfg, cache_spec(cfg), few_tokens(x), cache)
     q, k, v = (a[:, 0] for a in project(params, step.x))
     out, state = ops.decode_linear(q, k, v, cache.state, decay_of(cfg, cache.state.dtype))
     return end(step, project_out(params, cfg, step.x, out[:, None]), x.dtype), State(state, step.length)

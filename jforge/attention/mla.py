@@ -28,7 +28,7 @@ from jforge.core.config import Derived, FrozenDict, one_of, positive, positive_i
 from jforge.core.norm import rms_norm
 from jforge.core.params import Params
 from jforge.core.spec import Buffer, CacheSpec, cache_class
-from jforge.core.step import Token, Tokens, append, begin, end, in_order, one_token
+from jforge.core.step import Tokens, append, begin, end, few_tokens, in_order
 from jforge.cost import Work
 
 
@@ -179,9 +179,9 @@ def prefill(params: Params, cfg: Config, x: Tokens, cache: LatentCache, lengths=
     return end(step, project_out(params, cfg, out), x.dtype), cache
 
 
-def decode(params: Params, cfg: Config, x: Token, cache: LatentCache, ops=jax_ops) -> tuple[Token, LatentCache]:
-    """Append one token a row and attend in the absorbed form through `ops.decode_mla`."""
-    step = begin(cfg, cache_spec(cfg), one_token(x), cache)
+def decode(params: Params, cfg: Config, x: Tokens, cache: LatentCache, ops=jax_ops) -> tuple[Tokens, LatentCache]:
+    """Append 1 to 16 tokens a row and attend in the absorbed form through `ops.decode_mla`."""
+    step = begin(cfg, cache_spec(cfg), few_tokens(x), cache)
     q_nope, q_rope, latent, k_rope = project(params, cfg, step.x, step.positions)
     cache = append(cache, step, latent=latent, k_rope=k_rope)
     out = attend_absorbed(params, cfg, q_nope, q_rope, cache, ops.decode_mla, cache.length, x.dtype)

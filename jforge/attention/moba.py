@@ -29,7 +29,7 @@ from jforge.core.config import FrozenDict, positive_ints
 from jforge.core.params import Params
 from jforge.core.softmax import accumulation_dtype
 from jforge.core.spec import Buffer, CacheSpec, cache_class
-from jforge.core.step import Step, Token, Tokens, append, begin, end, in_order, one_token
+from jforge.core.step import Step, Token, Tokens, append, begin, end, few_tokens, in_order, one_by_one, several
 from jforge.cost import Work
 
 
@@ -113,9 +113,11 @@ def prefill(params: Params, cfg: Config, x: Tokens, cache: MoBACache, lengths=No
     return end(step, dense.project_out(params, cfg, step.x, out), x.dtype), cache
 
 
-def decode(params: Params, cfg: Config, x: Token, cache: MoBACache, ops=jax_ops) -> tuple[Token, MoBACache]:
-    """Append one token a row, score the means of all complete blocks, and gather the chosen blocks."""
-    step = begin(cfg, cache_spec(cfg), one_token(x), cache)
+def decode(params: Params, cfg: Config, x: Tokens, cache: MoBACache, ops=jax_ops) -> tuple[Tokens, MoBACache]:
+    """Token by token: append, score the means of all complete blocks, and gather the chosen blocks."""
+    if several(x):
+        return one_by_one(decode, cache_spec(cfg), params, cfg, x, cache, ops)
+    step = begin(cfg, cache_spec(cfg), few_tokens(x), cache)
     q, k, v = dense.project(params, cfg, step.x, step.positions)
     cache, q = _append(cfg, cache, k, v, step), q.astype(cache.k.dtype)
     more = {"out_dtype": x.dtype, **dense.options(params, cfg)}

@@ -31,7 +31,7 @@ from jforge.core.config import FrozenDict, natural, positive_ints, reject
 from jforge.core.norm import rms_norm
 from jforge.core.params import Params
 from jforge.core.spec import Buffer, CacheSpec, cache_class
-from jforge.core.step import Token, Tokens, append, begin, end, in_order, one_token
+from jforge.core.step import Token, Tokens, append, begin, end, few_tokens, in_order, one_token
 from jforge.cost import Work
 from jforge.ops.index_scores import block_maxima
 
@@ -136,9 +136,9 @@ def prefill(params: Params, cfg: Config, x: Tokens, cache: MSACache, lengths=Non
     return end(step, dense.project_out(params, cfg, step.x, out), x.dtype), cache
 
 
-def decode(params: Params, cfg: Config, x: Token, cache: MSACache, ops=jax_ops) -> tuple[Token, MSACache]:
-    """One token a row: a scan of the index keys, a top-k of blocks, and a gather of the picked ones."""
-    step = begin(cfg, cache_spec(cfg), one_token(x), cache)
+def decode(params: Params, cfg: Config, x: Tokens, cache: MSACache, ops=jax_ops) -> tuple[Tokens, MSACache]:
+    """1 to 16 tokens a row: a scan of the index keys, a top-k of blocks, and a gather of the picked ones."""
+    step = begin(cfg, cache_spec(cfg), few_tokens(x), cache)
     q, q_index, cache = _append(params, cfg, step, cache)
     lists = _select(cfg, q_index, cache, step.positions, ops)
     more = {"block_size": cfg.index_block_size, "out_dtype": x.dtype, **dense.options(params, cfg)}
@@ -146,7 +146,7 @@ def decode(params: Params, cfg: Config, x: Token, cache: MSACache, ops=jax_ops) 
     return end(step, dense.project_out(params, cfg, step.x, out), x.dtype), cache
 
 
-def _select(cfg: Config, q_index, cache: MSACache, q_pos, ops) -> Int[Array, "B 1 K L"]:
+def _select(cfg: Config, q_index, cache: MSACache, q_pos, ops) -> Int[Array, "B T K L"]:
     size = cfg.index_block_size
     return choose(cfg, ops.block_index_scores(q_index, cache.k_index, cache.length, block_size=size), q_pos, ops)
 

@@ -35,7 +35,19 @@ from jforge.core.norm import rms_norm
 from jforge.core.params import Params
 from jforge.core.softmax import accumulation_dtype, common
 from jforge.core.spec import Buffer, CacheSpec, cache_class
-from jforge.core.step import Step, Token, Tokens, append, begin, end, in_order, one_token
+from jforge.core.step import (
+    Step,
+    Token,
+    Tokens,
+    append,
+    begin,
+    end,
+    few_tokens,
+    in_order,
+    one_by_one,
+    one_token,
+    several,
+)
 from jforge.cost import Work
 
 
@@ -169,9 +181,11 @@ def prefill(params: Params, cfg: Config, x: Tokens, cache: NSACache, lengths=Non
     return end(step, _mix(params, cfg, step.x, cmp, slc, win), x.dtype), cache
 
 
-def decode(params: Params, cfg: Config, x: Token, cache: NSACache, ops=jax_ops):
-    """One token a row: a scan of the entries, a gather of the selected blocks, and a gather (or ring) of the window."""
-    step, S = begin(cfg, cache_spec(cfg), one_token(x), cache), cache.k.shape[1]
+def decode(params: Params, cfg: Config, x: Tokens, cache: NSACache, ops=jax_ops):
+    """Token by token: a scan of the entries, a gather of the selected blocks, and a gather (or ring) of the window."""
+    if several(x):
+        return one_by_one(decode, cache_spec(cfg), params, cfg, x, cache, ops)
+    step, S = begin(cfg, cache_spec(cfg), few_tokens(x), cache), cache.k.shape[1]
     q, cache, _ = _append(params, cfg, cache, step)
     more = {"out_dtype": accumulation_dtype(x), **dense.options(params, cfg)}
     cmp, lists = _select(params, cfg, q, cache, step, ops)

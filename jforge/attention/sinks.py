@@ -19,7 +19,7 @@ from jforge.core.attention import Attention
 from jforge.core.config import FrozenDict, positive_int
 from jforge.core.params import Params
 from jforge.core.spec import CacheSpec
-from jforge.core.step import Token, Tokens
+from jforge.core.step import Tokens
 from jforge.cost import Work
 
 
@@ -59,8 +59,8 @@ def prefill(params: Params, cfg: Config, x: Tokens, cache: KVCache, lengths=None
     return _keys(cfg).prefill(params, cfg, x, cache, lengths)
 
 
-def decode(params: Params, cfg: Config, x: Token, cache: KVCache, ops=jax_ops) -> tuple[Token, KVCache]:
-    """One token a row through one call of `ops.decode_attention`, which carries the sinks."""
+def decode(params: Params, cfg: Config, x: Tokens, cache: KVCache, ops=jax_ops) -> tuple[Tokens, KVCache]:
+    """1 to 16 tokens a row through one call of `ops.decode_attention`, which carries the sinks."""
     return _keys(cfg).decode(params, cfg, x, cache, ops)
 
 

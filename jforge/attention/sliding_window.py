@@ -26,7 +26,7 @@ from jforge.core.attention import Attention
 from jforge.core.config import FrozenDict, positive_int
 from jforge.core.params import Params
 from jforge.core.spec import CacheSpec
-from jforge.core.step import Token, Tokens, begin, end, one_token
+from jforge.core.step import Tokens, begin, end, few_tokens, one_by_one, several
 from jforge.cost import Work
 
 
@@ -62,9 +62,11 @@ def prefill(params: Params, cfg: Config, x: Tokens, cache: KVCache, lengths=None
     return end(step, dense.project_out(params, cfg, step.x, out), x.dtype), cache
 
 
-def decode(params: Params, cfg: Config, x: Token, cache: KVCache, ops=jax_ops) -> tuple[Token, KVCache]:
-    """Write one token a row over the oldest and attend over the whole ring through `ops.decode_attention`."""
-    step = begin(cfg, cache_spec(cfg), one_token(x), cache)
+def decode(params: Params, cfg: Config, x: Tokens, cache: KVCache, ops=jax_ops) -> tuple[Tokens, KVCache]:
+    """Token by token: write over the oldest and attend over the whole ring through `ops.decode_attention`."""
+    if several(x):
+        return one_by_one(decode, cache_spec(cfg), params, cfg, x, cache, ops)
+    step = begin(cfg, cache_spec(cfg), few_tokens(x), cache)
     q, k, v = dense.project(params, cfg, step.x, step.positions)
     cache = ring.write(cache, step, k=k, v=v)
     filled, q = jnp.minimum(step.length, cache.k.shape[1]), q.astype(cache.k.dtype)

@@ -29,7 +29,7 @@ from jforge.core.config import FrozenDict, positive_ints
 from jforge.core.params import Params
 from jforge.core.softmax import accumulation_dtype
 from jforge.core.spec import CacheSpec
-from jforge.core.step import Token, Tokens, begin, end, in_order, one_token
+from jforge.core.step import Tokens, begin, end, few_tokens, in_order, one_by_one, several
 from jforge.cost import Work
 
 
@@ -96,13 +96,15 @@ def prefill(params: Params, cfg: Config, x: Tokens, cache: KVCache, lengths=None
     return end(step, dense.project_out(params, cfg, step.x, out), x.dtype), cache
 
 
-def decode(params: Params, cfg: Config, x: Token, cache: KVCache, ops=jax_ops) -> tuple[Token, KVCache]:
-    """Write one token a row, then two calls of `ops.decode_attention` on the one buffer and a merge.
+def decode(params: Params, cfg: Config, x: Tokens, cache: KVCache, ops=jax_ops) -> tuple[Tokens, KVCache]:
+    """Token by token: write, then two calls of `ops.decode_attention` on the one buffer and a merge.
 
     The recent call sees the last R filled slots. Before anything is evicted those may reach into the first s, and
     both queries are the same; so the other call takes the slots before them, n - R of n, at most s.
     """
-    step = begin(cfg, cache_spec(cfg), one_token(x), cache)
+    if several(x):
+        return one_by_one(decode, cache_spec(cfg), params, cfg, x, cache, ops)
+    step = begin(cfg, cache_spec(cfg), few_tokens(x), cache)
     q_recent, q_first, k, v = project(params, cfg, step.x, step.positions, step.positions)
     cache = ring.write(cache, step, cfg.start_size, k=k, v=v)
     filled = jnp.minimum(step.length, cache.k.shape[1])

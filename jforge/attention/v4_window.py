@@ -32,7 +32,7 @@ from jforge.core.norm import rms_norm
 from jforge.core.params import Drawn, Params
 from jforge.core.softmax import accumulation_dtype
 from jforge.core.spec import Buffer, CacheSpec, cache_class
-from jforge.core.step import Step, Token, Tokens, begin, end, in_order, one_token
+from jforge.core.step import Step, Tokens, begin, end, few_tokens, in_order, one_by_one, several
 from jforge.cost import Work
 
 
@@ -164,9 +164,11 @@ def prefill(params: Params, cfg: Config, x: Tokens, cache: WindowCache, lengths=
     return end(step, project_out(params, cfg, out, step.positions), x.dtype), cache
 
 
-def decode(params: Params, cfg: Config, x: Token, cache: WindowCache, ops=jax_ops) -> tuple[Token, WindowCache]:
-    """Write one token a row over the oldest and attend over the whole ring."""
-    step = begin(cfg, cache_spec(cfg), one_token(x), cache)
+def decode(params: Params, cfg: Config, x: Tokens, cache: WindowCache, ops=jax_ops) -> tuple[Tokens, WindowCache]:
+    """Token by token: write over the oldest and attend over the whole ring."""
+    if several(x):
+        return one_by_one(decode, cache_spec(cfg), params, cfg, x, cache, ops)
+    step = begin(cfg, cache_spec(cfg), few_tokens(x), cache)
     q, _, kv = project(params, cfg, step.x, step.positions)
     cache = ring.write(cache, step, kv=kv)
     out, _ = attend_ring(params, cfg, q.astype(cache.kv.dtype), cache.kv, step, ops)

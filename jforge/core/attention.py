@@ -36,7 +36,7 @@ class _Fields(NamedTuple):
     prefill: Callable
     """(params, cfg, x, cache, lengths=None) -> (y, cache). Appends T tokens, row b its first lengths[b]."""
     decode: Callable
-    """(params, cfg, x, cache, ops=jforge.ops) -> (y, cache). One token a row, B 1 D."""
+    """(params, cfg, x, cache, ops=jforge.ops) -> (y, cache). Appends T = 1 to 16 tokens a row, as T single steps do."""
     cache_spec: Callable
     """(cfg) -> CacheSpec."""
     models: Mapping[str, Any]

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +15,8 @@ Tokens = Float[Array, "B T D"]
 """Activations: what goes into an attention and what comes out of it."""
 Token = Float[Array, "B 1 D"]
 """The next one of every row."""
+MOST_TOKENS = 16
+"""Of a row in one decode step."""
 X_DTYPES = ("float16", "bfloat16", "float32", "float64")
 
 
@@ -40,8 +42,37 @@ def check_input(x, hidden_size: int) -> None:
 def one_token(x: Array) -> Array:
     """x itself, if it holds one token a row."""
     if x.ndim == 3 and x.shape[1] != 1:
-        raise ValueError(f"x has shape {tuple(x.shape)}; decode takes one token a row: B 1 D")
+        raise ValueError(f"x has shape {tuple(x.shape)}; it must be the next token of every row: B 1 D")
     return x
+
+
+def few_tokens(x: Array) -> Array:
+    """x itself, if it holds as many tokens a row as a decode step takes."""
+    if x.ndim == 3 and not 1 <= x.shape[1] <= MOST_TOKENS:
+        raise ValueError(f"x has shape {tuple(x.shape)}; decode takes 1 to {MOST_TOKENS} tokens a row: B T D")
+    return x
+
+
+def several(x: Array) -> bool:
+    """Whether x holds more than one token a row."""
+    return x.ndim == 3 and x.shape[1] > 1
+
+
+def one_by_one(decode: Callable, spec: CacheSpec, params, cfg, x: Tokens, cache, ops) -> tuple[Tokens, Any]:
+    """`decode` of one token a row over the T of x, where the next needs what the one before it leaves in the cache.
+
+    A row without room for all of them takes none: inside, it is full from the start.
+    """
+    step, capacity = begin(cfg, spec, few_tokens(x), cache), spec.capacity(cache)
+    if capacity is not None:
+        cache = replace(cache, length=jnp.where(step.fits, cache.length, capacity))
+
+    def next_token(cache, token):
+        y, cache = decode(params, cfg, token[:, None], cache, ops)
+        return cache, y[:, 0]
+
+    cache, ys = jax.lax.scan(next_token, cache, jnp.moveaxis(x, 1, 0))
+    return jnp.moveaxis(ys, 0, 1), replace(cache, length=step.length)
 
 
 def in_order(cfg, x: Tokens, positions) -> tuple[Int[Array, "B T"], Int[Array, "B T"]]:
