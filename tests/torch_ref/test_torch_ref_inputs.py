@@ -51,7 +51,9 @@ def test_bad_tokens_positions_and_lengths_are_named(case):
     shape = r"^x has shape \[2, 7, 9\]; allowed: \[B T D=10\]$"
     refused(shape, ValueError, att.forward, params, cfg, x[..., :9])
     refused(shape, ValueError, att.prefill, params, cfg, x[..., :9], cache)
-    refused(r"^x has shape \[2, 7, 10\]; allowed: \[B T=1 D=10\]$", ValueError, att.decode, params, cfg, x, cache)
+    for count in (0, 17):
+        message = rf"^x has shape \[2, {count}, 10\]; allowed: \[B T D\], T from 1 to 16$"
+        refused(message, ValueError, att.decode, params, cfg, x.new_zeros(2, count, 10), cache)
     message = r"^positions has dtype torch.float32; allowed: int32, int64$"
     refused(message, TypeError, att.forward, params, cfg, x, torch.zeros(2, 7))
     message = r"^lengths\[1\] is 8; allowed: 0 to 7, the tokens of x$"

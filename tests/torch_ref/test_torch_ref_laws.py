@@ -74,6 +74,10 @@ def test_every_split_is_forward(case):
     close(y, expected)
     assert folded["length"].tolist() == [count] * 2
     same_caches(folded, whole)
+    first, cache = att.decode(params, cfg, x[:, :3], poisoned_cache(att, cfg, 2, count))
+    then, cache = fold_decode(att, params, cfg, x[:, 3:], cache)
+    close(torch.cat([first, then], 1), expected)
+    same_caches(cache, whole)
     _, whole = att.prefill(params, cfg, x, poisoned_cache(att, cfg, 2, count + 5))
     for split in (2, 5, [4, 2, 1, count - 7], [1, count - 1], [count - 1, 1]):
         cache, ys = poisoned_cache(att, cfg, 2, count + 5), []
@@ -222,3 +226,6 @@ def test_overflow_is_of_a_row_and_atomic(name, fields, capacity, monkeypatch):
         assert after["length"].tolist() == [capacity - 1, capacity, capacity - 1]
         same_caches(row_of(after, 1), row_of(cache, 1))
         close(y[2:], call(params, cfg, new[2:], row_of(cache, 2))[0])
+    y, after = att.decode(params, cfg, tokens(cfg, 3, 3, seed=5), cache)  # of three tokens there is room for two
+    assert y.isnan().all()
+    same_caches(after, cache)

@@ -21,7 +21,7 @@ import torch
 from .. import ops as reference_ops
 from ..core import blocks
 from . import dense, inputs
-from .step import begin, end, in_order
+from .step import begin, end, in_order, token_by_token
 
 
 class Pattern(NamedTuple):
@@ -66,8 +66,9 @@ def prefill(params, cfg, x, cache, lengths=None):
     return end(step, dense.project_out(params, cfg, step.x, out)), cache
 
 
+@token_by_token
 def decode(params, cfg, x, cache, ops=reference_ops):
-    """(y, cache) after appending one token per row; x, y: B 1 D. ops: any namespace with `decode_block_sparse`."""
+    """(y, cache) after appending 1 to 16 tokens per row; x, y: B T D. ops: any namespace with `decode_block_sparse`."""
     step = begin(x, cache, checked_room(cfg, x, cache, tokens=1))
     q, k, v = dense.project(params, cfg, x, step.positions)
     cache = step.appended(cache, k=k, v=v)

@@ -24,7 +24,7 @@ from ..ops.index_scores import masked_index_scores
 from . import inputs, v4_compress, v4_window
 from .dsa import choose, picked
 from .sliding_window import in_window
-from .step import begin, end, in_order
+from .step import begin, end, in_order, token_by_token
 
 ENTRIES = v4_compress.Compressor("c", "c_kv", "state_kv", "state_score", "head_dim", overlap=True)
 INDEX = v4_compress.Compressor("ic", "k_index", "index_state_kv", "index_state_score", "index_head_dim", overlap=True)
@@ -69,8 +69,9 @@ def prefill(params, cfg, x, cache, lengths=None):
     return end(step, v4_window.project_out(params, cfg, step.x, out, step.positions)), after
 
 
+@token_by_token
 def decode(params, cfg, x, cache, ops=reference_ops):
-    """(y, cache) after appending one token per row; x, y: B 1 D. Dtypes and rows without room: as in `prefill`.
+    """(y, cache) after appending 1 to 16 tokens per row; x, y: B T D. Dtypes and rows without room: as in `prefill`.
 
     ops: any namespace with `decode_attention`, `decode_block_sparse`, `index_scores`, `topk_indices` and
     `merge_states`.

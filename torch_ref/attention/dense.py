@@ -23,7 +23,7 @@ from ..core.norm import rms_norm
 from ..core.rope import apply_rope, frequencies
 from ..core.softmax import grouped_attention
 from . import inputs
-from .step import begin, empty, end, in_order
+from .step import begin, empty, end, in_order, token_by_token
 
 
 def init_cache(cfg, batch, capacity, dtype=torch.bfloat16):
@@ -60,8 +60,9 @@ def prefill(params, cfg, x, cache, lengths=None):
     return end(step, project_out(params, cfg, step.x, out)), cache
 
 
+@token_by_token
 def decode(params, cfg, x, cache, ops=reference_ops):
-    """(y, cache) after appending one token per row; x, y: B 1 D. Dtypes and rows without room: as in `prefill`.
+    """(y, cache) after appending 1 to 16 tokens per row; x, y: B T D. Dtypes and rows without room: as in `prefill`.
 
     ops: any namespace with `decode_attention`.
     """

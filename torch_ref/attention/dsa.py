@@ -22,7 +22,7 @@ from ..ops import check as ops_check
 from ..ops.index_scores import masked_index_scores
 from . import dsa_indexer as indexer
 from . import inputs, mla
-from .step import begin, end, in_order
+from .step import begin, end, in_order, token_by_token
 
 
 def init_cache(cfg, batch, capacity, dtype=torch.bfloat16):
@@ -65,8 +65,9 @@ def prefill(params, cfg, x, cache, lengths=None, indices=None):
     return end(step, mla.project_out(params, cfg, step.x, out)), after
 
 
+@token_by_token
 def decode(params, cfg, x, cache, ops=reference_ops, indices=None):
-    """(y, cache) after appending one token per row; x, y: B 1 D. Dtypes and rows without room: as in `prefill`.
+    """(y, cache) after appending 1 to 16 tokens per row; x, y: B T D. Dtypes and rows without room: as in `prefill`.
 
     ops: any namespace with `decode_sparse_mla` and, without index_shared, `index_scores` and `topk_indices`.
     """

@@ -22,7 +22,7 @@ from ..core.dtypes import accumulator, einsum
 from ..core.norm import rms_norm
 from ..ops import check
 from . import inputs
-from .step import begin, empty, end, in_order
+from .step import begin, empty, end, in_order, token_by_token
 
 
 def init_cache(cfg, batch, capacity, dtype=torch.bfloat16):
@@ -56,8 +56,9 @@ def prefill(params, cfg, x, cache, lengths=None):
     return y, {"state": new_state.to(state.dtype), "length": step.start + step.new}
 
 
+@token_by_token
 def decode(params, cfg, x, cache, ops=reference_ops):
-    """(y, cache) after one token per row; x, y: B 1 D. ops: any namespace with `decode_linear`."""
+    """(y, cache) after 1 to 16 tokens per row; x, y: B T D. ops: any namespace with `decode_linear`."""
     check_inputs(params, cfg, x, cache, tokens=1)
     q, k, v = (z[:, 0] for z in project(params, x))
     state = cache["state"].clone()  # the op may overwrite what it is given

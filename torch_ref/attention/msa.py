@@ -26,7 +26,7 @@ from ..core.norm import rms_norm
 from ..core.rope import frequencies
 from ..ops.block_index_scores import block_maxima
 from . import dense, inputs
-from .step import begin, empty, end, in_order
+from .step import begin, empty, end, in_order, token_by_token
 
 
 def init_cache(cfg, batch, capacity, dtype=torch.bfloat16):
@@ -66,8 +66,9 @@ def prefill(params, cfg, x, cache, lengths=None):
     return end(step, dense.project_out(params, cfg, step.x, out)), cache
 
 
+@token_by_token
 def decode(params, cfg, x, cache, ops=reference_ops):
-    """(y, cache) after appending one token per row; x, y: B 1 D. Dtypes and rows without room: as in `prefill`.
+    """(y, cache) after appending 1 to 16 tokens per row; x, y: B T D. Dtypes and rows without room: as in `prefill`.
 
     ops: any namespace with `block_index_scores`, `topk_indices` and `decode_block_sparse`.
     """

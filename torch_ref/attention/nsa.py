@@ -34,7 +34,7 @@ from ..core.dtypes import accumulator, einsum
 from ..core.softmax import capped, grouped_attention, masked_softmax
 from . import dense, inputs, nsa_compress
 from .sliding_window import in_window, ring_then_new
-from .step import begin, empty, end, in_order
+from .step import begin, empty, end, in_order, token_by_token
 
 
 class Projected(NamedTuple):
@@ -105,8 +105,9 @@ def prefill(params, cfg, x, cache, lengths=None):
     return end(step, mix(params, cfg, step.x, parts)), after
 
 
+@token_by_token
 def decode(params, cfg, x, cache, ops=reference_ops):
-    """(y, cache) after appending one token per row; x, y: B 1 D. Dtypes and rows without room: as in `prefill`.
+    """(y, cache) after appending 1 to 16 tokens per row; x, y: B T D. Dtypes and rows without room: as in `prefill`.
 
     ops: any namespace with `decode_attention`, `topk_indices` and `decode_block_sparse`.
     """

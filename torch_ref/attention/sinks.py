@@ -34,7 +34,7 @@ def prefill(params, cfg, x, cache, lengths=None):
 
 
 def decode(params, cfg, x, cache, ops=reference_ops):
-    """(y, cache) after appending one token per row; x, y: B 1 D. ops: any namespace with `decode_attention`."""
+    """(y, cache) after appending 1 to 16 tokens per row; x, y: B T D. ops: any namespace with `decode_attention`."""
     check(params, cfg)
     return _keys(cfg).decode(params, cfg, x, cache, ops)
 

@@ -16,7 +16,7 @@ from .. import ops as reference_ops
 from ..core import ring
 from ..core.softmax import grouped_attention
 from . import dense, inputs
-from .step import begin, end, in_order
+from .step import begin, end, in_order, token_by_token
 
 
 def init_cache(cfg, batch, capacity, dtype=torch.bfloat16):
@@ -50,8 +50,9 @@ def prefill(params, cfg, x, cache, lengths=None):
     return end(step, dense.project_out(params, cfg, step.x, out)), step.appended(cache, ring.write, k=k, v=v)
 
 
+@token_by_token
 def decode(params, cfg, x, cache, ops=reference_ops):
-    """(y, cache) after appending one token per row; x, y: B 1 D. ops: any namespace with `decode_attention`."""
+    """(y, cache) after appending 1 to 16 tokens per row; x, y: B T D. ops: any namespace with `decode_attention`."""
     step = begin(x, cache, checked_room(cfg, x, cache, tokens=1))
     q, k, v = dense.project(params, cfg, x, step.positions)
     cache = step.appended(cache, ring.write, k=k, v=v)

@@ -1,11 +1,14 @@
 """What every call does before and after the attention: positions, pads, rows without room."""
 
+from functools import wraps
 from typing import NamedTuple
 
 import torch
 
 from ..core.append import append, room
 from . import inputs
+
+MOST_TOKENS = 16  # of a row in one decode
 
 
 class Step(NamedTuple):
@@ -82,3 +85,29 @@ def in_order(x, positions):
     if positions is not None:
         inputs.check_positions(positions, x)
     return order, order if positions is None else positions
+
+
+def token_by_token(decode):
+    """A decode of 1 to 16 tokens a row from one of a single token; indices (B T L) are split like x.
+
+    A row without room for all of its tokens takes none: on the CPU a ValueError, else the old row and NaN.
+    """
+
+    @wraps(decode)
+    def of_several(params, cfg, x, cache, *ops, indices=None, **more):
+        if x.ndim != 3 or x.shape[1] == 1:
+            more |= {} if indices is None else {"indices": indices}
+            return decode(params, cfg, x, cache, *ops, **more)
+        tokens = x.shape[1]
+        if not 1 <= tokens <= MOST_TOKENS:
+            raise ValueError(f"x has shape {list(x.shape)}; allowed: [B T D], T from 1 to {MOST_TOKENS}")
+        after, ys = cache, []
+        for t in range(tokens):
+            own = {} if indices is None else {"indices": indices[:, t : t + 1]}
+            y, after = decode(params, cfg, x[:, t : t + 1], after, *ops, **own, **more)
+            ys.append(y)
+        taken = after["length"] == cache["length"] + tokens
+        kept = {name: torch.where(taken.view(-1, *[1] * (a.ndim - 1)), a, cache[name]) for name, a in after.items()}
+        return torch.cat(ys, dim=1).masked_fill(~taken[:, None, None], torch.nan), kept
+
+    return of_several

@@ -25,7 +25,7 @@ from ..core.dtypes import accumulator
 from ..core.softmax import grouped_attention
 from . import dense, inputs
 from .sliding_window import in_window, ring_then_new
-from .step import begin, end, in_order
+from .step import begin, end, in_order, token_by_token
 
 
 def init_cache(cfg, batch, capacity, dtype=torch.bfloat16):
@@ -71,8 +71,9 @@ def prefill(params, cfg, x, cache, lengths=None):
     return end(step, dense.project_out(params, cfg, step.x, out)), after
 
 
+@token_by_token
 def decode(params, cfg, x, cache, ops=reference_ops):
-    """(y, cache) after appending one token per row; x, y: B 1 D. Dtypes and rows without room: as in `prefill`.
+    """(y, cache) after appending 1 to 16 tokens per row; x, y: B T D. Dtypes and rows without room: as in `prefill`.
 
     ops: any namespace with `decode_attention` and `merge_states`.
     """

@@ -26,7 +26,7 @@ from ..core.rope import apply_rope, frequencies
 from ..core.softmax import grouped_attention
 from . import inputs
 from .sliding_window import in_window
-from .step import begin, empty, end, in_order
+from .step import begin, empty, end, in_order, token_by_token
 
 
 def init_cache(cfg, batch, capacity, dtype=torch.bfloat16):
@@ -54,8 +54,9 @@ def prefill(params, cfg, x, cache, lengths=None):
     return end(step, project_out(params, cfg, step.x, out, step.positions)), step.appended(cache, ring.write, kv=kv)
 
 
+@token_by_token
 def decode(params, cfg, x, cache, ops=reference_ops):
-    """(y, cache) after appending one token per row; x, y: B 1 D. ops: any namespace with `decode_attention`."""
+    """(y, cache) after appending 1 to 16 tokens per row; x, y: B T D. ops: any namespace with `decode_attention`."""
     check(params, cfg, x, tokens=1)
     step = begin(x, cache, checked_room(cfg, x, cache))
     _, q, kv = project(params, cfg, x, step.positions)
