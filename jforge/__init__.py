@@ -7,13 +7,13 @@ y, cache = att.decode(params, cfg, x, cache)
 
 import importlib
 
-from jforge import ops
+from jforge import caches, ops
 from jforge.attention import REGISTRY
 from jforge.core.attention import Attention
 from jforge.cost import Cost
 from jforge.laws import check
 
-__all__ = ["Attention", "Cost", "check", "get", "hf", "names", "ops", "stack"]
+__all__ = ["Attention", "Cost", "caches", "check", "get", "hf", "names", "ops", "stack"]
 _LAZY = ("hf", "stack")
 
 

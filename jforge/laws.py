@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jforge import caches
 from jforge.core import compare
 from jforge.core.attention import Attention
 from jforge.traffic import decode_traffic
@@ -30,6 +31,7 @@ TITLES = {
     "L9": "no retrace, cache is a fixed point",
     "L10": "batch order and position shift",
     "L11": "gradients are finite",
+    "L12": "rows rewound, forked, replaced",
 }
 
 
@@ -330,7 +332,49 @@ def _l11(b: Bench):
     return float(np.abs(np.where(pads, of_prefill[1], 0)).max()), "gradient to pads"
 
 
+def _l12(b: Bench):
+    """Rows that are set back as if they had never seen more, or a refusal; forks and rows put in place of others as if
+    they had always been there. What the cache has no right to hold is NaN."""
+    n, errors = b.lengths, {}
+    _, ragged = b.ragged(b.params(), b.x(), b.empty(), n)
+    for old, held in ((np.full_like(n, b.T), b.one_shot[1]), (n, ragged)):
+        for new in (n, np.maximum(n - 1, 0), np.maximum(n - b.span, 0)):
+            pairs = ((buffer, getattr(held, name)) for name, buffer in b.spec.items())
+            exact = np.all([np.asarray(buffer.rewinds(b.cfg, leaf, old, new)) for buffer, leaf in pairs], axis=0)
+            kept = np.where(exact, new, old).astype(np.int32)
+            errors[f"from {old} to {kept} tokens"] = _go_on(b, caches.rewind(b.att, b.cfg, held, kept), kept)
+            for row in np.flatnonzero(~exact):
+                if not _refused(b, held, np.where(np.arange(len(n)) == row, new, old)):
+                    return math.inf, f"row {row} goes back from {old[row]} to {new[row]} tokens, which its cache cannot"
+    rows = np.arange(len(n))[::-1] // 2  # those of the first half, twice
+    forked = jax.jit(caches.take)(ragged, rows)
+    errors["forks"] = _go_on(b, forked, n[rows], rows)
+    replaced = jax.jit(caches.put)(b.one_shot[1], rows[::2], caches.take(ragged, rows[::2]))
+    length = np.full_like(n, b.T)
+    length[rows[::2]] = n[rows[::2]]
+    errors["rows put"] = _go_on(b, replaced, length)
+    return _worst(errors)
+
+
+def _refused(b: Bench, cache, new) -> bool:
+    try:
+        caches.rewind(b.att, b.cfg, cache, new)
+    except ValueError:
+        return True
+    return False
+
+
+def _go_on(b: Bench, cache, length, rows=slice(None)) -> float:
+    """The worst error of rows `rows` of x that have seen `length` tokens and are decoded to their end."""
+    x, truth, cache, errors = b.x()[rows], np.asarray(b.truth)[rows], b.poison(cache), [0.0]
+    for at in length + np.arange(b.T - length.min())[:, None]:
+        more, at = at < b.T, np.minimum(at, b.T - 1)[:, None, None]  # the rows that have ended go on with anything
+        y, cache = b.decode(b.params(), np.take_along_axis(x, at, axis=1), cache)
+        errors.append(compare.relative(np.asarray(y)[more], np.take_along_axis(truth, at, axis=1)[more]))
+    return max(errors)
+
+
 LAWS: dict[str, Callable[[Bench], tuple[float, str]]] = {
     "L1": _l1, "L2": _l2, "L3": _l3, "L4": _l4, "L5": _l5, "L6": _l6,
-    "L7": _l7, "L8": _l8, "L9": _l9, "L10": _l10, "L11": _l11,
+    "L7": _l7, "L8": _l8, "L9": _l9, "L10": _l10, "L11": _l11, "L12": _l12,
 }  # fmt: skip

@@ -30,6 +30,16 @@ def _op_with(**changes):
     return lambda params, cfg, x, cache: GQA.decode(params, cfg, x, cache, ops=ops)
 
 
+def _op_without_order(q, k, v, lengths, **options):
+    """Every token of a step sees all that the cache holds after it."""
+    one = [jforge.ops.decode_attention(q[:, t : t + 1], k, v, lengths, **options) for t in range(q.shape[1])]
+    return tuple(jnp.concatenate(parts, axis=1) for parts in zip(*one, strict=True))
+
+
+def _decode_without_order(params, cfg, x, cache):
+    return GQA.decode(params, cfg, x, cache, ops=SimpleNamespace(decode_attention=_op_without_order))
+
+
 def _append_masked(cache, at, **new):
     """The whole buffer through a select, as a mask over the cache would do it."""
     hit = (jnp.arange(cache.k.shape[1]) == at.positions[:, :1])[..., None, None]
@@ -136,6 +146,8 @@ MUTANTS = {
     "decode forgets the new token": (replaced(GQA, decode=_op_with(lengths=lambda n, k: n - 1)), law("L2", ROPED)),
     "decode reads the whole buffer, not the row's length": (
         replaced(GQA, decode=_op_with(lengths=lambda n, k: jnp.full_like(n, k.shape[1]))), law("L2", ROPED)),
+    "the tokens of one step see one another's future": (
+        replaced(GQA, decode=_decode_without_order), law("L2", ROPED)),
     "decode rotates by the next position": (replaced(GQA, decode=_decode_late), law("L4", ROPED)),
     "the new token lands one slot late": (patch(GQA, dense, "append", _append_late), law("L1", ROPED)),
     "forward sees the future": (replaced(GQA, forward=_forward_noncausal), law("L7", ROPED)),

@@ -9,14 +9,16 @@ import numpy as np
 from judges import case, law, patch, replaced, torch_forward, unread, walks
 
 import jforge
+from jforge import caches
 from jforge.attention import block_sparse, dense, moba, nsa, sliding_window, streaming
 from jforge.core import masks, ring
 from jforge.core.attend import attend
+from jforge.core.spec import Buffer
 from jforge.core.step import begin, end
 
 op_module = importlib.import_module("jforge.ops.decode_block_sparse")
-WINDOW, SINKS, STREAMING, SPARSE, MOBA, NSA = (
-    jforge.get(name) for name in ("sliding_window", "sinks", "streaming", "block_sparse", "moba", "nsa")
+WINDOW, SINKS, STREAMING, SPARSE, MOBA, NSA, LIGHTNING = (
+    jforge.get(name) for name in ("sliding_window", "sinks", "streaming", "block_sparse", "moba", "nsa", "lightning")
 )
 ROPE = {"rope_type": "default", "rope_theta": 1e4}
 SMALL = {"hidden_size": 8, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 4, "rope_parameters": ROPE}
@@ -137,6 +139,11 @@ def _first_head_chooses(cfg, q, k_cmp, lse, seen):
     return right_weights(replace(cfg, num_attention_heads=K), q[:, :, ::2], k_cmp, lse[:, :, ::2], seen)
 
 
+def _kept(cfg, cache, name, buffer, length):
+    """What a state holds after a rewind: what it held before."""
+    return getattr(cache, name)
+
+
 right_write, right_project, right_options = ring.write, streaming.project, dense.options
 right_slots, right_moba_choose, right_moba_append = op_module.listed_slots, moba.choose, moba._append
 right_nsa_choose, right_weights = nsa.choose, nsa.entry_weights
@@ -170,6 +177,10 @@ MUTANTS = {
     "MoBA: the running sum goes on past its block": (patch(MOBA, moba, "_append", _sum_goes_on), walks(PICKED)),
     "MoBA: the scan of the means is not counted": (
         unread(MOBA, "k_mean"), law("L8", PICKED)),
+    "MoBA: a rewind leaves the running sum": (patch(MOBA, caches, "_rewound", _kept), law("L12", PICKED)),
+    "a state that goes back to no token keeps its sum": (
+        patch(LIGHTNING, caches, "_rewound", _kept), law("L12", LIGHTNING.examples[0])),
+    "a ring goes back past what it wrote over": (patch(WINDOW, Buffer, "always_rewinds", True), law("L12", RING)),
     "NSA: the token that completes an entry does not see it": (
         patch(NSA, nsa, "_seen", _seen_one_late), torch_forward("nsa", ENTRIES)),
     "NSA: overlaps are counted a block back": (
@@ -185,6 +196,7 @@ JUDGES = {
     "walks of blocks": lambda: not walks(replace(PATTERN, seed=990))(SPARSE) and not walks(PICKED)(MOBA),
     "torch_ref on windows and blocks": lambda: not any(torch_forward(n, cfg)(jforge.get(n)) for n, cfg in TWINS),
     "cases of blocks": lambda: not any(case(n)(SPARSE) for n in ("blocks_of_64", "blocks_of_16")),
+    "L12": lambda: not any(law("L12", cfg)(att) for att, cfg in ((MOBA, PICKED), (WINDOW, RING))),
     "L8 of MoBA": lambda: not law("L8", PICKED)(MOBA),
 }
 """What notices a mutant notices nothing in the unchanged code."""

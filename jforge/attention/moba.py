@@ -158,10 +158,15 @@ def tokens_of(cfg: Config, selection, S: int) -> Bool[Array, "B T S"]:
     return blocks.tokens_of(selection, cfg.moba_chunk_size, S)
 
 
+def _open_sum(cfg: Config, cache: MoBACache, length: Int[Array, "B"]) -> Array:
+    """k_sum after `length` tokens, from the stored keys."""
+    return _means(cfg, cache.k, length)[1]
+
+
 def cache_spec(cfg: Config) -> CacheSpec:
     K, H = cfg.num_key_value_heads, cfg.head_dim
     k_mean = Buffer(("B", "E", "K", "H"), (K, H), every=cfg.moba_chunk_size, dtype="float32")
-    k_sum = Buffer(("B", "K", "H"), (K, H), every=None, dtype="float32")
+    k_sum = Buffer(("B", "K", "H"), (K, H), every=None, dtype="float32", remade=_open_sum)
     return CacheSpec(MoBACache, dense.kv_buffers(cfg) | {"k_mean": k_mean, "k_sum": k_sum})
 
 

@@ -271,9 +271,10 @@ def cache_spec(cfg: Config) -> CacheSpec:
     K, H, V, l = cfg.num_key_value_heads, cfg.head_dim, cfg.v_head_dim, cfg.kernel_size  # noqa: E741
     out = {}
     for x, axis, width in (("k", "H", H), ("v", "V", V)):
-        out[x] = Buffer(("B", "S", "K", axis), (K, width))
-        out[f"{x}_cmp"] = Buffer(("B", "E", "K", axis), (K, width), every=cfg.kernel_stride, first=l)
-        out[f"tail_{x}"] = Buffer(("B", "W", "K", axis), (K, width), limit=l)
+        entries = Buffer(("B", "E", "K", axis), (K, width), every=cfg.kernel_stride, first=l)
+        # The rows of the entry that comes next are in the tail for as long as it is the next.
+        tail = Buffer(("B", "W", "K", axis), (K, width), limit=l, steady=lambda cfg, n, e=entries: e.entries(n))
+        out |= {x: Buffer(("B", "S", "K", axis), (K, width)), f"{x}_cmp": entries, f"tail_{x}": tail}
         if cfg.separate_branches:
             out[f"{x}_win"] = Buffer(("B", "W", "K", axis), (K, width), limit=cfg.window_size)
     return CacheSpec(SeparateCache if cfg.separate_branches else NSACache, out)

@@ -83,7 +83,9 @@ class Compressor:
     def buffers(self, width: str) -> dict[str, Buffer]:
         """The entries, with `width` for the letter of their channels, and the two states, which have no slots."""
         entries = Buffer(("B", "E", width), (self.width,), every=self.rate)
-        state = Buffer(("B", "M", "X"), (self.behind + self.rate, self.channels), every=None, dtype="float32")
+        rows, m = (self.behind + self.rate, self.channels), self.rate
+        # Rows of tokens that are dropped are written again before they are read, while the same block is open.
+        state = Buffer(("B", "M", "X"), rows, every=None, dtype="float32", steady=lambda cfg, n: n // m)
         return {self.entries: entries} | dict.fromkeys(self.states, state)
 
     def rows(self, params: Params, x: Tokens, order: Int[Array, "B T"]) -> tuple[Array, Array]:

@@ -8,10 +8,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Int
 
 from jforge.core.softmax import wider
 
+Lengths = Int[Array, "B"] | Int[np.ndarray, "B"]
 CACHE_DTYPES = ("float16", "bfloat16", "float32", "float64")
 
 
@@ -26,6 +28,8 @@ class Buffer:
     limit: most slots a row can use (a ring's window); None for no limit. every=None and limit=None: no slot axis.
     dtype: None follows the cache's dtype; "float32" means float32 or wider (states, sums); "float8_..." is itself.
     filled: how many leading slots hold data, from (cfg, length); None derives it from the fields above.
+    steady: of a ring or a state, (cfg, length) -> int: a rewind that leaves it as it is, is exact; None: no rewind is.
+    remade: of a state, (cfg, cache, length) -> its content, made from the other buffers: any rewind is exact.
     """
 
     dims: tuple[str, ...]
@@ -35,6 +39,8 @@ class Buffer:
     limit: int | None = None
     dtype: str | None = None
     filled: Callable[[Any, Array], Array] | None = None
+    steady: Callable[[Any, Array], Array] | None = None
+    remade: Callable[[Any, Any, Array], Array] | None = None
 
     @property
     def has_slots(self) -> bool:
@@ -68,6 +74,23 @@ class Buffer:
             return self.filled(cfg, length)
         count = length if self.every is None else self.entries(length)
         return count if self.limit is None else jnp.minimum(count, self.limit)
+
+    @property
+    def always_rewinds(self) -> bool:
+        """Whether nothing in it is ever written over, or all of it can be made anew."""
+        return self.remade is not None or (self.has_slots and self.limit is None)
+
+    def rewinds(self, cfg, leaf, old: Lengths, new: Lengths) -> Array | np.ndarray:
+        """bool[B]: whether a row that has seen `old` tokens can become one that has seen the first `new` of them.
+
+        A ring has lost what it wrote over, a state what it summed. To nothing at all every buffer goes back.
+        """
+        if self.always_rewinds:
+            return new == new
+        exact = (new == old) | (new == 0)
+        if self.steady is not None:
+            exact |= self.steady(cfg, new) == self.steady(cfg, old)
+        return exact | (old <= leaf.shape[1]) if self.has_slots else exact
 
     def dtype_in(self, dtype) -> jnp.dtype:
         """The dtype of this buffer in a cache of `dtype`."""
