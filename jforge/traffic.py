@@ -46,28 +46,44 @@ class Traffic:
 
 def decode_traffic(att, cfg, context: int, dtype=jnp.bfloat16, *, closing: bool = False) -> Traffic:
     """The traffic of `att.decode` for one row whose cache holds exactly `context` tokens after the step."""
+    return trace_decode(att, cfg, context, dtype).count(closing)
+
+
+def trace_decode(att, cfg, context: int, dtype=jnp.bfloat16) -> "Trace":
+    """The step of `decode_traffic`, traced once for both values of `closing`."""
     params = jax.eval_shape(lambda: att.init_params(jax.random.key(0), cfg, dtype))
     cache = jax.eval_shape(lambda: att.init_cache(cfg, 1, context, dtype))
     x = jax.ShapeDtypeStruct((1, 1, cfg.hidden_size), jnp.dtype(dtype))
-    return traffic(lambda p, x, c: att.decode(p, cfg, x, c), params, x, cache, closing=closing)
+    return Trace(lambda p, x, c: att.decode(p, cfg, x, c), params, x, cache)
 
 
 def traffic(step, params, x, cache, *, closing: bool = False) -> Traffic:
     """Trace step(params, x, cache) -> (y, cache) and count what it reads and writes of every leaf but `length`."""
-    closed, (_, out) = jax.make_jaxpr(step, return_shape=True)(params, x, cache)
-    names, leaves = _names(cache), jax.tree.leaves(cache)
-    if _names(out) != names:
-        raise ValueError(f"the step returns a cache with leaves {_names(out)}; it was given {names}")
-    size = {n: math.prod(a.shape) * a.dtype.itemsize for n, a in zip(names, leaves, strict=True)}
-    views = [None if n == "length" else View(n, a.dtype.itemsize, True) for n, a in zip(names, leaves, strict=True)]
-    walk = _Walk(closing)
-    before = [None] * (len(closed.jaxpr.invars) - len(views))
-    results = walk.run(closed.jaxpr, before + views)[-len(views) :]
-    for name, view in zip(names, results, strict=True):
-        if name != "length" and (view is None or view.buffer != name or not view.intact):
-            walk.traffic.written[name] = size[name]
-    walk.traffic.read = {n: min(b, size[n]) for n, b in walk.traffic.read.items()}
-    return walk.traffic
+    return Trace(step, params, x, cache).count(closing)
+
+
+class Trace:
+    """A traced step(params, x, cache) -> (y, cache)."""
+
+    def __init__(self, step, params, x, cache):
+        closed, (_, out) = jax.make_jaxpr(step, return_shape=True)(params, x, cache)
+        names, leaves = _names(cache), jax.tree.leaves(cache)
+        if _names(out) != names:
+            raise ValueError(f"the step returns a cache with leaves {_names(out)}; it was given {names}")
+        self.jaxpr, self.leaves = closed.jaxpr, dict(zip(names, leaves, strict=True))
+
+    def count(self, closing: bool = False) -> Traffic:
+        """What it reads and writes of every leaf but `length`."""
+        size = {n: math.prod(a.shape) * a.dtype.itemsize for n, a in self.leaves.items()}
+        views = [None if n == "length" else View(n, a.dtype.itemsize, True) for n, a in self.leaves.items()]
+        walk = _Walk(closing)
+        before = [None] * (len(self.jaxpr.invars) - len(views))
+        results = walk.run(self.jaxpr, before + views)[-len(views) :]
+        for name, view in zip(self.leaves, results, strict=True):
+            if name != "length" and (view is None or view.buffer != name or not view.intact):
+                walk.traffic.written[name] = size[name]
+        walk.traffic.read = {n: min(b, size[n]) for n, b in walk.traffic.read.items()}
+        return walk.traffic
 
 
 def _names(cache) -> list[str]:
