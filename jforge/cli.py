@@ -82,7 +82,7 @@ def parser() -> Parser:
     sub.add_argument(
         "names", nargs="*", metavar="NAME", help="mechanisms, or module:attribute (default: all of jforge)"
     )
-    sub.add_argument("--law", action="append", choices=TITLES, metavar="LAW", help="L1 to L11 (default: all); repeats")
+    sub.add_argument("--law", action="append", choices=TITLES, help="may be repeated (default: all)")
     sub.add_argument("--config", type=positive, metavar="N", help="the N-th example of each NAME (default: all)")
 
     sub = command("equiv", _equiv, "Agreement of the four backends and of the frameworks, as measured here.")
