@@ -10,6 +10,8 @@ import json
 import os
 import re
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from typing import NoReturn
 
 import jax
@@ -20,6 +22,7 @@ from jforge import hf
 from jforge.harness import bench, equiv, records
 from jforge.harness.backends import for_programs_that_run_once
 from jforge.harness.ops import BY_NAME
+from jforge.laws import TITLES
 
 try:
     from jforge import demo, report, report_bench
@@ -79,6 +82,8 @@ def parser() -> Parser:
     sub.add_argument(
         "names", nargs="*", metavar="NAME", help="mechanisms, or module:attribute (default: all of jforge)"
     )
+    sub.add_argument("--law", action="append", choices=TITLES, help="may be repeated (default: all)")
+    sub.add_argument("--config", type=positive, metavar="N", help="the N-th example of each NAME (default: all)")
 
     sub = command("equiv", _equiv, "Agreement of the four backends and of the frameworks, as measured here.")
     sub.add_argument("names", nargs="*", metavar="NAME", help="ops or mechanisms (default: all; takes minutes)")
@@ -150,16 +155,34 @@ def _layers(name: str, path: str | None) -> tuple[list, str]:
 
 
 def _check(args) -> int:
-    for_programs_that_run_once()
-    targets = [(name, _attention(name)) for name in args.names or jforge.names()]
-    work = [
-        (name, att, cfg) for name, att in targets for cfg in att.examples or (None,)
-    ]  # None fails: it proves nothing
-    rows = []
-    for name, att, cfg in report.track(work, "checking laws"):
-        rows.append({"mechanism": name, "config": str(cfg), **report.laws(jforge.check(att, cfg))})
+    """Checks run side by side, since most of their time is XLA's, which compiles a program on one core."""
+    work = [target for name in args.names or jforge.names() for target in _configs(name, _attention(name), args.config)]
+    laws = tuple(args.law or TITLES)
+
+    def check(target) -> dict:
+        name, att, number, count, cfg = target
+        label = name if count < 2 else f"{name} {number}/{count}"
+        started = time.monotonic()
+
+        def each(row) -> None:
+            report.progress(f"{label}: {row.law} {'ok' if row.ok else 'FAILS'}, {time.monotonic() - started:.0f} s")
+
+        result = jforge.check(att, cfg, laws=laws, each=each)
+        return {"mechanism": name, "config": str(cfg), "number": number, "of": count, **report.laws(result)}
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        rows = list(pool.map(check, work))
     emit(args, rows, report.show_laws)
     return 0 if all(row["ok"] for row in rows) else 1
+
+
+def _configs(name: str, att: jforge.Attention, chosen: int | None) -> list[tuple]:
+    """(name, att, number, count, Config) of each example, or of one. None for a Config fails: it proves nothing."""
+    configs = att.examples or (None,)
+    if chosen is not None and chosen > len(configs):
+        raise ValueError(f"--config is {chosen}; {name} has {len(configs)} example{'s' * (len(configs) > 1)}")
+    every = [(name, att, i, len(configs), cfg) for i, cfg in enumerate(configs, 1)]
+    return every if chosen is None else [every[chosen - 1]]
 
 
 def _attention(name: str) -> jforge.Attention:

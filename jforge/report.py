@@ -1,5 +1,6 @@
 """What the commands show: each show_ prints the tables of plain data, which is what --json gives."""
 
+import sys
 from collections.abc import Iterable, Iterator
 
 import jax.numpy as jnp
@@ -200,30 +201,49 @@ def _layers(count: int) -> str:
 # check
 
 
+def progress(line: str) -> None:
+    """One line on stderr, where it is read while the work goes on, also through a pipe."""
+    print(line, file=sys.stderr, flush=True)
+
+
 def laws(result) -> dict:
-    rows = [
-        {"law": r.law, "error": number(r.error), "tolerance": r.tolerance, "ok": r.ok, "note": "" if r.ok else r.note}
-        for r in result
-    ]
-    return {"ok": result.ok, "laws": rows}
+    """A Report as JSON. An error is None where it is no number, and a count of violations is an int."""
+
+    def row(r) -> dict:
+        out = {"law": r.law, "title": r.title, "error": number(r.error), "tolerance": r.tolerance, "ok": r.ok}
+        out |= {"compiled": r.compiled, "note": r.says, "where": r.where.plain() if r.where else {}}
+        return out | ({"before": row(r.before)} if r.before else {})
+
+    return {"ok": result.ok, "points_at": result.points_at, "laws": [row(r) for r in result]}
 
 
 def show_laws(data: list[dict]) -> None:
+    """A line a Config; below, what its failed laws say and point at, with the Config once."""
     names = [row["law"] for row in data[0]["laws"]]
     out = grid("mechanism", *names, right=1)
     for row in data:
-        out.add_row(row["mechanism"], *(cell(law["error"], law["ok"]) for law in row["laws"]))
+        out.add_row(_label(row), *(cell(law["error"], law["ok"]) for law in row["laws"]))
     show("Errors of the laws in float64 (L7 to L9 count violations)", out)
-    OUT.print("  ".join(f"{law} {title}" for law, title in jforge.laws.TITLES.items()), highlight=False)
+    OUT.print("  ".join(f"{law['law']} {law['title']}" for law in data[0]["laws"]), highlight=False)
     for row in data:
         for law in row["laws"]:
+            if law["ok"] and law["note"]:
+                OUT.print(f"{_label(row)}, {law['law']}: {law['note']}", highlight=False)
+        if row["ok"]:
+            continue
+        OUT.print(f"\n{_label(row)} breaks laws, with {row['config']}", style="red", highlight=False)
+        for law in row["laws"]:
             if not law["ok"]:
-                OUT.print(f"{row['mechanism']} breaks {law['law']}: {law['note']}", style="red", highlight=False)
-                OUT.print(f"  config: {row['config']}", highlight=False)
+                OUT.print(f"  {law['law']} {law['title']}: {law['note']}", highlight=False)
+        OUT.print(f"  this points at {row['points_at']}", highlight=False)
+
+
+def _label(row: dict) -> str:
+    return row["mechanism"] if row["of"] < 2 else f"{row['mechanism']} {row['number']}/{row['of']}"
 
 
 def cell(error: float | None, ok: bool) -> str:
-    text = "inf" if error is None else "0" if error == 0 else f"{error:.0e}"
+    text = "inf" if error is None else "0" if error == 0 else str(error) if isinstance(error, int) else f"{error:.0e}"
     return text if ok else f"[red]{text}[/red]"
 
 

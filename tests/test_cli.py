@@ -9,12 +9,14 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import own_alibi
 import pytest
 from rich.console import Console
 
 import jforge
 import torch_ref
 from jforge import cli, report, report_bench
+from jforge.attention import REGISTRY
 from jforge.core import compare
 from jforge.harness import bench, equiv
 from jforge.harness.op import Work
@@ -139,9 +141,39 @@ def test_check_reports_a_broken_law(capsys, monkeypatch, tmp_path):
     )
     code, out, _ = run(capsys, "check", "mine:bad", "--json")
     (row,) = json.loads(out)
-    assert code == 1 and [law["law"] for law in row["laws"] if not law["ok"]] == ["L7"]
+    (law,) = (law for law in row["laws"] if not law["ok"])
+    assert code == 1 and law["law"] == "L7" and law["error"] == len(law["where"]["pairs"]) == 10
+    assert row["points_at"].startswith("visible") and (row["number"], row["of"]) == (1, 1)
     code, out, _ = run(capsys, "check", "mine:good")
     assert code == 0 and "mine:good" in out
+
+
+def test_check_of_one_law_and_one_config(capsys):
+    """Every law says on stderr that it is done, also through a pipe; stdout is the result alone."""
+    code, out, err = run(capsys, "check", "gqa", "--law", "L9", "--law", "L1", "--config", "2", "--json")
+    (row,) = json.loads(out)
+    assert code == 0 and row["config"] == str(jforge.get("gqa").examples[1])
+    assert [law["law"] for law in row["laws"]] == ["L9", "L1"] and (row["number"], row["of"]) == (2, 3)
+    assert [line.split(",")[0] for line in err.splitlines()] == ["gqa 2/3: L9 ok", "gqa 2/3: L1 ok"]
+
+
+def test_check_says_the_config_once_and_counts_as_counts(capsys, monkeypatch):
+    gqa = jforge.get("gqa")
+    broken = gqa._replace(forward=lambda *args, **options: 2 * gqa.forward(*args, **options),
+                          visible=lambda cfg, q_pos, k_pos: k_pos < q_pos)  # fmt: skip
+    monkeypatch.setitem(REGISTRY, "broken", broken)
+    code, out, _ = run(capsys, "check", "broken", "--law", "L1", "--law", "L2", "--law", "L7")
+    text = " ".join(out.split())
+    assert code == 1 and text.count("Config(") == 3 and text.count("this points at forward") == 3
+    for i, line in enumerate(line for line in out.splitlines() if line.startswith("broken") and "breaks" not in line):
+        assert line.split()[:2] == ["broken", f"{i + 1}/3"] and line.split()[-1] == "10"
+
+
+def test_the_command_and_the_function_give_one_verdict(capsys):
+    """Of a correct mechanism that XLA's level 0 compiles wrong."""
+    code, out, _ = run(capsys, "check", "own_alibi:alibi", "--law", "L7", "--json")
+    here = report.laws(jforge.check(own_alibi.alibi, laws=("L7",)))
+    assert code == 0 and json.loads(out)[0]["laws"] == json.loads(json.dumps(here["laws"]))
 
 
 def test_equiv_of_an_op_and_a_mechanism(capsys):
@@ -181,6 +213,9 @@ BAD = [
     (("cost", "gqa", "--config", "rope.json"), "rope_type"),
     (("cost", "gqa", "--config", "alien.json"), "alien"),
     (("check", "nope"), "'nope'"),
+    (("check", "gqa", "--law", "L99"), "'L99'"),
+    (("check", "gqa", "--config", "4"), "gqa has 3 examples"),
+    (("check", "gqa", "--config", "0"), "'0'"),
     (("equiv", "gqa", "nope"), "'nope'"),
     (("bench", "decode_everything"), "'decode_everything'"),
     (("bench", "decode_mla"), "decode_mla can be timed on a GPU alone"),

@@ -12,6 +12,11 @@ from jforge.ops.index_scores import block_index_scores, index_scores
 from jforge.ops.merge_states import merge_states
 from jforge.ops.mix import mix
 from jforge.ops.topk_indices import topk_indices
+from jforge.ops.watch import watched
+
+decode_attention, decode_mla = watched(decode_attention), watched(decode_mla)
+decode_block_sparse, decode_sparse_mla = watched(decode_block_sparse), watched(decode_sparse_mla)
+index_scores, block_index_scores = watched(index_scores), watched(block_index_scores)
 
 __all__ = [
     "decode_attention",
