@@ -3,6 +3,7 @@
 import os
 import shutil
 import sys
+import textwrap
 from collections.abc import Sequence
 
 COLOURS = {"bold": "1", "dim": "2", "red": "31"}
@@ -23,6 +24,11 @@ def styled(text: str, style: str) -> str:
     if style not in COLOURS or os.environ.get("NO_COLOR") or not sys.stdout.isatty():
         return text
     return f"\x1b[{COLOURS[style]}m{text}\x1b[0m"
+
+
+def wrapped(line: str, indent: int = 0) -> str:
+    """A line folded between words to the width of the terminal, from its second line on indented."""
+    return textwrap.fill(line, width(), subsequent_indent=" " * indent, break_long_words=False, break_on_hyphens=False)
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[str]], left: int, room: int | None = None) -> str:

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jforge.core import compare
+from jforge.harness import interpreters
 from jforge.harness.op import Case, Inputs, Op
 
 
@@ -33,12 +34,12 @@ class Backend:
     @functools.cached_property
     def ops(self) -> ModuleType:
         """The package. Without a GPU, asks Triton for its interpreter before the first import."""
-        if self.package == "triton_kernels" and not gpu():
-            os.environ.setdefault("TRITON_INTERPRET", "1")
+        if self.package == "triton_kernels":
+            triton_can_run()
         return importlib.import_module(self.package)
 
-    def call(self, op: str, inputs: Inputs, jitted: bool = False) -> tuple[np.ndarray, ...]:
-        return tuple(to_numpy(r) for r in results(getattr(self.ops, op), self.framework, inputs, jitted))
+    def call(self, op: str, inputs: Inputs) -> tuple[np.ndarray, ...]:
+        return tuple(to_numpy(r) for r in results(getattr(self.ops, op), self.framework, inputs))
 
     def merge(self, parts: list[tuple[np.ndarray, ...]]) -> tuple[np.ndarray, ...]:
         """Partial (out, lse) of the same queries, joined in float32."""
@@ -87,12 +88,20 @@ def passes(errors: tuple[float, float], dtype: str) -> bool:
 def for_programs_that_run_once() -> None:
     """Before JAX computes anything. XLA's CPU client gets enough threads that Mosaic's interpreter can run all
     warpgroups of a kernel at once, and leaves out the passes that would take most of the time of small programs; on a
-    GPU it leaves memory to torch.
+    GPU it leaves memory to torch. The interpreters are made faster.
     """
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     os.environ.setdefault("NPROC", str(max(16, os.cpu_count() or 1)))
     if not gpu():
+        triton_can_run()
+        interpreters.faster()
         jax.config.update("jax_disable_most_optimizations", True)
+
+
+def triton_can_run() -> None:
+    """Without a GPU, ask Triton for its interpreter; in time only before a kernel is defined."""
+    if not gpu():
+        os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 @functools.cache
@@ -101,10 +110,8 @@ def gpu() -> bool:
     return jax.default_backend() == "gpu"
 
 
-def results(function: Callable, framework: str, inputs: Inputs, jitted: bool = False) -> tuple:
-    """What `function` returns for arrays of its framework, on a GPU where there is one; a lone result as a tuple.
-    jitted: under jax.jit, in which a shape that comes once costs a third of the time of compiling op by op.
-    """
+def results(function: Callable, framework: str, inputs: Inputs) -> tuple:
+    """What `function` returns for arrays of its framework, on a GPU where there is one; a lone result as a tuple."""
     convert, options = jnp.asarray if framework == "jax" else _on_device, dict(inputs.options)
     arrays = [a if a is None else convert(a) for a in inputs.arrays.values()]
     options = {name: convert(v) if isinstance(v, np.ndarray) else v for name, v in options.items()}
@@ -112,8 +119,7 @@ def results(function: Callable, framework: str, inputs: Inputs, jitted: bool = F
         import torch
 
         options["out_dtype"] = getattr(torch, options["out_dtype"])
-    call = functools.partial(function, **options)
-    found = (jax.jit(call) if jitted else call)(*arrays)
+    found = function(*arrays, **options)
     return tuple(found) if isinstance(found, tuple | list) else (found,)
 
 

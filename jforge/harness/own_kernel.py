@@ -9,10 +9,9 @@ of an (out, lse) it may return out alone. Every named case of the op is asked in
 no query may read, and compared with the op in float64.
 """
 
-import functools
 import inspect
 from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from types import CodeType, SimpleNamespace
 
 import jax
@@ -142,9 +141,8 @@ def _asked(function: Callable, framework: str, op: Op, case: Case, dtype: str, s
     inputs = op.inputs(case, dtype, seed)
     if reason := _not_taken(function, inputs):
         return Answer(case.name, dtype, refused=reason)
-    call = functools.partial(results, function, framework, jitted=framework == "jax")
     try:
-        got = call(inputs)
+        got = results(function, framework, inputs)
         if wrong := _form(got, framework, op, inputs):
             return Answer(case.name, dtype, wrong=wrong)
         got = {name: to_numpy(r) for name, r in zip(op.results, got, strict=False) if r is not None}
@@ -225,7 +223,7 @@ def framework_of(function: Callable, name: str) -> str:
 
 
 def _roots(function, seen: set[int]) -> set[str]:
-    """The packages of what a function is and uses by name, followed through what it wraps, and calls of its own file."""
+    """The packages of what a function is and names, followed through what it wraps and into its own file."""
     kinds = [function, *type(function).__mro__]
     found = {str(getattr(kind, "__module__", None)).partition(".")[0] for kind in kinds}
     if id(function) in seen:
@@ -234,12 +232,15 @@ def _roots(function, seen: set[int]) -> set[str]:
     inner = [getattr(function, name, None) for name in ("__wrapped__", "func", "__func__", "fn")]
     code = getattr(function, "__code__", None)
     if not isinstance(code, CodeType):
-        call = getattr(type(function), "__call__", None)
+        call = vars(type(function)).get("__call__")
         inner += [call] if isinstance(getattr(call, "__code__", None), CodeType) else []
     else:
         names, space = _names(code), function.__globals__
         found |= (names - space.keys()) & {package for packages in FRAMEWORKS.values() for package in packages}
-        for value in [*(space[n] for n in names & space.keys()), *filter(None, map(_content, function.__closure__ or ()))]:
+        for value in [
+            *(space[n] for n in names & space.keys()),
+            *filter(None, map(_content, function.__closure__ or ())),
+        ]:
             if inspect.ismodule(value):
                 found.add(value.__name__.partition(".")[0])
             elif getattr(value, "__module__", None) == function.__module__:
@@ -261,11 +262,27 @@ def _names(code: CodeType) -> set[str]:
     return set(code.co_names).union(*(_names(const) for const in nested))
 
 
-def namespace(function: Callable, op: str) -> SimpleNamespace:
-    """The function in the place of the op, for benchmarks: out alone becomes (out, None)."""
+@dataclass(frozen=True)
+class Own:
+    """A function, what it is called, and the framework whose arrays it takes."""
 
-    def call(*arrays, **options):
-        found = function(*arrays, **options)
-        return found if isinstance(found, tuple | list) or "lse" not in BY_NAME[op].results else (found, None)
+    name: str
+    function: Callable
+    framework: str
 
-    return SimpleNamespace(**{op: call})
+    def ops(self, op: str) -> SimpleNamespace:
+        """A namespace with the function in the place of `op`; a result alone becomes (result, None)."""
+
+        def call(*arrays, **options):
+            found = self.function(*arrays, **options)
+            return found if isinstance(found, tuple) or len(BY_NAME[op].results) == 1 else (found, None)
+
+        return SimpleNamespace(**{op: call})
+
+
+def plain(verdict: Verdict) -> dict:
+    """A verdict as JSON."""
+    counts = {"judged": len(verdict.judged), "wrong": len(verdict.failed), "not_judged": verdict.unjudged}
+    cases = [{**asdict(a), "errors": {n: e if np.isfinite(e) else None for n, e in a.errors.items()}} for a in verdict]
+    named = {"function": verdict.function, "op": verdict.op, "framework": verdict.framework, "ok": verdict.ok}
+    return {**named, **counts, "refused": len(cases) - len(verdict.judged), "cases": cases}
