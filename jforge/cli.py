@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import jforge
 from jforge import demo, hf, report, report_bench
 from jforge.harness import bench, equiv, own_kernel, records
-from jforge.harness.backends import for_programs_that_run_once, triton_can_run
+from jforge.harness.backends import before_jax_starts, for_programs_that_run_once, triton_can_run
 from jforge.harness.ops import BY_NAME
 
 CONFIGS = {path.stem: path for path in sorted((Path(__file__).parent / "configs").glob("*.json"))}
@@ -212,6 +212,7 @@ def _own(args, ops: list[str]) -> own_kernel.Own | None:
     if len(ops) != 1 or ops[0] not in BY_NAME:
         given = ", ".join(ops) or "none"
         raise ValueError(f"--backend stands for one op of {', '.join(BY_NAME)}; the ops given are: {given}")
+    before_jax_starts()
     triton_can_run()
     function = _imported("--backend", args.backend, "module:function")
     framework = args.framework or own_kernel.framework_of(function, args.backend)
@@ -233,22 +234,26 @@ def _equiv(args) -> int:
             known = f"an op ({', '.join(ops)}) or a mechanism ({', '.join(mechanisms)})"
             raise ValueError(f"NAME is {name!r}; it must be {known}")
     own = _own(args, args.names)
+    chosen = args.names or (*ops, *mechanisms)
+    if own is None:
+        some, others = set(ops) & set(chosen), set(mechanisms) & set(chosen)
+        needs("torch", *(["triton"] if some else []), *(["transformers"] if others else []))
     for_programs_that_run_once()
     if own is not None:
-        verdict = own_kernel.judge(
-            own.function, args.names[0], framework=own.framework, name=own.name, track=report.track,
-            dtypes=[args.dtype] if args.dtype else own_kernel.DTYPES,
-        )  # fmt: skip
-        emit(args, {**own_kernel.plain(verdict), "device": device()}, lambda _: print(verdict))
-        return 0 if verdict.ok else 1
-    chosen = args.names or (*ops, *mechanisms)
-    needs("torch", *(["triton"] if set(ops) & set(chosen) else []))
-    needs(*(["transformers"] if set(mechanisms) & set(chosen) else []))
+        return _equiv_own(args, own)
     backends = equiv.backends([op for op in ops if op in chosen], track=report.track, workers=args.workers)
     frameworks = equiv.frameworks([name for name in mechanisms if name in chosen], track=report.track)
     data = {"backends": backends, "frameworks": frameworks, "device": device()}
     emit(args, data, report.show_equiv)
     return 0 if equiv.agrees(data) else 1
+
+
+def _equiv_own(args, own: own_kernel.Own) -> int:
+    dtypes = [args.dtype] if args.dtype else own_kernel.DTYPES
+    named = {"name": own.name, "framework": own.framework}
+    verdict = own_kernel.judge(own.function, args.names[0], dtypes=dtypes, track=report.track, **named)
+    emit(args, {**own_kernel.plain(verdict), "device": device()}, lambda _: print(verdict))
+    return 0 if verdict.ok else 1
 
 
 def _bench(args) -> int:

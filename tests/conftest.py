@@ -16,7 +16,8 @@ jaxtyping.install_import_hook(["jforge"], "typecheck.check")
 def pytest_configure():
     from jforge.harness import interpreters  # once shapes are checked and TRITON_INTERPRET is set
 
-    interpreters.faster()
+    interpreters.faster("triton")
+    interpreters.faster("pallas")
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -33,9 +33,10 @@ class Backend:
 
     @functools.cached_property
     def ops(self) -> ModuleType:
-        """The package. Without a GPU, asks Triton for its interpreter before the first import."""
-        if self.package == "triton_kernels":
+        """The package. Without a GPU, its interpreter is asked for before the first import, and made faster."""
+        if self.name in KERNELS and not gpu():
             triton_can_run()
+            interpreters.faster(self.name)
         return importlib.import_module(self.package)
 
     def call(self, op: str, inputs: Inputs) -> tuple[np.ndarray, ...]:
@@ -86,16 +87,18 @@ def passes(errors: tuple[float, float], dtype: str) -> bool:
 
 
 def for_programs_that_run_once() -> None:
-    """Before JAX computes anything. XLA's CPU client gets enough threads that Mosaic's interpreter can run all
-    warpgroups of a kernel at once, and leaves out the passes that would take most of the time of small programs; on a
-    GPU it leaves memory to torch. The interpreters are made faster.
+    """`before_jax_starts`, and XLA leaves out the passes that would take most of the time of small programs."""
+    before_jax_starts()
+    if not gpu():
+        jax.config.update("jax_disable_most_optimizations", True)
+
+
+def before_jax_starts() -> None:
+    """XLA's CPU client gets enough threads that Mosaic's interpreter can run all warpgroups of a kernel at once; on a
+    GPU it leaves memory to torch.
     """
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     os.environ.setdefault("NPROC", str(max(16, os.cpu_count() or 1)))
-    if not gpu():
-        triton_can_run()
-        interpreters.faster()
-        jax.config.update("jax_disable_most_optimizations", True)
 
 
 def triton_can_run() -> None:

@@ -9,20 +9,17 @@ import numpy as np
 
 
 @functools.cache
-def faster() -> None:
-    """Once a process, before a kernel is interpreted; Triton's if that is installed."""
-    _call_python_without_jax_arrays()
-    try:
-        from triton.runtime import interpreter  # reads TRITON_INTERPRET
-    except ImportError:
-        return
-    _patch_the_language_once_a_module(interpreter)
+def faster(package: str) -> None:
+    """Of "triton", once TRITON_INTERPRET is set, or "pallas"; before a kernel is interpreted."""
+    {"triton": _patch_the_language_once_a_module, "pallas": _call_python_without_jax_arrays}[package]()
 
 
-def _patch_the_language_once_a_module(interpreter) -> None:
+def _patch_the_language_once_a_module() -> None:
     """Functions inside a kernel: Triton's interpreter patches its language anew for every call of one, a third of its
     time. Once for each module is enough, as a launch patches what its end puts back.
     """
+    from triton.runtime import interpreter
+
     patched = set()
 
     def call(self, *args, **kwargs):
