@@ -206,8 +206,9 @@ def _imported(argument: str, name: str, allowed: str):
 def _own(args, ops: list[str]) -> own_kernel.Own | None:
     """--backend, in the place of the one op that is named."""
     if args.backend is None:
-        if args.framework:
-            raise ValueError(f"--framework is {args.framework!r}; it goes with --backend module:function")
+        for option in ("framework", "dtype"):
+            if value := getattr(args, option, None):
+                raise ValueError(f"--{option} is {value!r}; it goes with --backend module:function")
         return None
     if len(ops) != 1 or ops[0] not in BY_NAME:
         given = ", ".join(ops) or "none"
@@ -276,7 +277,9 @@ def _bench(args) -> int:
     if args.plot:
         report_bench.plot_bench(data, args.plot)
     emit(args, data, report_bench.show_bench)
-    return 0
+    mine = [row for row in rows if own is not None and row.get("implementation") == own.name]
+    wrong = any(row.get("refused") == bench.WRONG for row in mine)
+    return 1 if wrong or (mine and not any("median" in row for row in mine)) else 0
 
 
 def _demo(args) -> int:

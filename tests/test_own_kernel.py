@@ -38,7 +38,7 @@ def test_the_example_passes(capsys, name, framework):
 
 
 def test_a_leak_is_named_with_its_slots():
-    """Row 1 of `llama` has 77 tokens in 192 slots, of which 64 of the values' NaN are named to the slot."""
+    """Row 1 of `llama` has 77 tokens in 192 slots."""
     verdict = judged(own_kernels.forgets_the_mask_of_values)
     wrong = {(a.case, a.dtype): a.wrong for a in verdict.failed}
     assert not verdict.ok and "row 1 (length 77), token 0, head 0, channel 0: got nan" in wrong["llama", "float32"]
@@ -140,6 +140,7 @@ def test_equiv_of_a_function(capsys, elsewhere):
         (("equiv", "gqa", "--backend", "own_kernels:in_jax"), "gqa"),
         (("equiv", "decode_mla", "topk_indices", "--backend", "own_kernels:in_jax"), "one op"),
         (("equiv", "decode_mla", "--framework", "jax"), "--backend"),
+        (("equiv", "decode_mla", "--dtype", "float16"), "--backend"),
         (("equiv", "decode_mla", "--backend", "own_kernels"), "'own_kernels'"),
         (("equiv", "decode_mla", "--backend", "own_kernels:nothing"), "'nothing'"),
         (("equiv", "decode_mla", "--backend", "own_kernels:torch"), "module"),
@@ -161,5 +162,13 @@ def test_bench_of_a_function(capsys, monkeypatch, elsewhere, name):
     rows = {row["implementation"]: row for row in json.loads(out)["rows"]}
     assert code == 0 and set(rows) == {"jforge (XLA)", "torch_ref", f"own_kernels:{name}"}
     assert all(row["median"] > 0 for row in rows.values())
-    (*_, row) = json.loads(run(capsys, *argv, "own_kernels:off_in_head_two")[1])["rows"]
-    assert row["refused"] == "wrong result" and "median" not in row
+
+
+@pytest.mark.parametrize("name,said", [("off_in_head_two", bench.WRONG), ("refuses", "no kernel for this card")])
+def test_bench_times_no_function_that_is_wrong_or_refuses(capsys, monkeypatch, elsewhere, name, said):
+    monkeypatch.setitem(bench.TIMED, DENSE.name, replace(DENSE, cpu=(SMALL,)))
+    backend = "--backend", f"own_kernels:{name}", "--framework", "jax"
+    code, out, _ = run(capsys, "bench", DENSE.name, "--samples", "2", "--json", *backend)
+    (*others, row) = json.loads(out)["rows"]
+    assert code == 1 and row["refused"] == said and "median" not in row
+    assert len(others) == 2 and all(other["median"] > 0 for other in others)

@@ -26,6 +26,7 @@ from jforge.harness.peers import shared_tensors
 from jforge.harness.timing import Call, jax_call, time_cpu, time_gpu
 
 L2_BYTES = 64 * 2**20  # of the largest card here, so that rotating buffers leave nothing in it
+WRONG = "wrong result"  # why a row has no time
 TIMED: dict[str, Op | Composite] = {timed.name: timed for timed in (*OPS, *COMPOSITES) if timed.bench}
 
 
@@ -56,7 +57,7 @@ def bench_cpu(op: Op | Composite, *, samples: int = 20, seed: int = 0, own: Own 
                 yield {**row, "refused": " ".join(str(refusal).split())[:200]}
                 continue
             if not error <= compare.OUT["float32"]:
-                yield {**row, "error": error, "refused": "wrong result"}
+                yield {**row, "error": error, "refused": WRONG}
                 continue
             timing = time_cpu(call, samples=samples)
             rate = 2 * op.moved(**work.sizes, **work.options) / timing.median / 1e3
@@ -148,7 +149,7 @@ def _gated_row(op: Op | Composite, work: Work, call: Call, sets: int, want, samp
         return {**row, "refused": " ".join(str(refusal).split())[:200]}
     error = _error(op, got, want if call.want is None else call.want)
     if not error <= compare.OUT["bfloat16"]:
-        return {**row, "error": error, "refused": "wrong result"}
+        return {**row, "error": error, "refused": WRONG}
     sets = call.sets or sets
     timing = time_gpu([lambda i=i: call.run(i) for i in range(sets)], call.synchronise, samples=samples)
     rate = (call.moved or op.moved(**work.sizes, **work.options)) / timing.median / 1e3
