@@ -1,8 +1,10 @@
-"""decode_attention as somebody outside would write it: in torch, in JAX, and with mistakes."""
+"""decode_attention as somebody outside would write it: in torch, in JAX, and with mistakes; mistakes in other ops."""
 
 import jax
 import jax.numpy as jnp
 import torch
+
+from jforge import ops
 
 
 def in_torch(q, k, v, lengths, *, scale):
@@ -69,3 +71,25 @@ def raises(q, k, v, lengths, *, scale):
 
 def three(*arrays, **options):
     return (*in_jax(*arrays, **options), None)
+
+
+def merges_what_is_empty(outs, lses):
+    return (jax.nn.softmax(lses, 0)[..., None] * outs).sum(0).astype(outs.dtype), jax.nn.logsumexp(lses, 0)
+
+
+def scores_all(q_index, k_index, weights, lengths, *, k_scale=None):
+    k = k_index if k_scale is None else k_index * k_scale[..., None]
+    return jnp.einsum("bti,btis->bts", weights, jax.nn.relu(jnp.einsum("btij,bsj->btis", q_index, k)))
+
+
+def touches_every_value(q, k, v, *arrays, **options):
+    out, lse = ops.decode_block_sparse(q, k, v, *arrays, **options)
+    return out + 0 * (k if v is None else v).sum((1, 2, 3))[:, None, None, None].astype(out.dtype), lse
+
+
+def picks_what_is_unseen(scores, k):
+    return jax.lax.top_k(scores, min(k, scores.shape[-1]))[1]
+
+
+def forgets_the_delta_rule(q, k, v, state, decay, *, beta=None):
+    return ops.decode_linear(q, k, v, state, decay)

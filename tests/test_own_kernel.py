@@ -41,8 +41,8 @@ def test_a_leak_is_named_with_its_slots():
     """Row 1 of `llama` has 77 tokens in 192 slots."""
     verdict = judged(own_kernels.forgets_the_mask_of_values)
     wrong = {(a.case, a.dtype): a.wrong for a in verdict.failed}
-    assert not verdict.ok and "row 1 (length 77), token 0, head 0, channel 0: got nan" in wrong["llama", "float32"]
-    assert wrong["llama", "float32"].endswith("it reads slots 77 to 191 of v, which it must not")
+    assert not verdict.ok and "row 1, token 0, head 0, channel 0: got nan" in wrong["llama", "float32"]
+    assert wrong["llama", "float32"].endswith("row 1 has length 77; it reads slots 77 to 191 of v, which it must not")
     assert "slots 0 to 127 of v" in wrong["empty_rows", "float32"]
     assert "llama in float32 (and in bfloat16, float16): out holds NaN" in str(verdict)
 
@@ -112,8 +112,33 @@ def test_the_worst_place_comes_first():
     for value, at in ((1.1, (0, 0, 0, 1)), (9.0, (0, 0, 1, 2)), (np.inf, (1, 0, 0, 0)), (np.nan, (1, 0, 1, 1))):
         got = want.copy() if value == 1.1 else got
         got[at] = value
-        row, said = place(got, want, "BTNV", 0.01)
-        assert row == at[0] and said.startswith(f"row {at[0]}, token 0, head {at[2]}, channel {at[3]}: got {value:g}")
+        found = place(got, want, "BTNV", 0.01)
+        assert tuple(found.at.values()) == at and str(found).startswith(f"row {at[0]}, token 0, head {at[2]}, channel")
+        np.testing.assert_equal(found.got, value)
+    assert found.wrong == "4 of 4 vectors are wrong"
+
+
+@pytest.mark.parametrize(
+    "op,function,case,said",
+    [
+        ("merge_states", own_kernels.merges_what_is_empty, "merge_two", "reads part 1 of outs, which"),
+        ("merge_states", own_kernels.merges_what_is_empty, "merge_many", "makes NaN where no input holds any"),
+        ("index_scores", own_kernels.scores_all, "index_int8_keys", "slots 70 to 135 of k_scale"),
+        ("index_scores", own_kernels.scores_all, "index_two_queries", "row 1, token 0, slot 1: got nan"),
+        ("decode_block_sparse", own_kernels.touches_every_value, "blocks_of_64", "slots between 0 and 511 of v"),
+        ("topk_indices", own_kernels.picks_what_is_unseen, "topk_of_many", "row 1, entry 63: got"),
+        (
+            "topk_indices",
+            own_kernels.picks_what_is_unseen,
+            "topk_more_than_there_are",
+            "shape (3, 7); it must be (3, 9)",
+        ),
+        ("decode_linear", own_kernels.forgets_the_delta_rule, "linear_delta_rule", "row 1, head 1, channel"),
+    ],
+)
+def test_what_is_read_is_named_in_every_op(op, function, case, said):
+    verdict = own_kernel.judge(function, op, framework="jax", dtypes=["float32"])
+    assert said in next(a.wrong for a in verdict if a.case == case)
 
 
 @pytest.fixture
@@ -129,6 +154,9 @@ def test_equiv_of_a_function(capsys, elsewhere):
     bad = "own_kernels:forgets_the_mask_of_values"
     code, out, err = run(capsys, "equiv", DENSE.name, "--backend", bad, "--dtype", "float16")
     assert code == 1 and "it reads slots 77 to 191 of v" in out and f"asking {bad}: 1 of 4" in err
+    out = run(capsys, "equiv", DENSE.name, "--backend", bad, "--dtype", "float16", "--json")[1]
+    (llama, *_) = json.loads(out, parse_constant=pytest.fail)["cases"]
+    assert llama["where"]["at"] == {"row": 1, "token": 0, "head": 0, "channel": 0} and llama["where"]["got"] is None
     code, out, _ = run(capsys, "equiv", DENSE.name, "--backend", "own_kernels:refuses", "--framework", "torch")
     assert code == 1 and "0 judged, 0 wrong, 12 refused" in out
 

@@ -23,7 +23,7 @@ from jforge.core import compare
 from jforge.harness.backends import results, to_numpy
 from jforge.harness.op import Case, Inputs, Op
 from jforge.harness.ops import BY_NAME
-from jforge.harness.where import READS, leak, place
+from jforge.harness.where import READS, Place, leak, place
 
 DTYPES = ("float32", "bfloat16", "float16")
 FRAMEWORKS = {
@@ -34,13 +34,14 @@ FRAMEWORKS = {
 
 @dataclass(frozen=True)
 class Answer:
-    """How a case went in a dtype: the errors of the results by name, what is wrong, or why it was refused."""
+    """How a case went in a dtype: the errors of the results by name, what is wrong and where, or why it was refused."""
 
     case: str
     dtype: str
     errors: Mapping[str, float] = field(default_factory=dict)
     wrong: str = ""
     refused: str = ""
+    where: Place | None = None
 
 
 @dataclass(frozen=True)
@@ -156,13 +157,15 @@ def _asked(function: Callable, framework: str, op: Op, case: Case, dtype: str, s
     bad = next((n for n, error in errors.items() if not error <= metrics[n][1]), None)
     if bad is None:
         return Answer(case.name, dtype, errors)
-    broken = np.isnan(got[bad]) & ~np.isnan(want[bad])
-    off = "holds NaN" if broken.any() else f"is off by {text.error(errors[bad])}, allowed {metrics[bad][1]:.0e}"
-    row, found = place(got[bad], want[bad], op.results[bad], metrics[bad][1], case.lengths)
-    if broken.any() and search:
+    where, error = place(got[bad], want[bad], op.results[bad], metrics[bad][1]), errors[bad]
+    off = f"is off by {text.error(error)}, allowed {metrics[bad][1]:.0e}" if np.isfinite(error) else "is wrong"
+    row, off, read = where.at["row"], "holds NaN" if np.isnan(where.got) else off, ""
+    if np.isnan(where.got) and search:
         at = list(op.results).index(bad)
-        found += "; " + leak(op, inputs, row, lambda some: to_numpy(results(function, framework, some)[at]))
-    return Answer(case.name, dtype, errors, f"{bad} {off}; {found}")
+        read = leak(op, inputs, row, lambda some: to_numpy(results(function, framework, some)[at]))
+    length = f"row {row} has length {case.lengths[row]}; " if case.lengths else ""
+    said = f"{bad} {off}; {where}; {length}{read}".removesuffix("; ")
+    return Answer(case.name, dtype, errors, said, where=where)
 
 
 def _not_taken(function: Callable, inputs: Inputs) -> str:
@@ -283,6 +286,13 @@ class Own:
 def plain(verdict: Verdict) -> dict:
     """A verdict as JSON."""
     counts = {"judged": len(verdict.judged), "wrong": len(verdict.failed), "not_judged": verdict.unjudged}
-    cases = [{**asdict(a), "errors": {n: e if np.isfinite(e) else None for n, e in a.errors.items()}} for a in verdict]
+    cases = [_without_infinity(asdict(answer)) for answer in verdict]
     named = {"function": verdict.function, "op": verdict.op, "framework": verdict.framework, "ok": verdict.ok}
     return {**named, **counts, "refused": len(cases) - len(verdict.judged), "cases": cases}
+
+
+def _without_infinity(value):
+    """JSON has neither infinity nor NaN: None stands for them."""
+    if isinstance(value, dict):
+        return {name: _without_infinity(v) for name, v in value.items()}
+    return None if isinstance(value, float) and not np.isfinite(value) else value

@@ -1,6 +1,7 @@
 """Where a result is wrong, and which slots it must have read for that."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -12,27 +13,35 @@ READS = "it reads "
 VECTORS = "VS"  # last axes whose entries are judged together
 
 
-def place(got: np.ndarray, want: np.ndarray, axes: str, limit: float, lengths: Sequence[int] = ()) -> tuple[int, str]:
-    """(the row, in words: the worst place, what stands there and what should, and how much else is wrong).
+@dataclass(frozen=True)
+class Place:
+    """Where a result is worst, what stands there and what should, and how many of its vectors or numbers are wrong."""
 
-    NaN comes first, then an infinity where there is none, then the largest error against the norm of its vector.
-    """
+    at: dict[str, int]
+    got: float
+    wanted: float
+    wrong: str
+
+    def __str__(self) -> str:
+        at = ", ".join(f"{axis} {i}" for axis, i in self.at.items())
+        return f"{at}: got {self.got:.6g}, wanted {self.wanted:.6g}; {self.wrong}"
+
+
+def place(got: np.ndarray, want: np.ndarray, axes: str, limit: float) -> Place:
+    """The first NaN where there should be none, or else the largest error against the norm of its vector."""
     together = axes[-1] in VECTORS
-    same = (got == want) | (np.isnan(got) & np.isnan(want))
+    nan = np.isnan(got) & ~np.isnan(want)
     with np.errstate(all="ignore"):
-        gap = np.where(same, 0, np.abs(got - want))
-        gap = np.where(np.isnan(got) & ~np.isnan(want), np.inf, np.nan_to_num(gap, nan=1e300, posinf=1e300))
+        gap = np.where((got == want) | (np.isnan(got) & np.isnan(want)), 0, np.abs(got - want))
+        gap = np.nan_to_num(gap, nan=np.inf, posinf=np.inf)
         finite = np.where(np.isfinite(want), want, 0)
         norm = np.linalg.norm(finite, axis=-1, keepdims=True) if together else np.maximum(1, np.abs(finite))
-        each = gap / np.where(norm > 0, norm, 1e-300)
+        each = np.where(gap > 0, gap / norm, 0)
         wrong = (np.linalg.norm(each, axis=-1) if together else each) > limit
-    index = tuple(int(i) for i in np.unravel_index(np.argmax(each), each.shape))
-    words = [f"{AXES[letter]} {i}" for letter, i in zip(axes, index, strict=False)]
-    if lengths:
-        words[0] += f" (length {lengths[index[0]]})"
+    index = tuple(int(i) for i in np.unravel_index(np.argmax(nan if nan.any() else each), each.shape))
+    at = dict(zip((AXES[letter] for letter in axes), index, strict=False))
     kind = "vectors" if together else "numbers"
-    counted = f"{int(wrong.sum())} of {wrong.size} {kind} are wrong"
-    return index[0], f"{', '.join(words)}: got {got[index]:.6g}, wanted {want[index]:.6g}; {counted}"
+    return Place(at, float(got[index]), float(want[index]), f"{int(wrong.sum())} of {wrong.size} {kind} are wrong")
 
 
 def leak(op: Op, inputs: Inputs, row: int, run: Callable[[Inputs], np.ndarray]) -> str:
@@ -55,7 +64,7 @@ def leak(op: Op, inputs: Inputs, row: int, run: Callable[[Inputs], np.ndarray]) 
         return bool(np.isnan(run(Inputs(arrays, options))[row]).any())
 
     if leaks(None):
-        return "it makes NaN of numbers"
+        return "it makes NaN where no input holds any"
     found = []
     for name in poison:
         mask = _line(op, name, poison[name], row)
@@ -64,8 +73,9 @@ def leak(op: Op, inputs: Inputs, row: int, run: Callable[[Inputs], np.ndarray]) 
             continue
         first = slots[_least(len(slots), lambda n: leaks(name, slots[: n + 1]))]  # noqa: B023
         last = slots[-1 - _least(len(slots), lambda n: leaks(name, slots[len(slots) - 1 - n :]))]  # noqa: B023
-        kind = "slot" if "S" in _axes(op, name) else "part"
-        found.append(f"{kind} {first} of {name}" if first == last else f"{kind}s {first} to {last} of {name}")
+        kind, count = "slot" if "S" in _axes(op, name) else "part", sum(first <= slot <= last for slot in slots)
+        several = f"{first} to {last}" if count == last - first + 1 else f"between {first} and {last}"
+        found.append(f"{kind} {first} of {name}" if first == last else f"{kind}s {several} of {name}")
     return f"{READS}{' and '.join(found)}, which it must not" if found else "NaN of several rows or buffers together"
 
 
