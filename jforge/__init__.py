@@ -13,8 +13,9 @@ from jforge.core.attention import Attention
 from jforge.cost import Cost
 from jforge.laws import check
 
-__all__ = ["Attention", "Cost", "caches", "check", "get", "hf", "names", "ops", "stack"]
-_LAZY = ("hf", "stack")
+__all__ = ["Attention", "Cost", "__version__", "caches", "check", "get", "harness", "hf", "names", "ops", "stack"]
+__version__ = "0.1.0"
+_LAZY = ("harness", "hf", "stack")
 
 
 def names() -> tuple[str, ...]:

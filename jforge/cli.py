@@ -12,26 +12,22 @@ import re
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from importlib.util import find_spec
+from pathlib import Path
 from typing import NoReturn
 
 import jax
 import jax.numpy as jnp
 
 import jforge
-from jforge import hf
-from jforge.harness import bench, equiv, records
-from jforge.harness.backends import for_programs_that_run_once
+from jforge import demo, hf, report, report_bench
+from jforge.harness import bench, equiv, own_kernel, records
+from jforge.harness.backends import before_jax_starts, for_programs_that_run_once, triton_can_run
 from jforge.harness.ops import BY_NAME
 from jforge.laws import TITLES
 
-try:
-    from jforge import demo, report, report_bench
-except ImportError as missing:  # `import jforge` works without it, so this is the first to notice
-    print(
-        f"jforge: the command line needs {missing.name.partition('.')[0]}: pip install 'jforge[cli]'", file=sys.stderr
-    )
-    sys.exit(2)
-
+CONFIGS = {path.stem: path for path in sorted((Path(__file__).parent / "configs").glob("*.json"))}
+EXTRAS = {"torch": "torch", "triton": "torch", "transformers": "hf", "matplotlib": "viz"}
 DTYPES = ("bfloat16", "float16", "float32")
 
 
@@ -59,6 +55,7 @@ def positive(text: str) -> int:
 
 def parser() -> Parser:
     top = Parser(prog="jforge", description="Executable reference and kernel lab for LLM attention.")
+    top.add_argument("--version", action="version", version=f"jforge {jforge.__version__}")
     commands = top.add_subparsers(dest="command", required=True, parser_class=Parser, metavar="COMMAND")
 
     def command(name: str, run, text: str) -> Parser:
@@ -67,13 +64,18 @@ def parser() -> Parser:
         sub.set_defaults(run=run)
         return sub
 
+    def own(sub: Parser) -> Parser:
+        sub.add_argument("--backend", metavar="MODULE:FUNCTION", help="your own function in the place of one OP")
+        sub.add_argument("--framework", choices=tuple(own_kernel.FRAMEWORKS), help="whose arrays it takes")
+        return sub
+
     sub = command("table", _table, "Every mechanism: what it stores and what a decode step reads.")
     sub.add_argument("--context", type=context, default=131072, help="tokens in the row (131072, 128k, 1m)")
     sub.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="dtype of the cache")
 
     sub = command("cost", _cost, "Bytes and flops of a decode step of a model, by buffer.")
     sub.add_argument("mechanism", metavar="NAME", help="a mechanism, as `jforge table` lists them")
-    sub.add_argument("--config", metavar="FILE", help="a model's config.json (default: a shipped model of NAME)")
+    sub.add_argument("--config", metavar="MODEL", help="a config.json, or a shipped model (default: one of NAME)")
     sub.add_argument("--context", type=context, default=131072, help="tokens in each row (131072, 128k, 1m)")
     sub.add_argument("--batch", type=positive, default=1, help="rows")
     sub.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="dtype of the cache")
@@ -87,12 +89,13 @@ def parser() -> Parser:
 
     sub = command("equiv", _equiv, "Agreement of the four backends and of the frameworks, as measured here.")
     sub.add_argument("names", nargs="*", metavar="NAME", help="ops or mechanisms (default: all; takes minutes)")
+    own(sub).add_argument("--dtype", choices=own_kernel.DTYPES, help="of --backend's inputs (default: all of these)")
 
     sub = command(
         "bench", _bench, "Times of the decode ops: the kernels and their peers on a GPU, XLA and torch on a CPU."
     )
     sub.add_argument("ops", nargs="*", metavar="OP", help="ops to time (default: all that have a benchmark)")
-    sub.add_argument("--samples", type=positive, default=50, help="timed calls a row")
+    own(sub).add_argument("--samples", type=positive, default=50, help="timed calls a row")
     sub.add_argument("--out", metavar="FILE", help="append the rows to FILE as JSON lines")
     sub.add_argument("--plot", metavar="FILE", help="draw the rates as a PNG")
     sub = command("demo", _demo, "Bytes, laws, agreement and decode times for Llama-3.1-8B.")
@@ -101,6 +104,7 @@ def parser() -> Parser:
 
 def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
+    args.workers = (os.cpu_count() or 1) if argv is None else 1  # a program that calls main may not be safe to import
     try:
         return args.run(args)
     except BrokenPipeError:
@@ -135,23 +139,33 @@ def _cost(args) -> int:
     return 0
 
 
-def _layers(name: str, path: str | None) -> tuple[list, str]:
-    """((mechanism, Config) of every layer, where they come from); at least one layer is of `name`."""
+def _layers(name: str, model: str | None) -> tuple[list, str]:
+    """((mechanism, Config) of every layer, where they come from); at least one layer is of `name`.
+
+    model: a file, or in any case of letters the name of a shipped config.json or of one of the mechanism's models.
+    """
     att = jforge.get(name)
-    if path is None:
+    if model is None:
         if not att.models:
             raise ValueError(f"{name} has no shipped model; give one with --config FILE")
-        model, cfg = next(iter(att.models.items()))
-        return [(name, cfg)], f"{model}, one layer"
+        model = next(iter(att.models))
+        return [(name, att.models[model])], f"{model}, one layer"
+    path = model if os.path.exists(model) else CONFIGS.get(model.lower())
+    if path is None:
+        for known, cfg in att.models.items():
+            if known.lower() == model.lower():
+                return [(name, cfg)], f"{known}, one layer"
+        known = ", ".join(dict.fromkeys([*att.models, *CONFIGS]))
+        raise ValueError(f"--config is {model!r}; there is no such file, and the shipped models are {known}")
     config = hf.load(path)
     try:
         found = hf.layers(config)
     except (ValueError, TypeError, NotImplementedError) as problem:
-        raise type(problem)(f"--config {path}: {problem}") from None
+        raise type(problem)(f"--config {model}: {problem}") from None
     others = sorted({mechanism for mechanism, _ in found})
     if name not in others:
-        raise ValueError(f"{path} has no {name} layer; its layers are {', '.join(others)}")
-    return found, path
+        raise ValueError(f"{model} has no {name} layer; its layers are {', '.join(others)}")
+    return found, model
 
 
 def _check(args) -> int:
@@ -186,12 +200,20 @@ def _configs(name: str, att: jforge.Attention, chosen: int | None) -> list[tuple
 
 
 def _attention(name: str) -> jforge.Attention:
-    """A registered mechanism, or module:attribute imported from the working directory."""
+    """A registered mechanism, or module:attribute."""
     if ":" not in name:
         return jforge.get(name)
+    found = _imported("NAME", name, "a mechanism or module:attribute")
+    if not isinstance(found, jforge.Attention):
+        raise TypeError(f"{name} is a {type(found).__name__}; it must be a jforge.Attention")
+    return found
+
+
+def _imported(argument: str, name: str, allowed: str):
+    """What module:attribute names, imported from the working directory."""
     module, _, attribute = name.partition(":")
     if not module or not attribute:
-        raise ValueError(f"NAME is {name!r}; it must be a mechanism or module:attribute")
+        raise ValueError(f"{argument} is {name!r}; it must be {allowed}")
     sys.path.insert(0, os.getcwd())
     try:
         found = importlib.import_module(module)
@@ -201,10 +223,32 @@ def _attention(name: str) -> jforge.Attention:
         ) from None
     if not hasattr(found, attribute):
         raise ValueError(f"{name}: module {module!r} has no attribute {attribute!r}")
-    found = getattr(found, attribute)
-    if not isinstance(found, jforge.Attention):
-        raise TypeError(f"{name} is a {type(found).__name__}; it must be a jforge.Attention")
-    return found
+    return getattr(found, attribute)
+
+
+def _own(args, ops: list[str]) -> own_kernel.Own | None:
+    """--backend, in the place of the one op that is named."""
+    if args.backend is None:
+        for option in ("framework", "dtype"):
+            if value := getattr(args, option, None):
+                raise ValueError(f"--{option} is {value!r}; it goes with --backend module:function")
+        return None
+    if len(ops) != 1 or ops[0] not in BY_NAME:
+        given = ", ".join(ops) or "none"
+        raise ValueError(f"--backend stands for one op of {', '.join(BY_NAME)}; the ops given are: {given}")
+    before_jax_starts()
+    triton_can_run()
+    function = _imported("--backend", args.backend, "module:function")
+    framework = args.framework or own_kernel.framework_of(function, args.backend)
+    needs(*(["torch"] if framework == "torch" else []))
+    return own_kernel.Own(args.backend, function, framework)
+
+
+def needs(*packages: str) -> None:
+    """Raise ValueError that says what to install, before anything is computed."""
+    if missing := [package for package in packages if find_spec(package) is None]:
+        extras = ",".join(dict.fromkeys(EXTRAS[package] for package in missing))
+        raise ValueError(f"needs {' and '.join(missing)}: pip install 'jforge[{extras}]'")
 
 
 def _equiv(args) -> int:
@@ -213,13 +257,27 @@ def _equiv(args) -> int:
         if name not in (*ops, *mechanisms):
             known = f"an op ({', '.join(ops)}) or a mechanism ({', '.join(mechanisms)})"
             raise ValueError(f"NAME is {name!r}; it must be {known}")
-    for_programs_that_run_once()
+    own = _own(args, args.names)
     chosen = args.names or (*ops, *mechanisms)
-    backends = equiv.backends([op for op in ops if op in chosen], track=report.track)
+    if own is None:
+        some, others = set(ops) & set(chosen), set(mechanisms) & set(chosen)
+        needs("torch", *(["triton"] if some else []), *(["transformers"] if others else []))
+    for_programs_that_run_once()
+    if own is not None:
+        return _equiv_own(args, own)
+    backends = equiv.backends([op for op in ops if op in chosen], track=report.track, workers=args.workers)
     frameworks = equiv.frameworks([name for name in mechanisms if name in chosen], track=report.track)
     data = {"backends": backends, "frameworks": frameworks, "device": device()}
     emit(args, data, report.show_equiv)
     return 0 if equiv.agrees(data) else 1
+
+
+def _equiv_own(args, own: own_kernel.Own) -> int:
+    dtypes = [args.dtype] if args.dtype else own_kernel.DTYPES
+    named = {"name": own.name, "framework": own.framework}
+    verdict = own_kernel.judge(own.function, args.names[0], dtypes=dtypes, track=report.track, **named)
+    emit(args, {**own_kernel.plain(verdict), "device": device()}, lambda _: print(verdict))
+    return 0 if verdict.ok else 1
 
 
 def _bench(args) -> int:
@@ -228,10 +286,12 @@ def _bench(args) -> int:
             raise ValueError(f"{op!r} has no benchmark; there are {', '.join(bench.TIMED)}")
     if args.plot and not args.plot.endswith(".png"):
         raise ValueError(f"--plot is {args.plot!r}; it must end in .png")
+    own = _own(args, args.ops)
+    needs("torch", "triton", *(["matplotlib"] if args.plot else []))
     for option, path in (("--out", args.out), ("--plot", args.plot)):
         if path:
             records.writable(option, path)
-    rows = list(report.track(bench.run(args.ops or bench.TIMED, samples=args.samples), "timing"))
+    rows = list(report.track(bench.run(args.ops or bench.TIMED, samples=args.samples, own=own), "timing"))
     if not rows:
         raise ValueError(f"{', '.join(args.ops)} can be timed on a GPU alone, and here is none")
     data = {**records.environment(), "rows": rows}
@@ -240,11 +300,14 @@ def _bench(args) -> int:
     if args.plot:
         report_bench.plot_bench(data, args.plot)
     emit(args, data, report_bench.show_bench)
-    return 0
+    mine = [row for row in rows if own is not None and row.get("implementation") == own.name]
+    wrong = any(row.get("refused") == bench.WRONG for row in mine)
+    return 1 if wrong or (mine and not any("median" in row for row in mine)) else 0
 
 
 def _demo(args) -> int:
-    data = demo.run()
+    needs("torch", "triton")
+    data = demo.run(args.workers)
     emit(args, data, demo.show)
     return 0 if data["laws"]["ok"] and equiv.agrees(data) else 1
 

@@ -16,8 +16,10 @@ CONFIG = Path(__file__).parent / "configs" / "llama-3.1-8b.json"
 DEMO_CONTEXT = 4096
 
 
-def run() -> dict:
-    """Llama-3.1-8B from its config.json: bytes, laws, the four backends, decode times of one layer on this machine."""
+def run(workers: int = 1) -> dict:
+    """Llama-3.1-8B from its config.json: bytes, laws, the four backends, decode times of one layer on this machine.
+    workers: processes, as in equiv.backends.
+    """
     layers = hf.layers(hf.load(CONFIG))
     name, cfg = layers[0]
     att = jforge.get(name)
@@ -25,10 +27,10 @@ def run() -> dict:
     costs = [jforge.get(n).cost(c, context=context) for n, c in layers]
     parts = {
         "laws": lambda: report.laws(jforge.check(att, att.examples[0])),
-        "backends": lambda: equiv.backends(tag="demo"),
+        "backends": lambda: equiv.backends(tag="demo", track=report.track, workers=workers),
         "times": lambda: decode_times(att, name, cfg),
     }
-    results = {part: run_part() for part, run_part in report.track(parts.items(), "demo")}
+    results = {part: run_part() for part, run_part in report.track(parts.items(), "demo", label=lambda item: item[0])}
     return {"cost": report.cost(name, "Llama-3.1-8B", costs, context, 1, "bfloat16"), **results}
 
 
@@ -68,15 +70,15 @@ def decode_times(att, name: str, cfg) -> list[dict]:
 
 def show(data: dict) -> None:
     report.show_cost(data["cost"])
-    report.OUT.print()
-    out = report.grid("law", "", "error", right=2)
+    report.say()
+    out = report.Grid("law", "", "error", right=2)
     for law in data["laws"]["laws"]:
-        out.add_row(law["law"], jforge.laws.TITLES[law["law"]], report.cell(law["error"], law["ok"]))
+        out.add_row(law["law"], report.TITLES[law["law"]], report.cell(law["error"], law["ok"]))
     report.show("The laws on a small gqa, float64", out)
-    report.OUT.print()
+    report.say()
     report.show_backends(data["backends"])
-    report.OUT.print()
-    out = report.grid("backend", "median ms", "p10", "p90", right=1)
+    report.say()
+    out = report.Grid("backend", "median ms", "p10", "p90", right=1)
     for row in data["times"]:
         out.add_row(row["backend"], *(f"{row[k] / 1e3:.1f}" for k in ("us", "p10", "p90")))
     context = data["times"][0]["context"]

@@ -1,27 +1,39 @@
 """What the commands show: each show_ prints the tables of plain data, which is what --json gives."""
 
 import sys
-from collections.abc import Iterable, Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator
 
 import jax.numpy as jnp
-from rich.console import Console
-from rich.progress import track as _track
-from rich.table import Table
 
 import jforge
+from jforge import text
 from jforge.core import compare
 from jforge.harness.equiv import number
 
 _MOVED = ("stored", "written", "read")
 _SHORT = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
-OUT, _ERR = Console(soft_wrap=False), Console(stderr=True)
-if not OUT.is_terminal:
-    OUT = Console(width=120)
+_EVERY = 5  # seconds between lines of progress where no terminal can overwrite one
 
 
-def track(items: Iterable, description: str) -> Iterator:
-    """The items, with a progress bar on stderr where that is a terminal; a generator is drawn from as it goes."""
-    return _track(items, description, console=_ERR, transient=True, disable=not _ERR.is_terminal)
+def track(items: Iterable, description: str, label: Callable[[object], str] = lambda item: "") -> Iterator:
+    """The items, with progress on stderr: in one line of a terminal, elsewhere a line at the start, now and then, and
+    at the end. A generator is drawn from as it goes. label: what is at work, from an item.
+    """
+    total, start, said, count = f" of {len(items)}" if hasattr(items, "__len__") else "", time.monotonic(), -_EVERY, 0
+    terminal = sys.stderr.isatty()
+
+    def tell(line: str) -> None:
+        print(f"\r\x1b[K{line}" if terminal else line, end="" if terminal else "\n", file=sys.stderr, flush=True)
+
+    for count, item in enumerate(items, 1):
+        now = time.monotonic() - start
+        if terminal or label(item) or now - said >= _EVERY:
+            said = now
+            tell(f"{description}{label(item) and ' '}{label(item)}: {count}{total}, {now:.0f} s")
+        yield item
+    if count:
+        tell("" if terminal else f"{description}: {count}{total} done in {time.monotonic() - start:.0f} s")
 
 
 def size(count: float) -> str:
@@ -40,27 +52,25 @@ def exact(count: float) -> str:
     return f"{count:,.0f}" if count == int(count) else f"{count:,.2f}"
 
 
-def grid(*columns: str, right: int = 99) -> Table:
-    """A table whose columns from number `right` on are numbers."""
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for i, column in enumerate(columns):
-        table.add_column(column, justify="right" if i >= right else "left", no_wrap=True)
-    return table
+class Grid:
+    """A table whose columns from number `right` on are numbers. A cell that starts with "! " is shown in red."""
+
+    def __init__(self, *columns: str, right: int = 99):
+        self.columns, self.right, self.rows = columns, right, []
+
+    def add_row(self, *cells: str) -> None:
+        self.rows.append(cells)
 
 
-def width(table: Table) -> int:
-    """Columns of text that the table takes where nothing is cut."""
-    return table.__rich_measure__(OUT, OUT.options.update(max_width=1000)).maximum
+def say(line: str = "", style: str = "", indent: int = 0) -> None:
+    """A line, folded to the width of the terminal, in a style of text.COLOURS."""
+    print(text.styled(text.wrapped(line, indent), style))
 
 
-def show(title: str, table: Table) -> None:
-    """The title on lines of its own, so that a narrow table does not fold it. No digit is ever cut: the terminal wraps
-    the lines of a table that is wider than it is.
-    """
-    OUT.print(title, style="bold", highlight=False)
-    if (needed := width(table)) > OUT.width:
-        table.width = needed
-    OUT.print(table, crop=False)
+def show(title: str, table: Grid) -> None:
+    """The title and the table. No digit is ever cut: columns without room beside the others come below them."""
+    say(title, "bold")
+    print(text.table(table.columns, table.rows, table.right))
 
 
 # table
@@ -94,7 +104,7 @@ def scanned(spec, cost) -> int:
     return sum(cost.read.get(n, 0) for n in grows if cost.read.get(n) == cost.stored[n])
 
 
-_TABLE = {  # in the order in which a narrow terminal does without them, from the end
+_TABLE = {
     "B/token": lambda row: exact(row["bytes_per_token"]),
     "fixed": lambda row: size(row["fixed_bytes"]),
     "reads": lambda row: size(row["read_bytes"]),
@@ -106,28 +116,16 @@ _TABLE = {  # in the order in which a narrow terminal does without them, from th
 
 
 def show_table(data: dict) -> None:
-    for count in range(len(_TABLE), 3, -1):
-        out = _table_grid(data["rows"], list(_TABLE)[:count])
-        if width(out) <= OUT.width:
-            break
-    else:  # the names of models fold
-        model, names = out.columns[1], max(len(row["model"]) for row in data["rows"])
-        model.no_wrap, model.overflow, model.width = False, "fold", max(12, names - width(out) + OUT.width)
+    out = Grid("mechanism", "model", *_TABLE, right=2)
+    for row in data["rows"]:
+        out.add_row(row["mechanism"], row["model"], *(column(row) for column in _TABLE.values()))
     show(f"One layer, one row of {data['context']:,} tokens, {data['dtype']} cache", out)
-    OUT.print("reads: by one decode step; scans: of these, growing buffers read whole\n", highlight=False)
-    notes = Table.grid(padding=(0, 2))
-    notes.add_column(no_wrap=True)
+    say("reads: by one decode step; scans: of these, growing buffers read whole")
+    say()
+    wide = max(len(row["mechanism"]) for row in data["rows"]) + 2
     for row in data["rows"]:
         cache = ", ".join(f"{n}:{dims.replace(' ', '')}" for n, dims in row["cache"].items())
-        notes.add_row(row["mechanism"], f"{row['summary']}. Cache {cache}")
-    OUT.print(notes)
-
-
-def _table_grid(rows: list[dict], numbers: list[str]) -> Table:
-    out = grid("mechanism", "model", *numbers, right=2)
-    for row in rows:
-        out.add_row(row["mechanism"], row["model"], *(_TABLE[name](row) for name in numbers))
-    return out
+        say(f"{row['mechanism']:{wide}}{row['summary']}. Cache {cache}", indent=wide)
 
 
 # cost
@@ -165,7 +163,7 @@ def _plain(c) -> dict:
 
 def show_cost(data: dict) -> None:
     """Every kind of layer of the mechanism by buffer, other mechanisms in a row each, and the model."""
-    out, model = grid("", "stored", "step writes", "step reads", right=1), data["model"]
+    out, model = Grid("", "stored", "step writes", "step reads", right=1), data["model"]
 
     def row(label: str, cost: dict, layers: int = 1) -> None:
         out.add_row(label, *(f"{layers * cost[key]:,} B" for key in _MOVED))
@@ -189,9 +187,9 @@ def show_cost(data: dict) -> None:
         if kind["mechanism"] == data["mechanism"]:
             adds = f"layer {kind['layers'][0]}: one more token a row adds {exact(kind['bytes_per_token'])} B"
             flops = f"an attend step takes {kind['flops']:,} flops, {kind['flops'] / kind['read']:.1f} a byte read"
-            OUT.print(f"{adds}; {flops}", highlight=False)
+            say(f"{adds}; {flops}")
     adds = f"one more token a row adds {exact(model['bytes_per_token'])} B"
-    OUT.print(f"{_layers(model['layers'])}: {adds}", highlight=False)
+    say(f"{_layers(model['layers'])}: {adds}")
 
 
 def _layers(count: int) -> str:
@@ -220,22 +218,22 @@ def laws(result) -> dict:
 def show_laws(data: list[dict]) -> None:
     """A line a Config; below, what its failed laws say and point at, with the Config once."""
     names = [row["law"] for row in data[0]["laws"]]
-    out = grid("mechanism", *names, right=1)
+    out = Grid("mechanism", *names, right=1)
     for row in data:
         out.add_row(_label(row), *(cell(law["error"], law["ok"]) for law in row["laws"]))
     show("Errors of the laws in float64 (L7 to L9 count violations)", out)
-    OUT.print("  ".join(f"{law['law']} {law['title']}" for law in data[0]["laws"]), highlight=False)
+    say("  ".join(f"{law['law']} {law['title']}" for law in data[0]["laws"]))
     for row in data:
         for law in row["laws"]:
             if law["ok"] and law["note"]:
-                OUT.print(f"{_label(row)}, {law['law']}: {law['note']}", highlight=False)
+                say(f"{_label(row)}, {law['law']}: {law['note']}")
         if row["ok"]:
             continue
-        OUT.print(f"\n{_label(row)} breaks laws, with {row['config']}", style="red", highlight=False)
+        say(f"\n{_label(row)} breaks laws, with {row['config']}", "red")
         for law in row["laws"]:
             if not law["ok"]:
-                OUT.print(f"  {law['law']} {law['title']}: {law['note']}", highlight=False)
-        OUT.print(f"  this points at {row['points_at']}", highlight=False)
+                say(f"  {law['law']} {law['title']}: {law['note']}")
+        say(f"  this points at {row['points_at']}")
 
 
 def _label(row: dict) -> str:
@@ -243,8 +241,7 @@ def _label(row: dict) -> str:
 
 
 def cell(error: float | None, ok: bool) -> str:
-    text = "inf" if error is None else "0" if error == 0 else str(error) if isinstance(error, int) else f"{error:.0e}"
-    return text if ok else f"[red]{text}[/red]"
+    return ("" if ok else "! ") + text.error(error)
 
 
 # equiv
@@ -253,25 +250,25 @@ def cell(error: float | None, ok: bool) -> str:
 def show_backends(rows: list[dict]) -> None:
     """Cases down, backend and dtype across: the worst relative error of the output."""
     columns = list(dict.fromkeys((row["backend"], row["dtype"]) for row in rows))
-    out = grid("case", *(f"{backend}\n{_SHORT[dtype]}" for backend, dtype in columns), right=1)
+    out = Grid("case", *(f"{backend}\n{_SHORT[dtype]}" for backend, dtype in columns), right=1)
     for case in dict.fromkeys(row["case"] for row in rows):
         found = {(r["backend"], r["dtype"]): r for r in rows if r["case"] == case}
         cells = [cell(r["out"], r["ok"]) if "ok" in r else "refused" for r in (found[c] for c in columns)]
         out.add_row(case, *cells)
-    out.add_row("allowed", *(f"{compare.OUT[d]:.0e}" for _, d in columns), style="dim")
+    out.add_row("allowed", *(f"{compare.OUT[d]:.0e}" for _, d in columns))
     show("Ops against the float64 oracle: worst relative error of the output; every slot not to be read is NaN", out)
     for row in rows:
         if "refused" in row:
-            OUT.print(f"{row['backend']} refuses {row['case']} ({row['dtype']}): {row['refused']}", highlight=False)
+            say(f"{row['backend']} refuses {row['case']} ({row['dtype']}): {row['refused']}")
 
 
 def show_frameworks(rows: list[dict]) -> None:
     """One table a judge, since each has modes of its own."""
     for i, judge_name in enumerate(dict.fromkeys(row["judge"] for row in rows)):
         if i:
-            OUT.print()
+            say()
         mine = [row for row in rows if row["judge"] == judge_name]
-        out = grid("mechanism", "of", *mine[0]["errors"], right=2)
+        out = Grid("mechanism", "of", *mine[0]["errors"], right=2)
         for row in mine:
             cells = (cell(e, e is not None and e <= compare.OUT["float32"]) for e in row["errors"].values())
             out.add_row(row["mechanism"], row["subject"], *cells)
@@ -281,6 +278,6 @@ def show_frameworks(rows: list[dict]) -> None:
 def show_equiv(data: dict) -> None:
     if data["backends"]:
         show_backends(data["backends"])
-        OUT.print()
+        say()
     show_frameworks(data["frameworks"])
-    OUT.print(f"on {data['device']}", highlight=False)
+    say(f"on {data['device']}")

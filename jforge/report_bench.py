@@ -1,6 +1,6 @@
 """What `jforge bench` shows: the rows of the benchmarks as a table and as a picture."""
 
-from jforge.report import OUT, grid, show
+from jforge.report import Grid, say, show
 
 
 def _shape(row: dict) -> str:
@@ -10,10 +10,10 @@ def _shape(row: dict) -> str:
 
 
 def show_bench(data: dict) -> None:
-    out = grid("op", "shape", "implementation", "us", "p10", "p90", "GB/s", "% of ceiling", "kernels", right=3)
+    out = Grid("op", "shape", "implementation", "us", "p10", "p90", "GB/s", "% of ceiling", "kernels", right=3)
     for row in data["rows"]:
         if row["what"] == "ceiling":
-            OUT.print(f"read ceiling {row['GB_per_s']:,.0f} GB/s", highlight=False)
+            say(f"read ceiling {row['GB_per_s']:,.0f} GB/s")
             continue
         head = (row["what"], _shape(row), row["implementation"])
         if "refused" in row:
@@ -27,7 +27,7 @@ def show_bench(data: dict) -> None:
     show(f"Whole calls, merge included, {dtype}, on {where}", out)
     for row in data["rows"]:
         if "refused" in row:
-            OUT.print(f"{row['implementation']}: {row['refused']}", highlight=False)
+            say(f"{row['implementation']}: {row['refused']}")
 
 
 def _label(row: dict) -> str:

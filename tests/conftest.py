@@ -4,7 +4,6 @@ import os
 
 import jax
 import jaxtyping
-import numpy as np
 import pytest
 
 os.environ.setdefault("NPROC", "16")  # as jforge.harness.backends.for_programs_that_run_once
@@ -15,35 +14,10 @@ jaxtyping.install_import_hook(["jforge"], "typecheck.check")
 
 
 def pytest_configure():
-    """Functions inside a kernel: Triton's interpreter patches its language anew for every call of one, a third of its
-    time. Once for each module is enough, as a launch patches what its end puts back.
-    """
-    from triton.runtime import interpreter  # reads TRITON_INTERPRET
+    from jforge.harness import interpreters  # once shapes are checked and TRITON_INTERPRET is set
 
-    patched = set()
-
-    def call(self, *args, **kwargs):
-        if id(self.fn.__globals__) not in patched:
-            patched.add(id(self.fn.__globals__))
-            interpreter._patch_lang(self.fn)
-        return self.rewrite()(*args, **kwargs)
-
-    interpreter.InterpretedFunction.__call__ = call
-    _call_python_without_jax_arrays()
-
-
-def _call_python_without_jax_arrays():
-    """Mosaic's interpreter calls Python for every access to memory, which takes nearly half of its time to put the
-    arguments on a device. They are on the CPU, where a copy by NumPy does.
-    """
-    from jax._src import callback
-    from jax._src.pallas.mosaic_gpu.interpret import shared_memory
-
-    def call(*args, callback, **_):
-        return [np.asarray(result) for result in callback(*map(np.array, args))]
-
-    callback.io_callback_impl = call
-    shared_memory._to_int = lambda x: x if isinstance(x, jax.core.Tracer) else int(x)
+    interpreters.faster("triton")
+    interpreters.faster("pallas")
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -57,6 +31,7 @@ def _forget_compiled_programs():
 def _quiet_terminal(monkeypatch):
     """Tables keep one width and no colour whatever the terminal."""
     monkeypatch.setenv("NO_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", "120")
 
 
 @pytest.fixture

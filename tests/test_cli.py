@@ -1,7 +1,6 @@
 """The command line: tables, JSON, and mistakes that end with one line and exit code 2."""
 
 import json
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -11,16 +10,16 @@ import jax.numpy as jnp
 import numpy as np
 import own_alibi
 import pytest
-from rich.console import Console
 
 import jforge
 import torch_ref
-from jforge import cli, report, report_bench
+from jforge import cli, demo, laws, report, report_bench, text
 from jforge.attention import REGISTRY
 from jforge.core import compare
 from jforge.harness import bench, equiv
+from jforge.harness.backends import BACKENDS
 from jforge.harness.op import Work
-from jforge.harness.ops import BY_NAME
+from jforge.harness.ops import BY_NAME, cases
 from jforge.harness.timing import Call, jax_call
 
 CONFIGS = Path(jforge.__file__).parent / "configs"
@@ -44,19 +43,39 @@ def test_table_lists_every_mechanism(capsys):
     assert code == 0 and all(name in out for name in jforge.names()) and "4,096" in out
 
 
-@pytest.mark.parametrize("width", [120, 100, 80, 40])
+@pytest.mark.parametrize("width", [160, 120, 100, 80, 40])
 def test_table_cuts_no_number(capsys, monkeypatch, width):
-    """Per token, fixed, read and scanned bytes stand whole in each mechanism's line; down to 80 no line is too long."""
-    monkeypatch.setattr(report, "OUT", Console(width=width))
+    """Each column of every mechanism is there, whole, in its line of some block; down to 80 no line is longer."""
+    monkeypatch.setenv("COLUMNS", str(width))
     rows = report.table(131072, "bfloat16")["rows"]
     report.show_table({"context": 131072, "dtype": "bfloat16", "rows": rows})
     lines = capsys.readouterr().out.splitlines()
+    heads = [line.split() for line in lines if line.startswith("mechanism")]
+    assert [name for head in heads for name in head if name != "mechanism"] == ["model", *report._TABLE]
+    assert len(heads) == 1 or width < 120
     for row in rows:
-        (line, *_) = (line for line in lines if line.split()[:1] == [row["mechanism"]])
-        sizes = [report.size(row[key]) for key in ("fixed_bytes", "read_bytes", "scanned_bytes")]
-        numbers = [report.exact(row["bytes_per_token"]), *sizes]
-        assert " ".join(numbers) in " ".join(line.split()) and "\u2026" not in line
+        mine = [line.split() for line in lines if line.split()[:1] == [row["mechanism"]]][: len(heads)]
+        shown = [cell for line in mine for cell in line[1:]]
+        numbers = [column(row) for column in report._TABLE.values()]
+        assert shown == " ".join([row["model"], *numbers]).split()
     assert width < 80 or max(map(len, lines)) <= width
+
+
+def test_a_case_against_all_backends_fits_80_columns(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    row = {"case": "four_queries_window", "ok": True, "out": 1e-7}
+    backends = [{**row, "backend": b.name, "dtype": d} for b in BACKENDS.values() for d in b.dtypes]
+    report.show_backends(backends)
+    out = capsys.readouterr().out
+    assert out.count("1e-07") == len(backends) == 10 and max(map(len, out.splitlines()[2:])) <= 80
+
+
+def test_cells_that_fail_are_red_on_a_terminal_alone(monkeypatch):
+    row = [["a", "! 1e-01"]]
+    assert text.table("xy", row, left=1) == "x      y\na  1e-01"
+    monkeypatch.delenv("NO_COLOR")
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    assert text.table("xy", row, left=1).endswith("a  \x1b[31m1e-01\x1b[0m")
 
 
 def scanned(name: str, context: int) -> int:
@@ -124,6 +143,19 @@ def test_cost_of_a_model_with_two_mechanisms(capsys):
     assert f"{data['model']['read']:,} B" in rows["62 layers"]
 
 
+@pytest.mark.parametrize(
+    "name,model,layers",
+    [("gqa", "llama-3.1-8b", 32), ("gqa", "Llama-3.1-8B", 32), ("csa", "deepseek-v4-pro", 61),
+     ("mqa", "falcon-7b", 1), ("sinks", "gpt-oss-120b WINDOW", 1)],
+)  # fmt: skip
+def test_cost_of_a_shipped_model(capsys, monkeypatch, tmp_path, name, model, layers):
+    """By name, in any case of letters: the whole model where its config.json is shipped, else one layer."""
+    monkeypatch.chdir(tmp_path)
+    code, out, _ = run(capsys, "cost", name, "--config", model, "--json")
+    data = json.loads(out)
+    assert code == 0 and data["model"]["layers"] == layers and model.lower() in data["source"].lower()
+
+
 def test_layers_that_cost_the_same_are_one_kind(capsys):
     """The lightning layers of MiniMax-Text-01 have Configs of their own (each its index), and one cost."""
     _, out, _ = run(capsys, "cost", "lightning", "--config", str(CONFIGS / "minimax-text-01.json"))
@@ -187,6 +219,36 @@ def test_equiv_of_an_op_and_a_mechanism(capsys):
     assert all(row["ok"] and max(row["errors"].values()) <= 1e-5 for row in data["frameworks"])
 
 
+def test_equiv_in_processes_says_the_same(monkeypatch):
+    """In the order of the questions, whoever answers them."""
+    monkeypatch.setattr(equiv, "WORTH_PROCESSES", 1)
+    alone, shared = (equiv.backends(["merge_states"], workers=workers) for workers in (1, 2))
+    assert alone == shared and len(alone) == 20
+
+
+@pytest.mark.parametrize("command", ["equiv", "demo"])
+def test_progress_shows_when_piped(capsys, monkeypatch, command):
+    """On stderr, a line at the start of each part and one at its end; none of them is in what is piped."""
+    if command == "demo":
+        monkeypatch.setattr(demo, "decode_times", lambda *_: [])
+        monkeypatch.setattr(jforge, "check", lambda *_: laws.Report(()))
+        monkeypatch.setattr(equiv, "cases", lambda tag: cases("merge_states"))
+    code, out, err = run(capsys, *[command, "merge_states"][: 1 if command == "demo" else 2], "--json")
+    lines = err.splitlines()
+    assert code == 0 and json.loads(out)
+    assert "comparing backends: 1 of 20, 0 s" in lines
+    assert any(line.startswith("comparing backends: 20 of 20 done in") for line in lines)
+    assert command == "equiv" or [line.split(":")[0] for line in lines if line.startswith("demo")] == [
+        "demo laws", "demo backends", "demo times", "demo"
+    ]  # fmt: skip
+
+
+def test_progress_keeps_to_one_line_of_a_terminal(capsys, monkeypatch):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    assert list(report.track(iter("ab"), "counting")) == ["a", "b"] and list(report.track([], "counting")) == []
+    assert capsys.readouterr().err == "\r\x1b[Kcounting: 1, 0 s\r\x1b[Kcounting: 2, 0 s\r\x1b[K"
+
+
 def test_equiv_of_a_wrong_mechanism_fails(capsys, monkeypatch):
     twin = torch_ref.get("single_head")
     right = twin.forward
@@ -206,6 +268,8 @@ BAD = [
     (("cost", "nope"), "'nope'"),
     (("cost", "gqa", "--batch", "-1"), "-1"),
     (("cost", "gqa", "--config", "missing.json"), "missing.json"),
+    (("cost", "gqa", "--config", "llama-9b"), "Llama-3.1-8B"),
+    (("cost", "mla", "--config", "llama-3.1-8b"), "no mla layer"),
     (("cost", "gqa", "--config", "broken.json"), "line 1"),
     (("cost", "gqa", "--config", "list.json"), "list"),
     (("cost", "mqa", "--config", str(CONFIG)), "no mqa layer"),
@@ -309,18 +373,3 @@ def test_sizes():
         "0 B", "4,096 B", "10.0 KiB", "16.0 MiB", "2.0 GiB", "2,048.0 GiB"
     ]  # fmt: skip
     assert [report.exact(n) for n in (4097.0, 1000, 2.5)] == ["4,097", "1,000", "2.50"]
-
-
-def test_import_needs_only_jax_numpy_and_jaxtyping():
-    """A fresh interpreter with every optional package blocked; `jforge.hf` is loaded when it is asked for."""
-    blocked = ("rich", "torch", "triton", "transformers", "matplotlib", "flax", "optax", "hypothesis", "pytest")
-    code = f"import sys; sys.modules.update(dict.fromkeys({blocked})); import jforge; jforge.get('gqa'); jforge.check"
-    code += "; assert 'jforge.hf' not in sys.modules; jforge.hf.convert; jforge.stack; assert not hasattr(jforge, 'x')"
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
-
-
-def test_the_command_without_rich_says_what_to_install():
-    code = "import sys; sys.modules['rich'] = None; from jforge.cli import main; main(['table'])"
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
-    assert result.returncode == 2
-    assert result.stderr == "jforge: the command line needs rich: pip install 'jforge[cli]'\n"

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jforge.core import compare
+from jforge.harness import interpreters
 from jforge.harness.op import Case, Inputs, Op
 
 
@@ -32,14 +33,14 @@ class Backend:
 
     @functools.cached_property
     def ops(self) -> ModuleType:
-        """The package. Without a GPU, asks Triton for its interpreter before the first import."""
-        if self.package == "triton_kernels" and not gpu():
-            os.environ.setdefault("TRITON_INTERPRET", "1")
+        """The package. Without a GPU, its interpreter is asked for before the first import, and made faster."""
+        if self.name in KERNELS and not gpu():
+            triton_can_run()
+            interpreters.faster(self.name)
         return importlib.import_module(self.package)
 
     def call(self, op: str, inputs: Inputs) -> tuple[np.ndarray, ...]:
-        run = _torch_call if self.framework == "torch" else _jax_call
-        return run(getattr(self.ops, op), inputs)
+        return tuple(to_numpy(r) for r in results(getattr(self.ops, op), self.framework, inputs))
 
     def merge(self, parts: list[tuple[np.ndarray, ...]]) -> tuple[np.ndarray, ...]:
         """Partial (out, lse) of the same queries, joined in float32."""
@@ -86,14 +87,24 @@ def passes(errors: tuple[float, float], dtype: str) -> bool:
 
 
 def for_programs_that_run_once() -> None:
-    """Before JAX computes anything. XLA's CPU client gets enough threads that Mosaic's interpreter can run all
-    warpgroups of a kernel at once, and leaves out the passes that would take most of the time of small programs; on a
+    """`before_jax_starts`, and XLA leaves out the passes that would take most of the time of small programs."""
+    before_jax_starts()
+    if not gpu():
+        jax.config.update("jax_disable_most_optimizations", True)
+
+
+def before_jax_starts() -> None:
+    """XLA's CPU client gets enough threads that Mosaic's interpreter can run all warpgroups of a kernel at once; on a
     GPU it leaves memory to torch.
     """
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     os.environ.setdefault("NPROC", str(max(16, os.cpu_count() or 1)))
+
+
+def triton_can_run() -> None:
+    """Without a GPU, ask Triton for its interpreter; in time only before a kernel is defined."""
     if not gpu():
-        jax.config.update("jax_disable_most_optimizations", True)
+        os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 @functools.cache
@@ -102,26 +113,28 @@ def gpu() -> bool:
     return jax.default_backend() == "gpu"
 
 
-def _jax_call(op: Callable, inputs: Inputs) -> tuple[np.ndarray, ...]:
-    options = {k: jnp.asarray(v) if isinstance(v, np.ndarray) else v for k, v in inputs.options.items()}
-    results = op(*(a if a is None else jnp.asarray(a) for a in inputs.arrays.values()), **options)
-    return tuple(np.asarray(r, np.float64) for r in _tuple(results))
+def results(function: Callable, framework: str, inputs: Inputs) -> tuple:
+    """What `function` returns for arrays of its framework, on a GPU where there is one; a lone result as a tuple."""
+    convert, options = jnp.asarray if framework == "jax" else _on_device, dict(inputs.options)
+    arrays = [a if a is None else convert(a) for a in inputs.arrays.values()]
+    options = {name: convert(v) if isinstance(v, np.ndarray) else v for name, v in options.items()}
+    if framework == "torch" and isinstance(options.get("out_dtype"), str):
+        import torch
+
+        options["out_dtype"] = getattr(torch, options["out_dtype"])
+    found = function(*arrays, **options)
+    return tuple(found) if isinstance(found, tuple | list) else (found,)
 
 
-def _torch_call(op: Callable, inputs: Inputs) -> tuple[np.ndarray, ...]:
+def to_numpy(result) -> np.ndarray:
+    """float64, from either framework: torch has no way from bfloat16 to NumPy."""
+    return result.detach().double().cpu().numpy() if hasattr(result, "cpu") else np.asarray(result, np.float64)
+
+
+def _on_device(array: np.ndarray):
     import torch
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    options = {k: to_torch(v).to(device) if isinstance(v, np.ndarray) else v for k, v in inputs.options.items()}
-    if isinstance(options.get("out_dtype"), str):
-        options["out_dtype"] = getattr(torch, options["out_dtype"])
-    results = op(*(a if a is None else to_torch(a).to(device) for a in inputs.arrays.values()), **options)
-    return tuple(r.double().cpu().numpy() for r in _tuple(results))
-
-
-def _tuple(results) -> tuple:
-    """An op that returns one array returns no tuple."""
-    return results if isinstance(results, tuple) else (results,)
+    return to_torch(array).to("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def to_torch(array: np.ndarray):

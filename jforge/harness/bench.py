@@ -5,8 +5,9 @@ algorithm must move (queries, what is read of the caches, results), not partial 
 read of a large buffer, measured in the same run.
 """
 
+import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 
 import jax
@@ -20,50 +21,65 @@ from jforge.harness.composites import COMPOSITES, Composite
 from jforge.harness.draws import full, normal
 from jforge.harness.op import Op, Work
 from jforge.harness.ops import OPS
+from jforge.harness.own_kernel import Own
 from jforge.harness.peers import shared_tensors
 from jforge.harness.timing import Call, jax_call, time_cpu, time_gpu
 
 L2_BYTES = 64 * 2**20  # of the largest card here, so that rotating buffers leave nothing in it
+WRONG = "wrong result"  # why a row has no time
 TIMED: dict[str, Op | Composite] = {timed.name: timed for timed in (*OPS, *COMPOSITES) if timed.bench}
 
 
-def run(names=tuple(TIMED), *, samples: int = 50) -> Iterator[dict]:
+def run(names=tuple(TIMED), *, samples: int = 50, own: Own | None = None) -> Iterator[dict]:
     """The rows of these ops and steps on the machine at hand; on a CPU of those that have sizes for one, as of the
-    others the two interpreters would be timed.
+    others the two interpreters would be timed. own: somebody's function, timed beside the others as one of these ops.
     """
     on_gpu = jax.default_backend() == "gpu"
     for timed in (timed for name, timed in TIMED.items() if name in names):
-        yield from bench_gpu(timed, samples=samples) if on_gpu else bench_cpu(timed, samples=samples)
+        yield from (bench_gpu if on_gpu else bench_cpu)(timed, samples=samples, own=own)
 
 
-def bench_cpu(op: Op | Composite, *, samples: int = 20, seed: int = 0) -> Iterator[dict]:
+def bench_cpu(op: Op | Composite, *, samples: int = 20, seed: int = 0, own: Own | None = None) -> Iterator[dict]:
     """jforge.ops, compiled by XLA, and torch_ref.ops on this CPU, float32: for a machine without a GPU."""
-    import torch
-
     for work in op.cpu:
         arrays = [a if a is None or a.dtype == jnp.int32 else a.astype(jnp.float32) for a in _inputs(op, work, seed)]
         tensors = [None if a is None else to_torch(np.asarray(a)) for a in arrays]
-        xla = jax.jit(lambda *arrays, work=work: op.run(jforge.ops, work.options, *arrays))
-
-        def torch_call(tensors=tensors, work=work):
-            with torch.no_grad():
-                return op.run(BACKENDS["torch_ref"].ops, work.options, *tensors)
-
-        calls = {"jforge (XLA)": lambda xla=xla, arrays=arrays: jax.block_until_ready(xla(*arrays)),
-                 "torch_ref": torch_call}  # fmt: skip
+        packages = [("jforge (XLA)", "jax", jforge.ops), ("torch_ref", "torch", BACKENDS["torch_ref"].ops)]
+        packages += [] if own is None else [(own.name, own.framework, own.ops(op.name))]
         want = _reference(op, work, arrays)
-        for name, call in calls.items():
+        for name, framework, ops in packages:
+            call = functools.partial(op.run, ops, work.options)
+            call = _xla(call, arrays) if framework == "jax" else _eager(call, tensors)
             row = {"what": op.name, "implementation": name, "dtype": "float32", **_shown(work)}
-            error = _error(op, call(), want)
+            try:
+                error = _error(op, call(), want)
+            except Exception as refusal:  # of somebody's own function
+                yield {**row, "refused": " ".join(str(refusal).split())[:200]}
+                continue
             if not error <= compare.OUT["float32"]:
-                yield {**row, "error": error, "refused": "wrong result"}
+                yield {**row, "error": error, "refused": WRONG}
                 continue
             timing = time_cpu(call, samples=samples)
             rate = 2 * op.moved(**work.sizes, **work.options) / timing.median / 1e3
             yield {**row, "error": error, **asdict(timing), "GB_per_s": rate}
 
 
-def bench_gpu(op: Op | Composite, *, samples: int = 50, seed: int = 0) -> Iterator[dict]:
+def _xla(call: Callable, arrays: list) -> Callable:
+    compiled = jax.jit(call)
+    return lambda: jax.block_until_ready(compiled(*arrays))
+
+
+def _eager(call: Callable, tensors: list) -> Callable:
+    import torch
+
+    def run():
+        with torch.no_grad():
+            return call(*tensors)
+
+    return run
+
+
+def bench_gpu(op: Op | Composite, *, samples: int = 50, seed: int = 0, own: Own | None = None) -> Iterator[dict]:
     """Rows for every call and implementation, bf16; the first row is the read ceiling. Needs an NVIDIA GPU."""
     import torch
 
@@ -74,7 +90,7 @@ def bench_gpu(op: Op | Composite, *, samples: int = 50, seed: int = 0) -> Iterat
         sets = min(64, max(1, math.ceil(4 * L2_BYTES / moved)))
         inputs = [_inputs(op, work, seed + i) for i in range(sets)]
         want = _reference(op, work, inputs[0])
-        for call in _implementations(op, work, inputs):
+        for call in _implementations(op, work, inputs, own):
             yield _gated_row(op, work, call, sets, want, samples, ceiling)
         del inputs, want, call
         torch.cuda.empty_cache()  # the peers' memory, which JAX needs now
@@ -102,19 +118,21 @@ def _reference(op: Op | Composite, work: Work, arrays: list):
     return jax.tree.map(lambda array: np.asarray(array, np.float32), result)
 
 
-def _implementations(op: Op | Composite, work: Work, inputs: list[list]) -> Iterator[Call]:
-    """Ours, then the peers. A state is carried from call to call: donated by JAX, overwritten in place by torch."""
+def _implementations(op: Op | Composite, work: Work, inputs: list[list], own: Own | None = None) -> Iterator[Call]:
+    """Ours, somebody's own, then the peers. A state is carried from call to call: donated by JAX, overwritten in place
+    by torch.
+    """
     import torch
 
     carry = None if op.carry is None else list(op.axes).index(op.carry)
     tensors = shared_tensors(inputs, carry)  # before the first call: JAX's state is given away there
-    for name in KERNELS:
-        backend = BACKENDS[name]
-        if backend.framework == "jax":
-            yield jax_call(name, lambda *a, ops=backend.ops: op.run(ops, work.options, *a), inputs, carry)
+    packages = [(name, BACKENDS[name].framework, BACKENDS[name].ops) for name in KERNELS]
+    packages += [] if own is None else [(own.name, own.framework, own.ops(op.name))]
+    for name, framework, ops in packages:
+        if framework == "jax":
+            yield jax_call(name, lambda *a, ops=ops: op.run(ops, work.options, *a), inputs, carry)
         else:
-            call = lambda i, ops=backend.ops: op.run(ops, work.options, *tensors[i])  # noqa: E731
-            yield Call(name, call, torch.cuda.synchronize)
+            yield Call(name, lambda i, ops=ops: op.run(ops, work.options, *tensors[i]), torch.cuda.synchronize)
     if work.peers is not None:
         yield from work.peers(work, inputs)
 
@@ -131,7 +149,7 @@ def _gated_row(op: Op | Composite, work: Work, call: Call, sets: int, want, samp
         return {**row, "refused": " ".join(str(refusal).split())[:200]}
     error = _error(op, got, want if call.want is None else call.want)
     if not error <= compare.OUT["bfloat16"]:
-        return {**row, "error": error, "refused": "wrong result"}
+        return {**row, "error": error, "refused": WRONG}
     sets = call.sets or sets
     timing = time_gpu([lambda i=i: call.run(i) for i in range(sets)], call.synchronise, samples=samples)
     rate = (call.moved or op.moved(**work.sizes, **work.options)) / timing.median / 1e3

@@ -106,7 +106,8 @@ class Op:
     axes: {argument: its axis letters}, in the order of the signature; keyword arguments are not among them.
     draw: (case, dtype, rng) -> Inputs, NaN in every slot that no query may read: each case is also a poison test.
     oracle: the op in float64 NumPy, a plain loop; results as a tuple.
-    metrics, second: how the two results are judged (compare.py), and what the second one is called.
+    results: {result: its axis letters}, one or two.
+    metrics: how each of them is judged (compare.py).
     edges: {kernel package: examples at the edges of its plans: forced splits, more tiles than stages, pages ...}.
     refusals: {kernel package: (draw) -> the reason why it documents no answer (a pattern), or None: it must answer}.
     caches, lists, stored: arguments with slots on axis 1; the lists of what is read; the cache that may hold codes.
@@ -127,8 +128,8 @@ class Op:
     oracle: Callable[..., tuple[np.ndarray, ...]]
     cases: tuple[Case, ...]
     fuzz: Fuzz
+    results: Mapping[str, str] = field(default_factory=lambda: {"out": "BTNV", "lse": "BTN"})
     metrics: tuple[Callable, ...] = (compare.worst_head, compare.lse_error)
-    second: str = "lse"
     edges: Mapping[str, tuple[Draw, ...]] = field(default_factory=dict)
     refusals: Mapping[str, Callable[[Draw], str | None]] = field(default_factory=dict)
     caches: tuple[str, ...] = ()
@@ -143,6 +144,11 @@ class Op:
     reads: Callable[[Mapping], str] = lambda row: "all"
     table: str = "parts"
     invariant: Case | None = None
+
+    @property
+    def second(self) -> str | None:
+        """What the second result is called."""
+        return (*self.results, None)[1]
 
     def run(self, ops, options: Mapping, *arrays, **more):
         """What a benchmark judges of the op of a namespace: the out of an attention, all results of other ops."""

@@ -93,7 +93,8 @@ def _pallas(draw: Draw) -> str | None:
 OP = Op(
     name=NAME, axes={"q_index": "BTIJ", KEYS: "BSJ", "lengths": "B"}, draw=draw, oracle=oracle, cases=CASES,
     fuzz=Fuzz(question, SIZES, MOSAIC, index_scores.VIEWS, index_scores.change, exact=True, same_bits=True),
-    metrics=(compare.worst_row,), edges={"pallas": MOSAIC_EDGES, "triton": TRITON_EDGES},
+    results={"scores": "BTIL"}, metrics=(compare.worst_row,),
+    edges={"pallas": MOSAIC_EDGES, "triton": TRITON_EDGES},
     refusals={"triton": index_scores.triton, "pallas": _pallas}, caches=(KEYS,), stored="k", attends=False,
     moved=lambda B, I, S, J, block_size: B * (2 * (I + S) * J + 4 * I * -(-S // block_size)),  # noqa: E741
     bench=(Work({"B": 16, "I": 4, "S": 131072, "J": 128}, {"block_size": 128}),),

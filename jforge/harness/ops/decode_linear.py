@@ -148,7 +148,7 @@ def _pallas(draw: Draw) -> str | None:
 OP = Op(
     name=NAME, axes={"q": "BNH", "k": "BNH", "v": "BNH", "state": "BNHH", "decay": "N"}, draw=draw, oracle=oracle,
     cases=CASES, fuzz=Fuzz(question, SIZES, MOSAIC, VIEWS, change, same_bits=True),
-    metrics=(compare.worst_row, compare.worst_row), second="state",
+    results={"out": "BNV", "state": "BNHV"}, metrics=(compare.worst_row, compare.worst_row),
     edges={"pallas": MOSAIC_EDGES, "triton": TRITON_EDGES}, refusals={"triton": _triton, "pallas": _pallas},
     attends=False,
     moved=lambda B, N, H: B * N * (8 * H * H + 8 * H),

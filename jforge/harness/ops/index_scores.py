@@ -211,7 +211,8 @@ def _pallas(draw: Draw) -> str | None:
 OP = Op(
     name=NAME, axes={"q_index": "BTIJ", KEYS: "BSJ", "weights": "BTI", "lengths": "B"}, draw=draw, oracle=oracle,
     cases=CASES, fuzz=Fuzz(question, SIZES, MOSAIC, VIEWS, change, exact=True, same_bits=True),
-    metrics=(compare.worst_row,), edges={"pallas": MOSAIC_EDGES, "triton": TRITON_EDGES},
+    results={"scores": "BTS"}, metrics=(compare.worst_row,),
+    edges={"pallas": MOSAIC_EDGES, "triton": TRITON_EDGES},
     refusals={"triton": triton, "pallas": _pallas}, caches=(KEYS,), stored="k", attends=False,
     moved=lambda B, I, S, J: B * (2 * (I + S) * J + 4 * S),  # noqa: E741
     fill={"weights": draws.float32}, bench=(Work({"B": 16, "I": 64, "S": 65536, "J": 128}, {}),),

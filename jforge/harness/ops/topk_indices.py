@@ -154,6 +154,6 @@ VIEWS = {"plain": views.plain, "permuted": _permuted, "split": _split, "shuffled
 
 OP = Op(
     name=NAME, axes={"scores": "BTS"}, draw=draw, oracle=oracle, cases=CASES,
-    fuzz=Fuzz(question, SIZES, SIZES, VIEWS, change, judge=judge), metrics=(compare.different,),
-    edges={"triton": TRITON_EDGES}, attends=False,
+    fuzz=Fuzz(question, SIZES, SIZES, VIEWS, change, judge=judge), edges={"triton": TRITON_EDGES},
+    results={"picks": "BL"}, metrics=(compare.different,), attends=False,
 )  # fmt: skip
