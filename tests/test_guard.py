@@ -162,7 +162,7 @@ def test_arrays_of_another_framework_are_named(untyped):
 def test_a_config_without_positions_says_so():
     given = {"hidden_size": 8, "num_attention_heads": 2}
     rope = {"rope_type": "default", "rope_theta": 1e4}
-    assert "rope_parameters=None (NoPE: no positions), " in repr(GQA.Config(**given))
+    assert "rope_parameters=None (NoPE: no rotary positions), " in repr(GQA.Config(**given))
     assert "NoPE" not in repr(GQA.Config(**given, rope_parameters=rope))
     for key, value in (("rope_theta", 5e5), ("partial_rotary_factor", 0.5), ("rope_scaling", None)):
         said = rf"^{key} is {value}; jforge.attention.dense.Config has no such field: .* rope_parameters=\{{'rope_type'"

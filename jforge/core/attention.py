@@ -1,5 +1,6 @@
 """The Attention tuple: one mechanism as a set of pure functions, three of which follow from the others."""
 
+import inspect
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, NamedTuple
@@ -109,16 +110,16 @@ class Attention(_Fields):
 def _checked(name: str) -> property:
     """The field of that name with the checks of `guard` in front of its function."""
     field, protocol = getattr(_Fields, name), _Fields.__annotations__[name]
-    takes_params = protocol in (protocols.Forward, protocols.Prefill, protocols.Decode, protocols.Select)
+    taken = tuple(inspect.signature(protocol.__call__).parameters)[1:]
 
     def read(att: Attention):
         if (given := field.__get__(att)) is None:
             return None
         function = guard.unchecked(given)
-        if not takes_params:
+        if taken[0] != "params":
             return guard.of_config(function, att.Config)
         shapes = None if _Fields.init_params.__get__(att) else _Fields.shapes.__get__(att)
-        return guard.of_params(function, att.Config, shapes and guard.unchecked(shapes))
+        return guard.of_params(function, att.Config, shapes and guard.unchecked(shapes), taken[3:])
 
     return property(read, doc=protocol.__doc__)
 

@@ -99,7 +99,7 @@ class Described:
     def __repr__(self) -> str:
         texts = {f.name: repr(getattr(self, f.name)) for f in fields(self) if f.repr}
         if texts.get("rope_parameters") == "None":
-            texts["rope_parameters"] += " (NoPE: no positions)"
+            texts["rope_parameters"] += " (NoPE: no rotary positions)"
         return f"{type(self).__qualname__}({', '.join(f'{name}={text}' for name, text in texts.items())})"
 
 

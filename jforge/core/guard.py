@@ -6,7 +6,6 @@ give numbers of another mechanism without a word. So the tuple hands out each fu
 one place for all mechanisms and variants. Under `jax.jit` they run where the function is traced alone.
 """
 
-import inspect
 from collections.abc import Callable, Mapping
 from functools import cache, wraps
 from typing import Any
@@ -91,11 +90,10 @@ def of_config(function: Callable, config: type) -> Callable:
 
 
 @cache
-def of_params(function: Callable, config: type, shapes: Callable | None) -> Callable:
-    """function(params, cfg, x, ...) that refuses another Config, other frameworks' arrays, and parameters that are not
-    those of `shapes`, where it is given.
+def of_params(function: Callable, config: type, shapes: Callable | None, names: tuple[str, ...]) -> Callable:
+    """function(params, cfg, x, *names) that refuses another Config, other frameworks' arrays, and parameters that are
+    not those of `shapes`, where it is given.
     """
-    names = tuple(inspect.signature(function).parameters)[3:]
 
     @wraps(function)
     def checked(params, cfg, x, *args, **kwargs):
