@@ -86,7 +86,7 @@ def test_own_configs():
             att.forward(params, cfg, x)
     moved = variant._replace(prefill=GQA.prefill, visible=GQA.visible)  # functions of another tuple: their files' ones
     _, cache = moved.prefill(params, own, x, moved.init_cache(own, 1, 4))
-    assert cache.length.tolist() == [3] and moved.visible(own, jnp.ones(()), jnp.zeros(()))
+    assert cache.length.tolist() == [3] and moved.visible(own, jnp.array(1), jnp.array(0))
 
 
 def test_a_wrapped_function_is_the_one_that_runs():

@@ -63,8 +63,8 @@ def test_it_is_alibi(folder):
     att, T = module.alibi, 301
     (cfg,) = att.examples
     with jax.enable_x64(True):
-        params = {n: np.asarray(p) for n, p in att.init_params(jax.random.key(0), cfg, jnp.float64).items()}
-        x = np.random.default_rng(0).standard_normal((1, T, cfg.hidden_size))
+        params = att.init_params(jax.random.key(0), cfg, jnp.float64)
+        x = jax.random.normal(jax.random.key(1), (1, T, cfg.hidden_size), jnp.float64)
         q, k, v = (np.einsum("td,dnh->nth", x[0], params[w]) for w in ("wq", "wk", "wv"))
         out = []
         for n in range(4):

@@ -63,7 +63,7 @@ class Attention(_Fields):
     Each function refuses a Config of another mechanism with TypeError. A subclass of its own Config is taken as long
     as no Attention has it as its `Config`; a variant with more fields says `att._replace(Config=Mine, ...)`. Those with
     `params` also refuse arrays of other frameworks (TypeError) and parameters that are missing or have another shape
-    than in `shapes` (ValueError), unless `init_params` is given.
+    than in `shapes` (ValueError), unless `init_params` is given. Their signatures are Protocols: jforge.core.protocols.
     """
 
     __slots__ = ()
