@@ -146,17 +146,16 @@ def test_another_cache_is_refused(name, untyped):
     att = jforge.get(name)
     cfg, x = att.examples[0], jnp.zeros((2, 1, att.examples[0].hidden_size))
     spec, own = att.cache_spec(cfg), att.init_cache(cfg, 2, 9, jnp.float32)
-    params = weights(att, cfg, "float32")
     other = jforge.get({"mla": "dsa", "lightning": "gqa"}.get(name, "lightning"))
     strange = other.init_cache(other.examples[0], 2, 9, jnp.float32)
     bad = [(leaf, (*getattr(own, leaf).shape[:-1], 99)) for leaf in spec]
     bad += [(leaf, (2, b.limit + 1, *b.shape)) for leaf, b in spec.items() if b.limit]
     for step in (att.prefill, att.decode):
         with pytest.raises(TypeError, match=f"^cache is a {type(strange).__name__}; it must be a {spec.cls.__name__}$"):
-            step(params, cfg, x, strange)
+            step({}, cfg, x, strange)
         for leaf, shape in bad:
             with pytest.raises(ValueError, match=rf"^cache.{leaf} has shape \({', '.join(map(str, shape))}\)"):
-                step(params, cfg, x, replace(own, **{leaf: jnp.zeros(shape)}))
+                step({}, cfg, x, replace(own, **{leaf: jnp.zeros(shape)}))
 
 
 def several(message: str, **values):

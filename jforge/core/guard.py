@@ -7,6 +7,7 @@ one place for all mechanisms and variants. Under `jax.jit` they run where the fu
 """
 
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from functools import cache, wraps
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -62,12 +63,10 @@ def _reject(name: str, value: Any) -> None:
     raise TypeError(f"{name} is a {told}; it must be a JAX or NumPy array")
 
 
-def check_params(params: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """Raise ValueError that names the first parameter that is missing or has another shape. More are no mistake."""
+def check_shapes(params: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Raise ValueError that names the first parameter of another shape. Those that nobody asks for are no mistake."""
     for name, shape in shapes.items():
-        if name not in params:
-            raise ValueError(f"params has no {name}; it must have one of shape {tuple(shape)}")
-        if (given := np.shape(params[name])) != tuple(shape):
+        if name in params and (given := np.shape(params[name])) != tuple(shape):
             raise ValueError(f"params[{name!r}] has shape {given}; it must be {tuple(shape)}")
 
 
@@ -99,8 +98,13 @@ def of_params(function: Callable, config: type, shapes: Callable | None, names: 
     def checked(params, cfg, x, *args, **kwargs):
         check_config(cfg, config)
         check_arrays(params, x, **dict(zip(names, args, strict=False)), **kwargs)
-        if shapes is not None:
-            check_params(params, shapes(cfg))
+        wanted = {} if shapes is None else shapes(cfg)
+        check_shapes(params, wanted)
+        if missing := [name for name in wanted if name not in params]:
+            with suppress(KeyError):  # what the function refuses in its other arguments is said first
+                function(params, cfg, x, *args, **kwargs)
+            shape = tuple(wanted[missing[0]])
+            raise ValueError(f"params has no {missing[0]}; it must have one of shape {shape}")
         return function(params, cfg, x, *args, **kwargs)
 
     _UNCHECKED[checked] = function
