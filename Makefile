@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test lint fuzz bench clean
+.PHONY: demo test lint types fuzz bench clean
 
 demo: $(STAMP)
 	@$(BIN)/jforge demo
@@ -14,6 +14,9 @@ test: $(STAMP)
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+types: $(STAMP)
+	$(BIN)/pyright --pythonpath $(BIN)/python tests/typed
 
 bench: $(STAMP)
 	@$(BIN)/jforge bench

@@ -24,6 +24,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 import jforge
+from jforge.core import guard
 from jforge.core.attention import Attention
 from jforge.core.norm import rms_norm
 from jforge.core.step import Step, Tokens, end, few_tokens, place
@@ -103,8 +104,8 @@ def _resolve(layers: Layers) -> list[tuple[Attention, Any]]:
     out = []
     for index, (att, cfg) in enumerate(layers):
         att = jforge.get(att) if isinstance(att, str) else att
-        if not isinstance(cfg, att.Config):
-            got, want = (f"{c.__module__}.{c.__qualname__}" for c in (type(cfg), att.Config))
+        if not guard.fits(cfg, att.Config):
+            got, want = guard.called(type(cfg)), guard.called(att.Config)
             raise TypeError(f"layers[{index}] has a {got}; its mechanism takes a {want}")
         out.append((att, cfg))
     return out

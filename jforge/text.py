@@ -18,7 +18,7 @@ def error(value: float | None) -> str:
     """An error in one digit, a count of violations as it is; None stands for one that is not finite."""
     if value is None or value != value:
         return "inf"
-    return str(value) if isinstance(value, int) or value == 0 else f"{value:.0e}"
+    return f"{value:.0e}" if isinstance(value, float) and value else f"{value:.0f}"
 
 
 def styled(text: str, style: str) -> str:

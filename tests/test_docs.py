@@ -4,6 +4,7 @@ import contextlib
 import importlib.util
 import io
 import re
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -115,12 +116,24 @@ def test_the_snippet_of_readme_runs():
     (code,) = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
     with contextlib.redirect_stdout(io.StringIO()) as shown:
         exec(compile(code, "README.md", "exec"), {})
-    assert [line.split()[0] for line in shown.getvalue().splitlines() if "FAILS" in line] == ["L7"]
+    lines = shown.getvalue().splitlines()
+    assert [line.split()[0] for line in lines if "FAILS" in line] == ["L2"]
+    assert [line.split()[0] for line in lines if line.endswith(" ok")] == [f"L{n}" for n in range(1, 12)] + ["L1"]
 
 
 def test_readme_names_every_model_type():
     (text,) = re.findall(r"It knows the model types\n(.*?)\n\nA layer", README, flags=re.DOTALL)
     assert sorted(re.findall(r"`(\w+)`", text)) == sorted(FAMILIES)
+
+
+def test_one_version():
+    """In pyproject.toml, in CITATION.cff, and as the newest entry of the changelog."""
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["version"]
+    cited, newest = (
+        re.findall(pattern, (ROOT / name).read_text(encoding="utf-8"), flags=re.MULTILINE)
+        for name, pattern in (("CITATION.cff", r"^version: (.*)$"), ("CHANGELOG.md", r"^## ([\d.]+)"))
+    )
+    assert cited == [version] and newest[0] == version
 
 
 def test_readme_names_every_op():

@@ -53,6 +53,7 @@ SIZES = {
     "nsa separate": ({**NSA, "kernel_stride": 4, "window_size": 7, "separate_branches": True, "attention_bias": True},
                      19, 21),
     "nsa mlp": ({**NSA_3, "compress": "mlp", "compress_hidden_size": 3, "attn_logit_softcapping": 2.0}, 0, 21),
+    "nsa mlp by default": ({name: value for name, value in NSA_3.items() if name != "compress"}, 17, 21),
     "nsa linear": ({**NSA_3, "compress": "linear", "v_head_dim": 6, "attn_output_gate": True}, 0, 21),
     "lightning 6 heads, last layer": ({**LIGHTNING, "num_attention_heads": 6, "layer_index": 5}, 0, 19),
     "lightning 12 heads": ({**LIGHTNING, "num_attention_heads": 12, "head_dim": 1}, 0, 19),
@@ -205,7 +206,7 @@ BAD = {
         ({"block_size": 2}, "block_size is 2; .* at least kernel_size=4"),
         ({"topk": 2}, r"topk is 2; it must be at least init_blocks \+ local_blocks"),
         ({"compress": "max"}, "compress is 'max'; it must be one of 'mean', 'weighted', 'linear', 'mlp'"),
-        ({"compress": "mlp"}, "compress_hidden_size is None")]),
+        ({"compress": "mlp", "compress_hidden_size": 0}, "compress_hidden_size is 0")]),
     "lightning": (LIGHTNING, [
         *several("it must be an integer in 0..num_hidden_layers - 1 = 5", layer_index=[6, -1, True]),
         *several("", num_hidden_layers=[0], block_size=[0], num_attention_heads=[0], head_dim=[-2], rms_norm_eps=[0]),

@@ -248,7 +248,7 @@ def test_bad_stacks():
         stack.init_cache((), 2, 4)
     with pytest.raises(ValueError, match="^no mechanism is called 'linear'; there are single_head, "):
         stack.init_cache((("linear", LAYERS[0][1]),), 2, 4)
-    message = r"^layers\[1\] has a jforge.*dense.Config; its mechanism takes a jforge.*lightning.Config$"
+    message = r"^layers\[1\] has a \S*dense.Config \(gqa\); its mechanism takes a \S*lightning.Config \(lightning\)$"
     with pytest.raises(TypeError, match=message):
         stack.cost((LAYERS[0], ("lightning", LAYERS[1][1])), context=3)
     with pytest.raises(ValueError, match="^params has 2 entries; it must have one for each of the 3 layers$"):

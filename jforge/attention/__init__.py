@@ -16,6 +16,7 @@ from jforge.attention import (
     streaming,
     v4_window,
 )
+from jforge.core import guard
 
 REGISTRY = {
     "single_head": dense.single_head,
@@ -36,3 +37,6 @@ REGISTRY = {
     "csa": csa.csa,
     "hca": hca.hca,
 }
+
+for _name, _att in REGISTRY.items():
+    guard.claim(_att.Config, _name)

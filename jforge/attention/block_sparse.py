@@ -22,7 +22,7 @@ from jaxtyping import Array, Bool, Int
 
 import jforge.ops as jax_ops
 from jforge.attention import dense
-from jforge.attention.dense import PLAIN, KVCache
+from jforge.attention.dense import LLAMA_8B, PLAIN, KVCache
 from jforge.core import blocks, masks
 from jforge.core.attend import attend
 from jforge.core.attention import Attention
@@ -34,14 +34,23 @@ from jforge.cost import Work
 
 @dataclass(frozen=True, kw_only=True)
 class Config(dense.Config):
-    """The dense family's fields and the pattern."""
+    """The dense family's fields and the pattern.
+
+    block_size: M, tokens of a block
+    num_global_blocks: g, the first blocks, seen by all
+    num_local_blocks: w, the last blocks, the query's own and partial one among them
+    num_random_blocks: r, drawn once from the seed for each block of queries
+    vert_stride: every so many blocks one is seen, with an offset for each head; None: no stride
+    homo_head_pattern: one pattern for all heads; False: every query head draws and strides on its own
+    seed: of the random blocks
+    """
 
     block_size: int
     num_global_blocks: int = 0
     num_local_blocks: int = 1
     num_random_blocks: int = 0
     vert_stride: int | None = None
-    homo_head_pattern: bool = True  # False: every query head draws and strides on its own
+    homo_head_pattern: bool = True
     seed: int = 0
 
     def __post_init__(self):
@@ -164,17 +173,17 @@ def work(cfg: Config, context: int, capacity: int, closing: bool) -> Work:
     return replace(dense.work_on(cfg, min(context, lists * gathered)), flops=dense.flops(cfg, min(context, gathered)))
 
 
-_LLAMA = {"hidden_size": 4096, "num_attention_heads": 32, "num_key_value_heads": 8}
-
 block_sparse = Attention(
     summary="a fixed pattern of blocks: global, local, random, strided (BigBird, Longformer, Phi-3-small, causal)",
     Config=Config, shapes=dense.shapes, cache_spec=dense.cache_spec, work=work,
     forward=forward, prefill=prefill, decode=decode, visible=visible, select=select, tokens_of=tokens_of,
     models=FrozenDict({
-        "BigBird pattern on Llama-3.1-8B": Config(**_LLAMA, block_size=64, num_global_blocks=2, num_local_blocks=3,
+        "BigBird pattern on Llama-3.1-8B": Config(**LLAMA_8B, block_size=64, num_global_blocks=2, num_local_blocks=3,
                                                   num_random_blocks=3),
         "Phi-3-small": Config(hidden_size=4096, num_attention_heads=32, num_key_value_heads=8, block_size=64,
-                              num_local_blocks=16, vert_stride=8, homo_head_pattern=False),
+                              num_local_blocks=16, vert_stride=8, homo_head_pattern=False, scaling=1 / 128,
+                              attention_bias=True, attention_output_bias=True,
+                              rope_parameters={**PLAIN, "rope_theta": 1e6}),
     }),
     examples=(
         Config(hidden_size=12, num_attention_heads=4, num_key_value_heads=2, head_dim=6, rope_parameters=PLAIN,

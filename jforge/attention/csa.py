@@ -42,11 +42,16 @@ from jforge.ops.index_scores import token_scores
 
 @dataclass(frozen=True, kw_only=True)
 class Config(v4_compress.Config):
-    """The fields of hca and the indexer's."""
+    """The fields of hca and the indexer's.
+
+    index_n_heads: I, of the index queries
+    index_head_dim: J, of index queries and keys
+    index_topk: L, entries that a query attends, each of them m tokens and the m before
+    """
 
     index_n_heads: int
     index_head_dim: int
-    index_topk: int  # entries, each of them m tokens and the m before
+    index_topk: int
 
     def __post_init__(self):
         super().__post_init__()

@@ -33,23 +33,41 @@ from jforge.cost import Work
 
 @dataclass(frozen=True, kw_only=True)
 class Config(Derived):
-    """GQA. Field names follow Hugging Face; None picks the value that the comment gives."""
+    """GQA. Names follow Hugging Face; where a default is given after `None:`, None picks it.
+
+    hidden_size: D, of the activations
+    num_attention_heads: N, of the queries
+    num_key_value_heads: K, a divisor of N; None: num_attention_heads
+    head_dim: H, of queries and keys; None: hidden_size // num_attention_heads
+    v_head_dim: V, of values; None: head_dim
+    attention_bias: on q, k and v (Qwen2)
+    attention_output_bias: on o (gpt-oss)
+    qk_norm: "head": one weight for all heads (Qwen3); "flat": over N H and K H channels (OLMo-2); None: no norm
+    norm_offset: 1.0 for Gemma's (1 + w)
+    rms_norm_eps: of the norms of q and k
+    rope_parameters: as in config.json, {"rope_type": "default", "rope_theta": 1e4}; or linear, llama3, yarn, and with
+        partial_rotary_factor if not all channels turn. None: no positions at all (NoPE)
+    rope_layout: "half" pairs channels j and j + r/2 (Hugging Face), "interleaved" 2j and 2j + 1
+    scaling: of the logits; None: head_dim ** -0.5
+    attn_logit_softcapping: c, logits become c tanh(logit / c) (Gemma 2); None: no cap
+    attn_output_gate: a sigmoid gate on the heads' outputs (Qwen3-Next)
+    """
 
     hidden_size: int
     num_attention_heads: int
-    num_key_value_heads: int | None = None  # num_attention_heads
-    head_dim: int | None = None  # hidden_size // num_attention_heads
-    v_head_dim: int | None = None  # head_dim
-    attention_bias: bool = False  # on q, k and v (Qwen2)
-    attention_output_bias: bool = False  # on o (gpt-oss)
-    qk_norm: str | None = None  # "head": one weight for all (Qwen3); "flat": over N*H and K*H (OLMo-2)
-    norm_offset: float = 0.0  # 1.0 for Gemma's (1 + w)
+    num_key_value_heads: int | None = None
+    head_dim: int | None = None
+    v_head_dim: int | None = None
+    attention_bias: bool = False
+    attention_output_bias: bool = False
+    qk_norm: str | None = None
+    norm_offset: float = 0.0
     rms_norm_eps: float = 1e-6
-    rope_parameters: Mapping[str, Any] | None = None  # None: no positions at all (NoPE)
+    rope_parameters: Mapping[str, Any] | None = None
     rope_layout: str = "half"
-    scaling: float | None = None  # softmax scale, head_dim ** -0.5
-    attn_logit_softcapping: float | None = None  # Gemma 2
-    attn_output_gate: bool = False  # Qwen3-Next
+    scaling: float | None = None
+    attn_logit_softcapping: float | None = None
+    attn_output_gate: bool = False
 
     def __post_init__(self):
         positive_ints(self, "hidden_size", "num_attention_heads")
@@ -78,7 +96,10 @@ class Config(Derived):
 
 @dataclass(frozen=True, kw_only=True)
 class MHAConfig(Config):
-    """As many key/value heads as query heads."""
+    """As many key/value heads as query heads.
+
+    num_key_value_heads: num_attention_heads, or None
+    """
 
     def __post_init__(self):
         super().__post_init__()
@@ -89,7 +110,10 @@ class MHAConfig(Config):
 
 @dataclass(frozen=True, kw_only=True)
 class MQAConfig(Config):
-    """One key/value head for all query heads."""
+    """One key/value head for all query heads.
+
+    num_key_value_heads: 1
+    """
 
     num_key_value_heads: int | None = 1
 
@@ -100,7 +124,10 @@ class MQAConfig(Config):
 
 @dataclass(frozen=True, kw_only=True)
 class SingleHeadConfig(MHAConfig):
-    """One query head, one key/value head."""
+    """One query head, one key/value head.
+
+    num_attention_heads: 1
+    """
 
     num_attention_heads: int = 1
 
@@ -243,6 +270,8 @@ def work(cfg: Config, context: int, capacity: int, closing: bool) -> Work:
 
 _LLAMA3 = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
            "original_max_position_embeddings": 32}  # fmt: skip
+LLAMA_8B = {"hidden_size": 4096, "num_attention_heads": 32, "num_key_value_heads": 8, "rms_norm_eps": 1e-5,
+            "rope_parameters": {**_LLAMA3, "original_max_position_embeddings": 8192}}  # fmt: skip
 _YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 64}
 PLAIN = {"rope_type": "default", "rope_theta": 1e4}
 _HALF = {**PLAIN, "partial_rotary_factor": 0.5}
@@ -252,8 +281,9 @@ gqa = Attention(
     Config=Config, shapes=shapes, cache_spec=cache_spec, work=work,
     forward=forward, prefill=prefill, decode=decode, visible=visible,
     models=FrozenDict({
-        "Llama-3.1-8B": Config(hidden_size=4096, num_attention_heads=32, num_key_value_heads=8),
-        "Qwen3-235B-A22B": Config(hidden_size=4096, num_attention_heads=64, num_key_value_heads=4, head_dim=128),
+        "Llama-3.1-8B": Config(**LLAMA_8B),
+        "Qwen3-235B-A22B": Config(hidden_size=4096, num_attention_heads=64, num_key_value_heads=4, head_dim=128,
+                                  qk_norm="head", rope_parameters={**PLAIN, "rope_theta": 1e6}),
     }),
     examples=(
         Config(hidden_size=24, num_attention_heads=6, num_key_value_heads=2, head_dim=10, rope_parameters=_LLAMA3),
@@ -267,19 +297,26 @@ gqa = Attention(
 mha = gqa._replace(
     summary="multi-head: every query head has its own keys and values (Vaswani et al. 2017, OLMo-2)",
     Config=MHAConfig,
-    models=FrozenDict({"Llama-2-7B": MHAConfig(hidden_size=4096, num_attention_heads=32)}),
+    models=FrozenDict({"Llama-2-7B": MHAConfig(hidden_size=4096, num_attention_heads=32, rms_norm_eps=1e-5,
+                                               rope_parameters=PLAIN)}),
     examples=(MHAConfig(hidden_size=21, num_attention_heads=3, head_dim=6,
                         rope_parameters={**PLAIN, "rope_type": "linear", "factor": 2.0}),),
 )  # fmt: skip
 mqa = gqa._replace(
     summary="multi-query: all query heads share one key/value head (Shazeer 2019, Falcon-7B)",
     Config=MQAConfig,
-    models=FrozenDict({"Falcon-7B": MQAConfig(hidden_size=4544, num_attention_heads=71)}),
+    models=FrozenDict({"Falcon-7B": MQAConfig(hidden_size=4544, num_attention_heads=71, rope_parameters=PLAIN)}),
     examples=(MQAConfig(hidden_size=30, num_attention_heads=5, rope_parameters=PLAIN),),
 )
 single_head = gqa._replace(
-    summary="one head: softmax(q k) v and nothing else; here without positions (NoPE)",
+    summary="one head: softmax(q k) v and nothing else",
     Config=SingleHeadConfig,
-    models=FrozenDict({"a Llama-3.1-8B head": SingleHeadConfig(hidden_size=4096, head_dim=128)}),
+    models=FrozenDict(
+        {
+            "a Llama-3.1-8B head": SingleHeadConfig(
+                **{**LLAMA_8B, "num_attention_heads": 1, "num_key_value_heads": 1}, head_dim=128
+            )
+        }
+    ),
     examples=(SingleHeadConfig(hidden_size=11, head_dim=7),),
 )

@@ -45,12 +45,20 @@ LAYER_NORM_EPS = 1e-6
 
 @dataclass(frozen=True, kw_only=True)
 class Config(mla.Config):
-    """MLA's fields, with q_lora_rank required, and the indexer's."""
+    """MLA's fields, with q_lora_rank required, and the indexer's.
+
+    index_n_heads: I, of the index queries
+    index_head_dim: J, of index queries and keys
+    index_topk: L, tokens that a query attends
+    index_rope_layout: "half", or "interleaved" in GLM-5
+    index_quantised: index keys in e4m3 after a Hadamard matrix
+    index_shared: no indexer, the picks are another layer's (GLM-5.2)
+    """
 
     index_n_heads: int = 64
     index_head_dim: int = 128
     index_topk: int = 2048
-    index_rope_layout: str = "half"  # GLM-5: "interleaved"
+    index_rope_layout: str = "half"
     index_quantised: bool = False
     index_shared: bool = False
 

@@ -36,14 +36,23 @@ from jforge.cost import Work
 
 @dataclass(frozen=True, kw_only=True)
 class Config(Derived):
-    """Field names follow Hugging Face where it has the field."""
+    """Field names follow Hugging Face where it has the field. No RoPE: the decay alone knows the order.
+
+    hidden_size: D, of the activations
+    num_attention_heads: N
+    head_dim: H, of queries, keys and values; None: hidden_size // num_attention_heads
+    layer_index: l, among all layers of the model; the decay follows from it
+    num_hidden_layers: L, of the model
+    block_size: tokens of a block in prefill; the result does not depend on it
+    rms_norm_eps: of the output's norm
+    """
 
     hidden_size: int
     num_attention_heads: int
-    head_dim: int | None = None  # hidden_size // num_attention_heads
-    layer_index: int = 0  # among all layers of the model
+    head_dim: int | None = None
+    layer_index: int = 0
     num_hidden_layers: int = 80
-    block_size: int = 256  # tokens of a block in prefill; the result does not depend on it
+    block_size: int = 256
     rms_norm_eps: float = 1e-6
 
     def __post_init__(self):

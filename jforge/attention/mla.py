@@ -34,20 +34,35 @@ from jforge.cost import Work
 
 @dataclass(frozen=True, kw_only=True)
 class Config(Derived):
-    """Field names follow Hugging Face's deepseek_v3."""
+    """Field names follow Hugging Face's deepseek_v3.
+
+    hidden_size: D, of the activations
+    num_attention_heads: N
+    q_lora_rank: of the query latent; None: q straight from x (V2-Lite, Kimi-Linear)
+    kv_lora_rank: C, of the latent that is cached
+    qk_nope_head_dim: channels of a query head without rotation
+    qk_rope_head_dim: R, channels of a query head that turn, and of the one rotary key
+    v_head_dim: V
+    attention_bias: on wq_a, wkv_a and wo
+    rms_norm_eps: of the latent norms: Hugging Face uses 1e-6 there whatever the model's eps
+    rope_parameters: as in config.json, {"rope_type": "default", "rope_theta": 1e4}; or linear, llama3, yarn. None: the
+        rope slice exists and is not rotated, so no positions at all (NoPE)
+    rope_layout: "interleaved" pairs channels 2j and 2j + 1, "half" j and j + R/2
+    scaling: of the logits; None: (nope + R) ** -0.5 * m ** 2, m from yarn's mscale_all_dim
+    """
 
     hidden_size: int
     num_attention_heads: int
-    q_lora_rank: int | None = None  # None: q straight from x (V2-Lite, Kimi-Linear)
+    q_lora_rank: int | None = None
     kv_lora_rank: int
     qk_nope_head_dim: int
     qk_rope_head_dim: int
     v_head_dim: int
-    attention_bias: bool = False  # on wq_a, wkv_a and wo
-    rms_norm_eps: float = 1e-6  # of the latent norms: Hugging Face uses 1e-6 there whatever the model's eps
-    rope_parameters: Mapping[str, Any] | None = None  # None: the rope slice exists and is not rotated (NoPE)
+    attention_bias: bool = False
+    rms_norm_eps: float = 1e-6
+    rope_parameters: Mapping[str, Any] | None = None
     rope_layout: str = "interleaved"
-    scaling: float | None = None  # (nope + R) ** -0.5 * m ** 2, m from yarn's mscale_all_dim
+    scaling: float | None = None
 
     def __post_init__(self):
         positive_ints(self, "hidden_size", "num_attention_heads", "kv_lora_rank")
@@ -204,7 +219,7 @@ def work(cfg: Config, context: int, capacity: int, closing: bool) -> Work:
 
 
 _YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 40.0, "original_max_position_embeddings": 4096,
-         "mscale": 1.0, "mscale_all_dim": 1.0}  # fmt: skip
+         "beta_fast": 32, "beta_slow": 1, "mscale": 1.0, "mscale_all_dim": 1.0}  # fmt: skip
 _V3 = {"kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128}
 
 mla = Attention(

@@ -21,7 +21,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 import jforge.ops as jax_ops
 from jforge.attention import dense
-from jforge.attention.dense import PLAIN
+from jforge.attention.dense import LLAMA_8B, PLAIN
 from jforge.core import blocks, masks
 from jforge.core.attend import attend, einsum
 from jforge.core.attention import Attention
@@ -35,10 +35,15 @@ from jforge.cost import Work
 
 @dataclass(frozen=True, kw_only=True)
 class Config(dense.Config):
-    """The dense family's fields and MoBA's own."""
+    """The dense family's fields and MoBA's own.
 
-    moba_chunk_size: int  # tokens of a block
-    moba_topk: int  # blocks a query head reads, its own among them
+    moba_chunk_size: M, tokens of a block
+    moba_topk: blocks that a query head reads, its own among them
+    dense_decode: decode reads every token, as MoBA's wrapper does
+    """
+
+    moba_chunk_size: int
+    moba_topk: int
     dense_decode: bool = False
 
     def __post_init__(self):
@@ -190,8 +195,8 @@ moba = Attention(
     Config=Config, shapes=dense.shapes, cache_spec=cache_spec, work=work,
     forward=forward, prefill=prefill, decode=decode, select=select, tokens_of=tokens_of,
     models=FrozenDict({
-        "Llama-8B-1M-MoBA": Config(hidden_size=4096, num_attention_heads=32, num_key_value_heads=8,
-                                   moba_chunk_size=4096, moba_topk=12),
+        # as Llama-3.1-8B: the paper interpolates positions up to a million tokens and does not say how
+        "Llama-8B-1M-MoBA": Config(**LLAMA_8B, moba_chunk_size=4096, moba_topk=12),
     }),
     examples=(
         Config(hidden_size=12, num_attention_heads=4, num_key_value_heads=2, head_dim=6, rope_parameters=PLAIN,

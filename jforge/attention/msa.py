@@ -38,7 +38,14 @@ from jforge.ops.index_scores import block_maxima
 
 @dataclass(frozen=True, kw_only=True)
 class Config(dense.Config):
-    """The dense family's fields and those of the index branch."""
+    """The dense family's fields and those of the index branch.
+
+    index_head_dim: J, of index queries and keys
+    index_block_size: M, tokens of a block
+    index_topk_blocks: blocks that a key head's queries read, those that are always picked among them
+    index_local_blocks: the last blocks, always picked, the query's own among them
+    index_init_blocks: the first blocks, always picked
+    """
 
     index_head_dim: int
     index_block_size: int = 128

@@ -53,17 +53,29 @@ from jforge.cost import Work
 
 @dataclass(frozen=True, kw_only=True)
 class Config(dense.Config):
-    """The dense family's fields and NSA's, with the names of XunhaoLai's module."""
+    """The dense family's fields and NSA's, with the names of XunhaoLai's module.
 
-    kernel_size: int  # l
-    kernel_stride: int  # d
-    block_size: int  # l'
-    topk: int  # n
-    window_size: int  # w
+    kernel_size: l, raw tokens of a compressed entry
+    kernel_stride: d, tokens from one entry to the next, a divisor of l
+    block_size: l', tokens of a block that is selected
+    topk: n, blocks selected, those that always are among them
+    window_size: w, the last tokens, the query's own included
+    init_blocks: the first blocks, always selected
+    local_blocks: the last blocks, always selected, the query's own among them
+    compress: how l rows become an entry: "mlp" (the paper), "linear", "weighted" or "mean"
+    compress_hidden_size: F, of the mlp; None: head_dim where compress is "mlp"
+    separate_branches: each of the three branches has keys and values of its own (the paper)
+    """
+
+    kernel_size: int
+    kernel_stride: int
+    block_size: int
+    topk: int
+    window_size: int
     init_blocks: int = 1
     local_blocks: int = 2
     compress: str = "mlp"
-    compress_hidden_size: int | None = None  # of the mlp
+    compress_hidden_size: int | None = None
     separate_branches: bool = False
 
     def __post_init__(self):
@@ -78,6 +90,7 @@ class Config(dense.Config):
         if self.topk < self.init_blocks + self.local_blocks:
             reject("topk", self.topk, "at least init_blocks + local_blocks, which are always selected")
         one_of("compress", self.compress, nsa_compress.KINDS)
+        self._derive("compress_hidden_size", self.head_dim if self.compress == "mlp" else None)
         if self.compress == "mlp":
             positive_int("compress_hidden_size", self.compress_hidden_size)
 
@@ -304,9 +317,10 @@ nsa = Attention(
     Config=Config, shapes=shapes, cache_spec=cache_spec, work=work,
     forward=forward, prefill=prefill, decode=decode, select=select, tokens_of=tokens_of,
     models=FrozenDict({
+        # the paper does not say which RoPE: a plain one stands for it
         "NSA paper 27B": Config(hidden_size=2560, num_attention_heads=64, num_key_value_heads=4, head_dim=192,
                                 v_head_dim=128, kernel_size=32, kernel_stride=16, block_size=64, topk=16,
-                                window_size=512, compress_hidden_size=192, separate_branches=True),
+                                window_size=512, separate_branches=True, rope_parameters=PLAIN),
     }),
     examples=(
         Config(hidden_size=12, num_attention_heads=4, num_key_value_heads=2, head_dim=6, rope_parameters=PLAIN,

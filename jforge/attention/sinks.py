@@ -25,7 +25,10 @@ from jforge.cost import Work
 
 @dataclass(frozen=True, kw_only=True)
 class Config(sliding_window.Config):
-    """The dense family's fields; `sliding_window` None sees every token."""
+    """The dense family's fields and the window.
+
+    sliding_window: W, keys visible to a query, its own included; None: every token
+    """
 
     sliding_window: int | None = None
 
@@ -73,7 +76,11 @@ def work(cfg: Config, context: int, capacity: int, closing: bool) -> Work:
     return _keys(cfg).work(cfg, context, capacity, closing)
 
 
-_GPT_OSS = {"hidden_size": 2880, "num_attention_heads": 64, "num_key_value_heads": 8, "head_dim": 64}
+_YARN = {"rope_type": "yarn", "rope_theta": 1.5e5, "factor": 32.0, "original_max_position_embeddings": 4096,
+         "beta_fast": 32.0, "beta_slow": 1.0, "truncate": False}  # fmt: skip
+_GPT_OSS = {"hidden_size": 2880, "num_attention_heads": 64, "num_key_value_heads": 8, "head_dim": 64,
+            "attention_bias": True, "attention_output_bias": True, "rms_norm_eps": 1e-5,
+            "rope_parameters": _YARN}  # fmt: skip
 
 sinks = Attention(
     summary="one learned logit a head in every softmax, with or without a window (gpt-oss)",

@@ -32,7 +32,10 @@ from jforge.cost import Work
 
 @dataclass(frozen=True, kw_only=True)
 class Config(dense.Config):
-    """The dense family's fields and the window: keys visible to a query, its own included."""
+    """The dense family's fields and the window.
+
+    sliding_window: W, keys visible to a query, its own included
+    """
 
     sliding_window: int | None
 
@@ -88,7 +91,8 @@ sliding_window = Attention(
     Config=Config, shapes=dense.shapes, cache_spec=cache_spec, work=work,
     forward=forward, prefill=prefill, decode=decode, visible=visible,
     models=FrozenDict({
-        "Mistral-7B-v0.1": Config(hidden_size=4096, num_attention_heads=32, num_key_value_heads=8, sliding_window=4096),
+        "Mistral-7B-v0.1": Config(hidden_size=4096, num_attention_heads=32, num_key_value_heads=8, sliding_window=4096,
+                                  rms_norm_eps=1e-5, rope_parameters=PLAIN),
         "Gemma-3-27B local": Config(hidden_size=5376, num_attention_heads=32, num_key_value_heads=16, head_dim=128,
                                     sliding_window=1024, qk_norm="head", norm_offset=1.0, scaling=168**-0.5,
                                     rope_parameters=PLAIN),

@@ -35,7 +35,11 @@ from jforge.cost import Work
 
 @dataclass(frozen=True, kw_only=True)
 class Config(dense.Config):
-    """The dense family's fields and the sizes of the two groups, with streaming-llm's names."""
+    """The dense family's fields and the sizes of the two groups, with streaming-llm's names.
+
+    start_size: s, the first tokens, which stay
+    recent_size: R, the last tokens, the query's own included
+    """
 
     start_size: int = 4
     recent_size: int
@@ -136,7 +140,8 @@ streaming = Attention(
     Config=Config, shapes=dense.shapes, cache_spec=cache_spec, work=work,
     forward=forward, prefill=prefill, decode=decode, visible=visible,
     models=FrozenDict({
-        "Llama-2-7B streaming": Config(hidden_size=4096, num_attention_heads=32, start_size=4, recent_size=2000),
+        "Llama-2-7B streaming": Config(hidden_size=4096, num_attention_heads=32, start_size=4, recent_size=2000,
+                                       rms_norm_eps=1e-5, rope_parameters=PLAIN),
     }),
     examples=(
         Config(hidden_size=12, num_attention_heads=4, num_key_value_heads=2, head_dim=6, start_size=2, recent_size=4,

@@ -37,7 +37,10 @@ from jforge.cost import Work
 
 @dataclass(frozen=True, kw_only=True)
 class Config(v4_window.Config):
-    """The fields of all V4 layers and m, the tokens of a block."""
+    """The fields of all V4 layers and m.
+
+    compress_rate: m, tokens of a block, which becomes one entry
+    """
 
     compress_rate: int
 

@@ -27,7 +27,7 @@ from jforge import ops as jax_ops
 from jforge.core import masks, ring, rope
 from jforge.core.attend import attend, einsum
 from jforge.core.attention import Attention
-from jforge.core.config import FrozenDict, positive, positive_ints, reject
+from jforge.core.config import Described, FrozenDict, positive, positive_ints, reject
 from jforge.core.norm import rms_norm
 from jforge.core.params import Drawn, Params
 from jforge.core.softmax import accumulation_dtype
@@ -37,19 +37,32 @@ from jforge.cost import Work
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config:
-    """Field names follow Hugging Face's deepseek_v4; qk_rope_head_dim is head_dim times its partial_rotary_factor."""
+class Config(Described):
+    """Field names follow Hugging Face's deepseek_v4.
+
+    hidden_size: D, of the activations
+    num_attention_heads: N
+    head_dim: H, of a query head and of the vectors that are key and value of all heads
+    qk_rope_head_dim: R, the last channels of a head, those that turn; head_dim times partial_rotary_factor
+    q_lora_rank: of the query latent
+    o_groups: g, groups of heads in the output projection, a divisor of N
+    o_lora_rank: of a group's output
+    sliding_window: W, vectors of single tokens that a query sees, its own included
+    rms_norm_eps: of all norms
+    rope_parameters: as in config.json, {"rope_type": "default", "rope_theta": 1e4}; or yarn, without a factor on cos
+        and sin. None: no positions at all (NoPE)
+    """
 
     hidden_size: int
     num_attention_heads: int
     head_dim: int
-    qk_rope_head_dim: int  # the last channels of a head, those that turn
+    qk_rope_head_dim: int
     q_lora_rank: int
     o_groups: int
     o_lora_rank: int
     sliding_window: int
     rms_norm_eps: float = 1e-6
-    rope_parameters: Mapping[str, Any] | None = None  # None: no positions at all (NoPE)
+    rope_parameters: Mapping[str, Any] | None = None
 
     def __post_init__(self):
         positive_ints(self, "hidden_size", "num_attention_heads", "head_dim", "qk_rope_head_dim", "q_lora_rank")

@@ -1,12 +1,13 @@
 """The Attention tuple: one mechanism as a set of pure functions, three of which follow from the others."""
 
+import inspect
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
-from jforge.core import masks
+from jforge.core import guard, masks, protocols
 from jforge.core.params import random_params
 from jforge.cost import step_cost
 
@@ -25,64 +26,69 @@ def no_tokens(cfg, selection, S: int) -> None:
 
 
 class _Fields(NamedTuple):
-    """B batch, T new tokens, S cache slots, D model dim. Caches are pytrees with `.length`, int32[B]: tokens seen."""
-
     summary: str
-    """One line: what it is and where it comes from."""
     Config: type
-    """Frozen, hashable dataclass; rejects bad values with ValueError naming the field."""
-    forward: Callable
-    """(params, cfg, x, positions=None) -> y. B T D -> B T D without a cache: the definition."""
-    prefill: Callable
-    """(params, cfg, x, cache, lengths=None) -> (y, cache). Appends T tokens, row b its first lengths[b]."""
-    decode: Callable
-    """(params, cfg, x, cache, ops=jforge.ops) -> (y, cache). Appends T = 1 to 16 tokens a row, as T single steps do."""
-    cache_spec: Callable
-    """(cfg) -> CacheSpec."""
+    forward: protocols.Forward
+    prefill: protocols.Prefill
+    decode: protocols.Decode
+    cache_spec: protocols.Spec
     models: Mapping[str, Any]
-    """{model: Config} of shipped models, one layer each: what tables show. No array is ever made for them."""
     examples: tuple
-    """Small Configs for tests, odd sizes included."""
-    shapes: Callable | None = None
-    """(cfg) -> {parameter: shape}, a `Drawn` shape where the name does not say how random values are drawn."""
-    work: Callable | None = None
-    """(cfg, context, capacity, closing) -> Work of one row in one decode step."""
-    visible: Callable = causal
-    """(cfg, q_pos, k_pos) -> bool, the data-independent mask, broadcast over both; the union over heads."""
-    select: Callable = no_selection
-    """(params, cfg, x, cache) -> the indices that decode would hand to its op for x; None where nothing is chosen."""
-    tokens_of: Callable = no_tokens
-    """(cfg, selection, S) -> bool B T S: the tokens that those picks read, whole blocks; None where nothing is chosen.
+    shapes: protocols.Shapes = None  # type: ignore[assignment]
+    work: protocols.WorkOf = None  # type: ignore[assignment]
+    visible: protocols.Visible = causal
+    select: protocols.Select = no_selection
+    tokens_of: protocols.TokensOf = no_tokens
+    init_params: protocols.InitParams = None  # type: ignore[assignment]
+    init_cache: protocols.InitCache = None  # type: ignore[assignment]
+    cost: protocols.CostOf = None  # type: ignore[assignment]
 
-    (cfg, None, S) -> bool 1 S S: the tokens that query t reads whatever is picked."""
-    init_params: Callable | None = None
-    init_cache: Callable | None = None
-    cost: Callable | None = None
+
+_Fields.summary.__doc__ = "One line: what it is and where it comes from."
+_Fields.Config.__doc__ = "Frozen, hashable dataclass; rejects bad values with ValueError naming the field."
+_Fields.models.__doc__ = (
+    "{model: Config} of shipped models, one layer each: what tables show. No array is ever made for them."
+)
+_Fields.examples.__doc__ = "Small Configs for tests, odd sizes included."
 
 
 class Attention(_Fields):
-    """A mechanism. Make a variant with `att._replace(...)`; every tool of jforge takes the result.
+    """A mechanism as a tuple of pure functions, on parameters and caches that are pytrees.
 
-    `init_params`, `init_cache` and `cost` follow from `shapes`, `cache_spec` and `work`, those of a variant as well,
-    unless they are given; given as None, they follow again. `prefill` and `decode` do not follow: they refuse a cache
-    that is not laid out as their own, so a variant with another layout replaces them too.
+    Every tool of jforge takes a variant made with `att._replace(...)`. `init_params`, `init_cache` and `cost` follow
+    from `shapes`, `cache_spec` and `work`, those of a variant as well, unless they are given; given as None, they
+    follow again. `prefill` and `decode` do not follow: they refuse a cache that is not laid out as their own, so a
+    variant with another layout replaces them too.
+
+    Each function refuses a Config of another mechanism with TypeError. A subclass of its own Config is taken as long
+    as no Attention has it as its `Config`; a variant with more fields says `att._replace(Config=Mine, ...)`. Those with
+    `params` also refuse arrays of other frameworks (TypeError) and parameters that are missing or have another shape
+    than in `shapes` (ValueError), unless `init_params` is given. Their signatures are Protocols: jforge.core.protocols.
     """
 
     __slots__ = ()
 
+    def __new__(cls, *args, **kwargs):
+        return super().__new__(cls, *args, **kwargs)._claimed()
+
+    @classmethod
+    def _make(cls, iterable):
+        return super()._make(iterable)._claimed()
+
+    def _claimed(self):
+        guard.claim(self.Config)
+        return self
+
     @property
-    def init_params(self) -> Callable:
-        """(key, cfg, dtype=float32) -> dict of arrays."""
+    def init_params(self) -> protocols.InitParams:
         return super().init_params or self._init_params
 
     @property
-    def init_cache(self) -> Callable:
-        """(cfg, batch, capacity, dtype=bfloat16) -> empty cache."""
+    def init_cache(self) -> protocols.InitCache:
         return super().init_cache or self._init_cache
 
     @property
-    def cost(self) -> Callable:
-        """(cfg, *, context, batch=1, capacity=None, dtype=bfloat16, closing=False) -> Cost of one decode step."""
+    def cost(self) -> protocols.CostOf:
         return super().cost or self._cost
 
     def _init_params(self, key, cfg, dtype=jnp.float32):
@@ -99,3 +105,27 @@ class Attention(_Fields):
         if (function := getattr(self, source)) is None:
             raise ValueError(f"{source} is None; {follows} follows from it, so one of the two must be given")
         return function
+
+
+def _checked(name: str) -> property:
+    """The field of that name with the checks of `guard` in front of its function."""
+    field, protocol = getattr(_Fields, name), _Fields.__annotations__[name]
+    taken = tuple(inspect.signature(protocol.__call__).parameters)[1:]
+
+    def read(att: Attention):
+        if (given := field.__get__(att)) is None:
+            return None
+        function = guard.unchecked(given)
+        if taken[0] != "params":
+            return guard.of_config(function, att.Config)
+        shapes = None if _Fields.init_params.__get__(att) else _Fields.shapes.__get__(att)
+        return guard.of_params(function, att.Config, shapes and guard.unchecked(shapes), taken[3:])
+
+    return property(read, doc=protocol.__doc__)
+
+
+for _name in ("forward", "prefill", "decode", "select", "cache_spec", "shapes", "work", "visible", "tokens_of"):
+    setattr(Attention, _name, _checked(_name))
+for _name in ("init_params", "init_cache", "cost"):
+    _property = vars(Attention)[_name]
+    setattr(Attention, _name, property(_property.fget, doc=_Fields.__annotations__[_name].__doc__))

@@ -1,7 +1,8 @@
 """What Config dataclasses share: a hashable dict and checks whose message names the field, its value and the rule."""
 
+import inspect
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, NoReturn
 
 
@@ -69,8 +70,41 @@ def _freeze(value: Any) -> Any:
     return tuple(map(_freeze, value)) if isinstance(value, list) else value
 
 
+class Described:
+    """The base of all Configs: what users see of one.
+
+    Its docstring has a line `field: what it means` for each field, and `help` of a subclass shows those of its parents
+    too. Its repr says where there are no positions. Keys that a `config.json` may have beside or in `rope_parameters`
+    are no fields; the error says where they go.
+    """
+
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        cls.__repr__ = Described.__repr__  # or `dataclass` would write its own
+        parent = cls.__bases__[0]
+        cls.__doc__ = inspect.cleandoc(vars(cls).get("__doc__") or "")
+        if parent.__module__ != __name__ and parent.__doc__:
+            cls.__doc__ += f"\n\n{parent.__module__}.{parent.__qualname__}: {parent.__doc__}"
+
+    def __new__(cls, *args, **given):
+        inside = [key for key in ("rope_theta", "rope_type", "partial_rotary_factor") if key in given]
+        for key in [*inside, *(key for key in ("rope_scaling", "rotary_dim") if key in given)]:
+            where = "it has no rotary positions"
+            if any(f.name == "rope_parameters" for f in fields(cls)):
+                example = {"rope_type": "default", "rope_theta": 1e4} | {name: given[name] for name in inside}
+                where = f"rotary positions are one field, as in rope_parameters={example}"
+            raise TypeError(f"{key} is {given[key]!r}; {cls.__module__}.{cls.__qualname__} has no such field: {where}")
+        return super().__new__(cls)
+
+    def __repr__(self) -> str:
+        texts = {f.name: repr(getattr(self, f.name)) for f in fields(self) if f.repr}
+        if texts.get("rope_parameters") == "None":
+            texts["rope_parameters"] += " (NoPE: no rotary positions)"
+        return f"{type(self).__qualname__}({', '.join(f'{name}={text}' for name, text in texts.items())})"
+
+
 @dataclass(frozen=True, kw_only=True)
-class Derived:
+class Derived(Described):
     """The base of Configs whose fields may be None for a value that follows from the others.
 
     derived: {field: the value that None stood for}. `dataclasses.replace` hands on every field as it reads, so a field

@@ -33,10 +33,11 @@ class Backend:
 
     @functools.cached_property
     def ops(self) -> ModuleType:
-        """The package. Without a GPU, its interpreter is asked for before the first import, and made faster."""
+        """The package. Without a GPU its interpreter is asked for before the first import, by a command a faster one."""
         if self.name in KERNELS and not gpu():
             triton_can_run()
-            interpreters.faster(self.name)
+            if _RUN_ONCE:
+                interpreters.faster(self.name)
         return importlib.import_module(self.package)
 
     def call(self, op: str, inputs: Inputs) -> tuple[np.ndarray, ...]:
@@ -86,9 +87,15 @@ def passes(errors: tuple[float, float], dtype: str) -> bool:
     return errors[0] <= compare.OUT[dtype] and errors[1] <= compare.LSE[dtype]
 
 
+_RUN_ONCE: list[bool] = []
+
+
 def for_programs_that_run_once() -> None:
-    """`before_jax_starts`, and XLA leaves out the passes that would take most of the time of small programs."""
+    """`before_jax_starts`; XLA leaves out the passes that would take most of the time of small programs, and the
+    interpreters what takes most of theirs. For a process of our own: both are settings of all that runs in it.
+    """
     before_jax_starts()
+    _RUN_ONCE.append(True)
     if not gpu():
         jax.config.update("jax_disable_most_optimizations", True)
 
