@@ -84,8 +84,8 @@ def test_a_slower_or_wrong_kernel_changes_the_gpu_tables(gpu):
     for name in ("pallas", "triton"):
         fewer = [row for row in rows if (row.get("implementation"), row.get("case")) != (name, "llama")]
         assert f"Not yet run in {name}: `llama`" in gpu.render(text, fewer)
-    other_card = [row | {"device": "H200"} if row.get("case") == "llama" else row for row in rows]
-    assert "NVIDIA H200" not in text and "H200, driver" in gpu.render(text, other_card)
+    other_card = [row | {"device": "B200"} if row.get("case") == "llama" else row for row in rows]
+    assert "B200" not in text and "B200, driver" in gpu.render(text, other_card)
 
 
 def test_every_gpu_record_is_of_a_right_kernel(gpu):
