@@ -33,7 +33,7 @@ class Backend:
 
     @functools.cached_property
     def ops(self) -> ModuleType:
-        """The package. Without a GPU, its interpreter is asked for before the first import; commands have a faster one."""
+        """The package. Without a GPU, its interpreter is asked for before the first import."""
         if self.name in KERNELS and not gpu():
             triton_can_run()
             if _RUN_ONCE:
