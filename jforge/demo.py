@@ -73,7 +73,7 @@ def show(data: dict) -> None:
     report.say()
     out = report.Grid("law", "", "error", right=2)
     for law in data["laws"]["laws"]:
-        out.add_row(law["law"], report.TITLES[law["law"]], report.cell(law["error"], law["ok"]))
+        out.add_row(law["law"], law["title"], report.cell(law["error"], law["ok"]))
     report.show("The laws on a small gqa, float64", out)
     report.say()
     report.show_backends(data["backends"])

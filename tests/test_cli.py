@@ -243,6 +243,19 @@ def test_progress_shows_when_piped(capsys, monkeypatch, command):
     ]  # fmt: skip
 
 
+def test_the_demo_shows_what_it_measures(capsys, monkeypatch):
+    """The times and the checked laws are few; all else is the demo's own."""
+    times = [{"backend": "jforge, jitted", "context": 4096, "us": 1500.0, "p10": 1400.0, "p90": 1600.0}]
+    check, some = jforge.check, ("L1", "L8")
+    monkeypatch.setattr(demo, "decode_times", lambda *_: times)
+    monkeypatch.setattr(jforge, "check", lambda att, cfg: check(att, cfg, laws=some))
+    monkeypatch.setattr(equiv, "cases", lambda tag: cases("merge_states"))
+    code, out, _ = run(capsys, "demo")
+    assert code == 0 and [law for law in laws.TITLES if f"{law}   {laws.TITLES[law]}" in out] == [*some]
+    for shown in ("Llama-3.1-8B", "131,072 B", "merge_many", "4,096 tokens", "jforge, jitted"):
+        assert shown in out
+
+
 def test_progress_keeps_to_one_line_of_a_terminal(capsys, monkeypatch):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     assert list(report.track(iter("ab"), "counting")) == ["a", "b"] and list(report.track([], "counting")) == []
