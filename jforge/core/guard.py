@@ -8,7 +8,7 @@ one place for all mechanisms and variants. Under `jax.jit` they run where the fu
 
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from functools import cache, wraps
+from functools import lru_cache, wraps
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -75,7 +75,7 @@ def unchecked(function: Callable) -> Callable:
     return _UNCHECKED.get(function, function)
 
 
-@cache  # one object a function, so that what is compiled for it is found again
+@lru_cache(4096)  # one object a function, so that what is compiled for it is found again
 def of_config(function: Callable, config: type) -> Callable:
     """function(cfg, ...) that refuses another Config."""
 
@@ -88,7 +88,7 @@ def of_config(function: Callable, config: type) -> Callable:
     return checked
 
 
-@cache
+@lru_cache(4096)
 def of_params(function: Callable, config: type, shapes: Callable | None, names: tuple[str, ...]) -> Callable:
     """function(params, cfg, x, *names) that refuses another Config, other frameworks' arrays, and parameters that are
     not those of `shapes`, where it is given.
