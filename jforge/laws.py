@@ -283,7 +283,10 @@ def _l10(b: Bench) -> Found:
 def _l11(b: Bench) -> Found:
     """Gradients of forward and of a ragged prefill whose pads and unused slots are NaN; those of the pads are 0."""
     x, real = b.cut(np.zeros_like(b.lengths), b.lengths, b.T)
-    square = lambda p, x, c: (b.att.prefill(p, b.cfg, x, c, lengths=b.lengths)[0] ** 2).sum()  # noqa: E731
+
+    def square(params, x, cache):
+        return (b.att.prefill(params, b.cfg, x, cache, lengths=b.lengths)[0] ** 2).sum()
+
     ragged = b.jit("prefill", jax.grad(square, argnums=(0, 1)))
     gradients = {
         "the gradient of forward": b.gradient(b.params(), b.x(), 2 * b.truth),

@@ -25,6 +25,10 @@ def no_tokens(cfg, selection, S: int) -> None:
     """`tokens_of` of a mechanism that selects nothing."""
 
 
+_DEFAULT: Any = None
+"""Of a field that follows from others, or that another makes needless."""
+
+
 class _Fields(NamedTuple):
     summary: str
     Config: type
@@ -34,14 +38,14 @@ class _Fields(NamedTuple):
     cache_spec: protocols.Spec
     models: Mapping[str, Any]
     examples: tuple
-    shapes: protocols.Shapes = None  # type: ignore[assignment]
-    work: protocols.WorkOf = None  # type: ignore[assignment]
+    shapes: protocols.Shapes = _DEFAULT
+    work: protocols.WorkOf = _DEFAULT
     visible: protocols.Visible = causal
     select: protocols.Select = no_selection
     tokens_of: protocols.TokensOf = no_tokens
-    init_params: protocols.InitParams = None  # type: ignore[assignment]
-    init_cache: protocols.InitCache = None  # type: ignore[assignment]
-    cost: protocols.CostOf = None  # type: ignore[assignment]
+    init_params: protocols.InitParams = _DEFAULT
+    init_cache: protocols.InitCache = _DEFAULT
+    cost: protocols.CostOf = _DEFAULT
 
 
 _Fields.summary.__doc__ = "One line: what it is and where it comes from."

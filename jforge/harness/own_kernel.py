@@ -21,6 +21,7 @@ import numpy as np
 from jforge import ops, text
 from jforge.core import compare
 from jforge.harness.backends import results, to_numpy
+from jforge.harness.equiv import number
 from jforge.harness.op import Case, Inputs, Op
 from jforge.harness.ops import BY_NAME
 from jforge.harness.where import READS, Place, leak, place
@@ -292,7 +293,6 @@ def plain(verdict: Verdict) -> dict:
 
 
 def _without_infinity(value):
-    """JSON has neither infinity nor NaN: None stands for them."""
     if isinstance(value, dict):
         return {name: _without_infinity(v) for name, v in value.items()}
-    return None if isinstance(value, float) and not np.isfinite(value) else value
+    return number(value) if isinstance(value, float) else value

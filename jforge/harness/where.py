@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
@@ -71,8 +72,7 @@ def leak(op: Op, inputs: Inputs, row: int, run: Callable[[Inputs], np.ndarray]) 
         slots = np.flatnonzero(mask.reshape(len(mask), -1).any(axis=1)).tolist()
         if not slots or not leaks(name, slots):
             continue
-        first = slots[_least(len(slots), lambda n: leaks(name, slots[: n + 1]))]  # noqa: B023
-        last = slots[-1 - _least(len(slots), lambda n: leaks(name, slots[len(slots) - 1 - n :]))]  # noqa: B023
+        first, last = _ends(slots, partial(leaks, name))
         kind, count = "slot" if "S" in _axes(op, name) else "part", sum(first <= slot <= last for slot in slots)
         several = f"{first} to {last}" if count == last - first + 1 else f"between {first} and {last}"
         found.append(f"{kind} {first} of {name}" if first == last else f"{kind}s {several} of {name}")
@@ -87,6 +87,13 @@ def _line(op: Op, name: str, array: np.ndarray, row: int) -> np.ndarray:
     """A view of a row of a buffer with its slots, or parts, on the first axis."""
     axes = _axes(op, name)
     return np.moveaxis(array, axes.index("B"), 0)[row] if "S" not in axes[:2] else array[row]
+
+
+def _ends(slots: list[int], leaks: Callable[[Sequence[int]], bool]) -> tuple[int, int]:
+    """The first and the last slot that matter: `leaks` of all up to the one, and of all from the other on."""
+    first = _least(len(slots), lambda n: leaks(slots[: n + 1]))
+    last = _least(len(slots), lambda n: leaks(slots[len(slots) - 1 - n :]))
+    return slots[first], slots[-1 - last]
 
 
 def _least(count: int, holds: Callable[[int], bool]) -> int:
