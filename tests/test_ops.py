@@ -93,10 +93,10 @@ def test_mix_falls_back_where_the_first_refuses(caplog):
 
 @pytest.mark.parametrize("shape", [(1030,), (2, 1030)])
 def test_no_row_goes_to_a_kernel_that_never_picks_nan(shape):
-    """XLA for CUDA has one for one or two axes: topk_of_nan is its case, on a GPU."""
+    """XLA for CUDA has one for up to 16 picks: topk_of_nan is its case, on a GPU."""
     traced = jax.jit(jforge.ops.topk_indices, static_argnums=1).trace(jnp.zeros(shape), 4)
-    (call,) = re.findall(r"chlo.top_k.*tensor<([\dx]+)xf32> ->", traced.lower(lowering_platforms=("cuda",)).as_text())
-    assert call.count("x") >= 2
+    (k,) = re.findall(r"chlo.top_k.*k = (\d+)", traced.lower(lowering_platforms=("cuda",)).as_text())
+    assert int(k) > 16
 
 
 def test_topk_order_ties_and_sentinels():

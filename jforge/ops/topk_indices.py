@@ -22,8 +22,9 @@ def topk_indices(scores: Float[Array, "*b S"], k: int) -> Int[Array, "*b L"]:
     bits = jnp.where(bits << 1 == 0, 0, bits)
     scores = jax.lax.bitcast_convert_type(bits, scores.dtype)
     scores = jnp.where(jnp.isnan(scores), jnp.nan, scores)
-    # Of one or two axes XLA for CUDA calls a kernel of its own for k up to 16, which never picks a NaN.
-    values, picks = (x[0, 0] for x in jax.lax.top_k(scores[None, None], min(int(k), scores.shape[-1])))
+    # XLA for CUDA has a kernel of its own for up to 16 picks, which never picks a NaN: ask for one more.
+    size = scores.shape[-1]
+    values, picks = (x[..., : min(k, size)] for x in jax.lax.top_k(scores, min(max(int(k), 17), size)))
     picks = jnp.where(jnp.isneginf(values), -1, picks.astype(jnp.int32))
     missing = k - picks.shape[-1]
     return jnp.pad(picks, [(0, 0)] * (picks.ndim - 1) + [(0, missing)], constant_values=-1)
