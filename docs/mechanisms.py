@@ -1,6 +1,6 @@
 """The tables of docs/mechanisms.md. `python docs/mechanisms.py` writes them anew from the code, prose untouched.
 
-A table stands between `<!-- table NAME, ... -->` (or `<!-- overview -->`) and `<!-- end -->`.
+A table stands between `<!-- table NAME, ... -->` (or `<!-- overview -->`, `<!-- traded -->`) and `<!-- end -->`.
 """
 
 import re
@@ -12,15 +12,17 @@ from jforge.report import exact, scanned, size
 DOCUMENT = Path(__file__).with_suffix(".md")
 CONTEXT, LONG = 131072, 1048576
 ALSO = {"sinks": ("gpt-oss-120b window",), "dsa": ("DeepSeek-V3.2, e4m3 index",)}  # beside the first shipped model
-_BLOCK = re.compile(r"(<!-- (?:overview|table (?P<names>[\w, ]+)) -->\n).*?(<!-- end -->)", re.DOTALL)
+_BLOCK = re.compile(
+    r"(?P<head><!-- (?:(?P<all>overview|traded)|table (?P<names>[\w, ]+)) -->\n).*?(?P<end><!-- end -->)", re.DOTALL
+)
 
 
 def render(text: str) -> str:
     """The document with its tables as the code has them now."""
 
     def table(match: re.Match) -> str:
-        lines = overview() if match["names"] is None else buffers(match["names"].split(", "))
-        return match[1] + "\n".join(["", *lines, ""]) + "\n" + match[3]
+        lines = _WHOLE[match["all"]]() if match["all"] else buffers(match["names"].split(", "))
+        return match["head"] + "\n".join(["", *lines, ""]) + "\n" + match["end"]
 
     return _BLOCK.sub(table, text)
 
@@ -52,6 +54,14 @@ def overview() -> list[str]:
             sizes = (cost.fixed, sum(cost.stored.values()), read, scans, sum(longer.read.values()))
             rows.append((name, model, exact(cost.per_token), *map(size, sizes)))
     return _markdown(columns, rows, 2)
+
+
+def traded() -> list[str]:
+    rows = [(name, jforge.get(name).summary, jforge.get(name).traded) for name in jforge.names()]
+    return _markdown(("mechanism", "what it is", "what it trades"), rows, 3)
+
+
+_WHOLE = {"overview": overview, "traded": traded}
 
 
 def buffers(names: list[str]) -> list[str]:

@@ -95,6 +95,7 @@ def _table_row(name: str, context: int, dtype: str) -> dict:
         "scanned_bytes": scanned(spec, cost),
         "flops_per_byte": cost.flops / sum(cost.read.values()),
         "summary": att.summary,
+        "traded": att.traded,
     }
 
 

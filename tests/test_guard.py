@@ -195,5 +195,5 @@ def test_help_of_attention_says_what_each_field_is():
         assert f"{name}\n |      {said}\n" in text
         taken = list(inspect.signature(protocol.__call__).parameters)[1:]
         assert [word.partition("=")[0] for word in said[1:].partition(") ->")[0].split(", ") if word != "*"] == taken
-    for name in ("summary", "Config", "models", "examples"):
+    for name in ("summary", "traded", "Config", "models", "examples"):
         assert getattr(jforge.Attention, name).__doc__ in text

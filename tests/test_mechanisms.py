@@ -401,3 +401,8 @@ def test_what_is_given_is_kept_until_it_is_none():
         GQA._replace(shapes=None).init_params(jax.random.key(0), CFG)
     with pytest.raises(ValueError, match="^work is None; cost follows from it"):
         GQA._replace(work=None).cost(CFG, context=3)
+
+
+@pytest.mark.parametrize("name", REGISTRY)
+def test_what_is_traded_is_one_line(name):
+    assert 0 < len(REGISTRY[name].traded) <= 100 and "\n" not in REGISTRY[name].traded

@@ -175,6 +175,7 @@ def work(cfg: Config, context: int, capacity: int, closing: bool) -> Work:
 
 block_sparse = Attention(
     summary="a fixed pattern of blocks: global, local, random, strided (BigBird, Longformer, Phi-3-small, causal)",
+    traded="reads for reach: all is kept, and which blocks are read was settled before any data",
     Config=Config, shapes=dense.shapes, cache_spec=dense.cache_spec, work=work,
     forward=forward, prefill=prefill, decode=decode, visible=visible, select=select, tokens_of=tokens_of,
     models=FrozenDict({

@@ -201,6 +201,7 @@ _INDEX = {"index_n_heads": 64, "index_head_dim": 128}
 
 csa = Attention(
     summary="the last W tokens and, of one entry for every 4 before, those an indexer picks (DeepSeek-V4)",
+    traded="m tokens become one entry and an index picks among entries: detail for memory, reach for reads",
     Config=Config, shapes=shapes, cache_spec=cache_spec, work=work,
     forward=forward, prefill=prefill, decode=decode, visible=v4_compress.visible, select=select, tokens_of=tokens_of,
     models=FrozenDict({

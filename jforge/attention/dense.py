@@ -278,6 +278,7 @@ _HALF = {**PLAIN, "partial_rotary_factor": 0.5}
 
 gqa = Attention(
     summary="grouped queries: G query heads share a key/value head (Llama 3, Qwen3, MiniMax-M2)",
+    traded="G query heads read the same keys: 1/G of the cache and of its reads, for less variety among keys",
     Config=Config, shapes=shapes, cache_spec=cache_spec, work=work,
     forward=forward, prefill=prefill, decode=decode, visible=visible,
     models=FrozenDict({
@@ -296,6 +297,7 @@ gqa = Attention(
 )  # fmt: skip
 mha = gqa._replace(
     summary="multi-head: every query head has its own keys and values (Vaswani et al. 2017, OLMo-2)",
+    traded="nothing is saved: every head keeps and reads keys and values of its own",
     Config=MHAConfig,
     models=FrozenDict({"Llama-2-7B": MHAConfig(hidden_size=4096, num_attention_heads=32, rms_norm_eps=1e-5,
                                                rope_parameters=PLAIN)}),
@@ -304,12 +306,14 @@ mha = gqa._replace(
 )  # fmt: skip
 mqa = gqa._replace(
     summary="multi-query: all query heads share one key/value head (Shazeer 2019, Falcon-7B)",
+    traded="1/N of the cache and of its reads, for one set of keys that all heads must share",
     Config=MQAConfig,
     models=FrozenDict({"Falcon-7B": MQAConfig(hidden_size=4544, num_attention_heads=71, rope_parameters=PLAIN)}),
     examples=(MQAConfig(hidden_size=30, num_attention_heads=5, rope_parameters=PLAIN),),
 )
 single_head = gqa._replace(
     summary="one head: softmax(q k) v and nothing else",
+    traded="nothing is saved: the one head keeps and reads every token",
     Config=SingleHeadConfig,
     models=FrozenDict(
         {

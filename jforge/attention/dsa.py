@@ -269,6 +269,7 @@ _TINY = {
 
 dsa = Attention(
     summary="MLA over the tokens that a lightning indexer picks (DeepSeek-V3.2, GLM-5)",
+    traded="reads of latents for reads of an index: all is kept, and all index keys are scanned",
     Config=Config, shapes=shapes, cache_spec=cache_spec, work=work,
     forward=forward, prefill=prefill, decode=decode, select=select, tokens_of=tokens_of,
     models=FrozenDict({

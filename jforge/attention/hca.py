@@ -101,6 +101,7 @@ def work(cfg: Config, context: int, capacity: int, closing: bool) -> Work:
 
 hca = Attention(
     summary="the last W tokens and one entry for every 128 before (DeepSeek-V4)",
+    traded="m tokens become one entry, and all of them are read: detail for memory and reads alike",
     Config=Config, shapes=shapes, cache_spec=cache_spec, work=work,
     forward=forward, prefill=prefill, decode=decode, visible=v4_compress.visible,
     models=FrozenDict({

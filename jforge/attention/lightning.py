@@ -202,6 +202,7 @@ def work(cfg: Config, context: int, capacity: int, closing: bool) -> Work:
 
 lightning = Attention(
     summary="linear attention with a fixed decay a head: one matrix is the cache (MiniMax-Text-01, M1)",
+    traded="a matrix for the cache: nothing grows, and old tokens fade at a rate that no data changes",
     Config=Config, shapes=shapes, cache_spec=cache_spec, work=work,
     forward=forward, prefill=prefill, decode=decode,
     models=FrozenDict({"MiniMax-Text-01": Config(hidden_size=6144, num_attention_heads=64, head_dim=128)}),

@@ -224,6 +224,7 @@ _V3 = {"kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_
 
 mla = Attention(
     summary="one latent and one rotary key a token for all heads (DeepSeek-V2/V3, Kimi-K2)",
+    traded="arithmetic for bytes: heads share one latent, which each of them multiplies out (or absorbs) anew",
     Config=Config, shapes=shapes, cache_spec=cache_spec, work=work,
     forward=forward, prefill=prefill, decode=decode,
     models=FrozenDict({

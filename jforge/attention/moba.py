@@ -192,6 +192,7 @@ def work(cfg: Config, context: int, capacity: int, closing: bool) -> Work:
 
 moba = Attention(
     summary="each query head reads the blocks whose mean key it likes best (MoBA)",
+    traded="reads for a choice by means: all is kept, and a block with an unlikely mean is missed",
     Config=Config, shapes=dense.shapes, cache_spec=cache_spec, work=work,
     forward=forward, prefill=prefill, decode=decode, select=select, tokens_of=tokens_of,
     models=FrozenDict({

@@ -189,6 +189,7 @@ _PLAIN = {"rope_type": "default", "rope_theta": 5e6, "partial_rotary_factor": 0.
 
 msa = Attention(
     summary="grouped queries over the blocks that an index branch picks (MiniMax-M3)",
+    traded="reads of keys and values for reads of an index: all is kept, and all index keys are scanned",
     Config=Config, shapes=shapes, cache_spec=cache_spec, work=work,
     forward=forward, prefill=prefill, decode=decode, select=select, tokens_of=tokens_of,
     models=FrozenDict({

@@ -314,6 +314,7 @@ def work(cfg: Config, context: int, capacity: int, closing: bool) -> Work:
 
 nsa = Attention(
     summary="compressed, selected and recent keys, mixed by gates (DeepSeek's native sparse attention)",
+    traded="reads for three views of the past, one of them learned; all is kept, and more on top",
     Config=Config, shapes=shapes, cache_spec=cache_spec, work=work,
     forward=forward, prefill=prefill, decode=decode, select=select, tokens_of=tokens_of,
     models=FrozenDict({

@@ -84,6 +84,7 @@ _GPT_OSS = {"hidden_size": 2880, "num_attention_heads": 64, "num_key_value_heads
 
 sinks = Attention(
     summary="one learned logit a head in every softmax, with or without a window (gpt-oss)",
+    traded="one number a head: a head may attend to nothing; bytes are those of the cache below it",
     Config=Config, shapes=shapes, cache_spec=cache_spec, work=work,
     forward=forward, prefill=prefill, decode=decode, visible=visible,
     models=FrozenDict({

@@ -88,6 +88,7 @@ def work(cfg: Config, context: int, capacity: int, closing: bool) -> Work:
 
 sliding_window = Attention(
     summary="the last W tokens in a ring cache (Mistral-7B-v0.1, Gemma 2 and 3 local layers)",
+    traded="what is older than W tokens is lost, so cache and reads stop growing",
     Config=Config, shapes=dense.shapes, cache_spec=cache_spec, work=work,
     forward=forward, prefill=prefill, decode=decode, visible=visible,
     models=FrozenDict({

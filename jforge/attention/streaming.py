@@ -137,6 +137,7 @@ _YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_po
 
 streaming = Attention(
     summary="the first s tokens and the last R, at positions inside the cache (StreamingLLM)",
+    traded="the middle is lost: the first tokens keep the softmax steady, the last ones keep the text",
     Config=Config, shapes=dense.shapes, cache_spec=cache_spec, work=work,
     forward=forward, prefill=prefill, decode=decode, visible=visible,
     models=FrozenDict({

@@ -216,6 +216,7 @@ _PLAIN = {"rope_type": "default", "rope_theta": 1e4}
 
 v4_window = Attention(
     summary="the last W tokens, key and value in one vector, turned back (DeepSeek-V4's first layers)",
+    traded="what is older than W tokens is lost; one vector serves as key and value of all heads",
     Config=Config, shapes=shapes, cache_spec=cache_spec, work=work,
     forward=forward, prefill=prefill, decode=decode, visible=visible,
     models=FrozenDict({"DeepSeek-V4-Flash": Config(**FLASH, rope_parameters=_PLAIN)}),

@@ -46,9 +46,11 @@ class _Fields(NamedTuple):
     init_params: protocols.InitParams = _DEFAULT
     init_cache: protocols.InitCache = _DEFAULT
     cost: protocols.CostOf = _DEFAULT
+    traded: str = ""
 
 
 _Fields.summary.__doc__ = "One line: what it is and where it comes from."
+_Fields.traded.__doc__ = "One line: what it gives up, and for what."
 _Fields.Config.__doc__ = "Frozen, hashable dataclass; rejects bad values with ValueError naming the field."
 _Fields.models.__doc__ = (
     "{model: Config} of shipped models, one layer each: what tables show. No array is ever made for them."
