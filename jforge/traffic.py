@@ -1,10 +1,11 @@
-"""Reads and writes of a traced decode step, by cache buffer: the bytes that `cost` claims, taken from the program.
+"""Reads and writes of a traced decode step or prefill, by cache buffer: what `cost` claims, taken from the program.
 
 The rule is static. A buffer that a computation consumes whole counts once a step, however often it is used; a gather
-counts the rows that it returns; the sum a buffer is capped at its size. A scatter counts its update; a returned
-buffer that is not an updated version of its own input counts as written whole. Reshapes, casts and the like are views:
-they move nothing by themselves. A `lax.cond` is taken to close a block in its true branch: `closing` picks the branch.
-A primitive that touches a cache buffer and is not listed here raises, so that no traffic goes unseen.
+counts the rows that it returns. A scatter counts its update; a returned buffer that is not an updated version of its
+own input counts as written whole. The sums a buffer are capped at its size. Reshapes, casts and the like are views:
+they move nothing by themselves. A scan is a computation that consumes what it is given. A `lax.cond` is taken to close
+a block in its true branch: `closing` picks the branch. A primitive that touches a cache buffer and is not listed here
+raises, so that no traffic goes unseen.
 
 A call of an op of `jforge.ops` counts what its `lengths`, `window` and indices let it read, where these follow from
 the context alone: the slots of a row up to its length, the last of them under a window; of lists, as many blocks as
@@ -35,7 +36,7 @@ SCATTERS = {"dynamic_update_slice", "scatter", "scatter-add"}
 COMPUTE = {"abs", "add", "and", "argmax", "argmin", "bitcast_convert_type", "clamp", "concatenate", "cos", "cumsum",
            "div", "dot_general", "eq", "exp", "exp2", "ge", "gt", "integer_pow", "is_finite", "le", "log", "log1p",
            "logistic", "lt", "max", "min", "mul", "ne", "neg", "not", "or", "pad", "pow", "reduce_and", "reduce_max",
-           "reduce_min", "reduce_or", "reduce_sum", "rsqrt", "select_n", "sign", "sin", "sort", "split", "sqrt",
+           "reduce_min", "reduce_or", "reduce_sum", "rsqrt", "scan", "select_n", "sign", "sin", "sort", "split", "sqrt",
            "square", "sub", "tanh", "top_k"}  # fmt: skip
 RANGES = {"decode_attention": "k v k_scale v_scale", "decode_mla": "latent k_rope latent_scale",
           "index_scores": "k_index k_scale", "block_index_scores": "k_index k_scale"}  # fmt: skip
@@ -104,8 +105,8 @@ class Trace:
         for name, view in zip(self.leaves, results, strict=True):
             if name != "length" and (view is None or view.buffer != name or not view.intact):
                 walk.traffic.written[name] = size[name]
-        walk.traffic.read = {n: min(b, size[n]) for n, b in walk.traffic.read.items()}
-        return walk.traffic
+        found = walk.traffic.read, walk.traffic.written
+        return Traffic(*({n: min(b, size[n]) for n, b in moved.items()} for moved in found))
 
 
 def _marked(op, *args, **options):

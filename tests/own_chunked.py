@@ -12,7 +12,7 @@ from jforge.attention import dense
 from jforge.core import ring
 from jforge.core.attend import attend
 from jforge.core.spec import CacheSpec
-from jforge.core.step import begin, end
+from jforge.core.step import all_of, begin, end
 
 GQA = jforge.get("gqa")
 
@@ -36,13 +36,18 @@ def cache_spec(cfg):
 
 
 def forward(params, cfg, x, positions=None):
-    return dense.forward_under(visible, params, cfg, x, positions)
+    rows = all_of(cfg, x, positions)
+
+    def mask(q, rows, S):
+        return visible(cfg, rows.order[..., None], jnp.arange(S))
+
+    return dense.attend_over(params, cfg, rows, *dense.project_keys(params, cfg, rows), mask)
 
 
 def prefill(params, cfg, x, cache, lengths=None):
     step = begin(cfg, cache_spec(cfg), x, cache, lengths)
     q, k, v = dense.project(params, cfg, step.x, step.positions)
-    positions, keys, values = ring.beside(step, cache.length, (cache.k, k), (cache.v, v))
+    _, positions, (keys, values) = ring.beside(step, cache.length, (cache.k, k), (cache.v, v))
     mask = visible(cfg, step.positions[..., None], positions[:, None]) & step.keep[..., None]
     out, _ = attend(q.astype(keys.dtype), keys, values, mask, **dense.options(params, cfg))
     return end(step, dense.project_out(params, cfg, step.x, out), x.dtype), ring.write(cache, step, k=k, v=v)
@@ -62,8 +67,10 @@ def decode_reading(count):
     return decode
 
 
-def work(cfg, context, capacity, closing):
-    return dense.work_on(cfg, (context - 1) % cfg.chunk_size + 1)
+def work(cfg, context, capacity, new, closing):
+    """Of a decode step."""
+    read = (context - 1) % cfg.chunk_size + 1
+    return dense.work_on(cfg, read, 1, read)
 
 
 chunked = GQA._replace(

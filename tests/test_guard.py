@@ -35,7 +35,7 @@ def calls(att, cfg, params, x, cache) -> dict:
         "shapes": lambda: att.shapes(cfg),
         "visible": lambda: att.visible(cfg, jnp.arange(3)[:, None], jnp.arange(3)),
         "tokens_of": lambda: att.tokens_of(cfg, None, 3),
-        "work": lambda: att.work(cfg, 4, 4, False),
+        "work": lambda: att.work(cfg, 4, 4, 1, False),
     }
 
 

@@ -378,7 +378,7 @@ def test_laws_report_steps_that_do_not_follow_the_spec():
 def test_parameters_follow_the_shapes_and_cost_the_work_of_a_variant():
     att = GQA._replace(
         shapes=lambda cfg: GQA.shapes(cfg) | {"sinks": (cfg.num_attention_heads,)},
-        work=lambda cfg, context, capacity, closing: Work({"k": capacity}, {"v": 1 + closing}, context, 3),
+        work=lambda cfg, context, capacity, new, closing: Work({"k": capacity}, {"v": new + closing}, context, 3),
     )
     params = att.init_params(jax.random.key(0), CFG)
     assert set(params) == {*GQA.shapes(CFG), "sinks"} and params["sinks"].shape == (CFG.num_attention_heads,)

@@ -34,8 +34,8 @@ def _jitted(params, cfg, x, cache):
         ({}, 0),
         ({"decode": _jitted}, 0),
         ({"decode": decode_reading(lambda cfg, n: jnp.minimum(n, cfg.chunk_size))}, 8),
-        ({"work": lambda cfg, context, capacity, closing: dense.work_on(cfg, min(context, cfg.chunk_size))}, 8),
-        ({"work": lambda cfg, context, capacity, closing: dense.work_on(cfg, 1)}, 16),
+        ({"work": lambda cfg, context, *_: dense.work_on(cfg, min(context, cfg.chunk_size), 1, context)}, 8),
+        ({"work": lambda cfg, context, *_: dense.work_on(cfg, 1, 1, 1)}, 16),
     ],
     ids=["right", "jitted", "reads the whole ring", "counts the whole ring", "counts one slot"],
 )

@@ -14,7 +14,8 @@ of them ships a causal form with this cache; the judge is a dense softmax under 
 """
 
 import functools
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import jax.numpy as jnp
 import numpy as np
@@ -24,12 +25,11 @@ import jforge.ops as jax_ops
 from jforge.attention import dense
 from jforge.attention.dense import LLAMA_8B, PLAIN, KVCache
 from jforge.core import blocks, masks
-from jforge.core.attend import attend
 from jforge.core.attention import Attention
 from jforge.core.config import FrozenDict, natural, positive_int, positive_ints
 from jforge.core.params import Params
-from jforge.core.step import Token, Tokens, append, begin, end, few_tokens, in_order
-from jforge.cost import Work
+from jforge.core.step import Token, Tokens, all_of, append, begin, end, few_tokens
+from jforge.cost import Work, seen
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,24 +125,27 @@ def visible(cfg: Config, q_pos: Array, k_pos: Array) -> Bool[Array, "..."]:
 
 def forward(params: Params, cfg: Config, x: Tokens, positions=None) -> Tokens:
     """The definition: a dense softmax under the pattern. `positions` (int B T) feed RoPE only."""
-    order, positions = in_order(cfg, x, positions)
-    q, k, v = dense.project(params, cfg, x, positions)
-    T = x.shape[1]
-    mask = blocks.visible(_lists(cfg, order, T), cfg.block_size, order, T, cfg.num_attention_heads)
-    out, _ = attend(q, k, v, mask, **dense.options(params, cfg))
-    return dense.project_out(params, cfg, x, out).astype(x.dtype)
+    rows = all_of(cfg, x, positions)
+    return dense.attend_over(params, cfg, rows, *dense.project_keys(params, cfg, rows), _mask(cfg, x.shape[1]))
+
+
+def _mask(cfg: Config, slots: int) -> Callable:
+    """The blocks on the list of each query and head, of a cache of so many slots."""
+
+    def mask(q, rows, S):
+        lists = _lists(cfg, rows.order, slots)
+        return blocks.visible(lists, cfg.block_size, rows.order, S, cfg.num_attention_heads)
+
+    return mask
 
 
 def prefill(params: Params, cfg: Config, x: Tokens, cache: KVCache, lengths=None) -> tuple[Tokens, KVCache]:
     """Append T tokens (row b its first lengths[b]) and attend under the pattern over what is stored then."""
-    step, S = begin(cfg, dense.cache_spec(cfg), x, cache, lengths), cache.k.shape[1]
-    q, k, v = dense.project(params, cfg, step.x, step.positions)
+    step = begin(cfg, dense.cache_spec(cfg), x, cache, lengths)
+    k, v = dense.project_keys(params, cfg, step.queries)
     cache = append(cache, step, k=k, v=v)
-    lists = _lists(cfg, step.positions, S)
-    mask = blocks.visible(lists, cfg.block_size, step.positions, S, cfg.num_attention_heads)
-    mask &= step.keep[..., None, None]
-    out, _ = attend(q.astype(cache.k.dtype), cache.k, cache.v, mask, **dense.options(params, cfg))
-    return end(step, dense.project_out(params, cfg, step.x, out), x.dtype), cache
+    y = dense.attend_over(params, cfg, step.queries, cache.k, cache.v, _mask(cfg, cache.k.shape[1]))
+    return end(step, y, x.dtype), cache
 
 
 def decode(params: Params, cfg: Config, x: Tokens, cache: KVCache, ops=jax_ops) -> tuple[Tokens, KVCache]:
@@ -166,11 +169,12 @@ def tokens_of(cfg: Config, selection, S: int) -> Bool[Array, "B T S"]:
     return blocks.tokens_of(selection, cfg.block_size, S)
 
 
-def work(cfg: Config, context: int, capacity: int, closing: bool) -> Work:
-    """One step writes a slot and gathers L blocks for each list, L the longest list of this capacity."""
+def work(cfg: Config, context: int, capacity: int, new: int, closing: bool) -> Work:
+    """One step gathers L blocks for each list, L the longest list of this capacity; a prefill masks all slots."""
     gathered = longest_list(cfg, -(-capacity // cfg.block_size)) * cfg.block_size
     lists = 1 if cfg.homo_head_pattern else cfg.num_attention_heads // cfg.num_key_value_heads
-    return replace(dense.work_on(cfg, min(context, lists * gathered)), flops=dense.flops(cfg, min(context, gathered)))
+    slots = min(context, lists * gathered) if new == 1 else context
+    return dense.work_on(cfg, slots, new, seen(context, new, gathered))
 
 
 block_sparse = Attention(

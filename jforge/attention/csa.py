@@ -35,8 +35,20 @@ from jforge.core.config import FrozenDict, positive_ints, reject
 from jforge.core.params import Params
 from jforge.core.softmax import accumulation_dtype
 from jforge.core.spec import CacheSpec, cache_class
-from jforge.core.step import Step, Token, Tokens, begin, end, few_tokens, in_order, one_by_one, one_token, several
-from jforge.cost import Work
+from jforge.core.step import (
+    Queries,
+    Step,
+    Token,
+    Tokens,
+    all_of,
+    begin,
+    end,
+    few_tokens,
+    one_by_one,
+    one_token,
+    several,
+)
+from jforge.cost import Work, seen
 from jforge.ops.index_scores import token_scores
 
 
@@ -94,7 +106,7 @@ def shapes(cfg: Config) -> dict[str, tuple[int, ...]]:
 
 
 def index_queries(
-    params: Params, cfg: Config, x: Tokens, latent: Float[Array, "B T Lq"], positions
+    params: Params, cfg: Config, x: Tokens, latent: Float[Array, "B T L"], positions
 ) -> tuple[Float[Array, "B T I J"], Float[Array, "B T I"]]:
     """(q_I, a) of the new tokens; the weights of the index heads are float32 or wider."""
     q_index = v4_window.rotate(cfg, einsum("btl,lij->btij", latent, params["wq_index"]), positions)
@@ -102,38 +114,37 @@ def index_queries(
     return q_index, weights * (cfg.index_n_heads * cfg.index_head_dim) ** -0.5
 
 
-def _picked(
-    cfg: Config, q_index, k_index: Float[Array, "B E J"], weights, seen: Bool[Array, "B T E"]
-) -> Bool[Array, "B T E"]:
-    """The picks of every query as a mask, for forward and prefill."""
-    return blocks.tokens_of(choose(cfg, token_scores(q_index, k_index, weights, seen)), 1, seen.shape[-1])
+def _attend(
+    params: Params, cfg: Config, rows: Queries, recent: ring.Recent, entries: Array, k_index: Float[Array, "B E J"]
+) -> Tokens:
+    """Attention of `rows` over their windows and the entries that each of them picks."""
+
+    def picked(rows, latent):
+        q_index, weights = index_queries(params, cfg, rows.x, latent, rows.positions)
+        seen = v4_compress.seen(cfg, rows.order, k_index.shape[1]) & rows.keep[..., None]
+        scores = token_scores(q_index.astype(k_index.dtype), k_index, weights, seen)
+        return blocks.tokens_of(choose(cfg, scores), 1, seen.shape[-1])
+
+    more = cfg.index_n_heads * k_index.shape[1]
+    return v4_window.attend_over(params, cfg, rows, recent, entries, picked, more)
 
 
 def forward(params: Params, cfg: Config, x: Tokens, positions=None) -> Tokens:
     """The definition. `positions` (int B T) feed RoPE only; blocks follow the order of x."""
-    order, positions = in_order(cfg, x, positions)
-    q, latent, kv = v4_window.project(params, cfg, x, positions)
-    q_index, weights = index_queries(params, cfg, x, latent, positions)
-    entries, k_index = (c.compress(params, cfg, x, order, positions) for c in compressors(cfg))
-    near = masks.window(order[..., None], order[:, None], cfg.sliding_window)
-    far = _picked(cfg, q_index, k_index, weights, v4_compress.seen(cfg, order, k_index.shape[1]))
-    out = v4_compress.attend_both(params, cfg, q, kv, near, entries, far)
-    return v4_window.project_out(params, cfg, out, positions).astype(x.dtype)
+    rows = all_of(cfg, x, positions)
+    kv = v4_window.key_value(params, cfg, rows.x, rows.positions)
+    entries, k_index = (c.compress(params, cfg, rows) for c in compressors(cfg))
+    return _attend(params, cfg, rows, ring.in_order(rows.order, kv), entries, k_index)
 
 
 def prefill(params: Params, cfg: Config, x: Tokens, cache: CSACache, lengths=None) -> tuple[Tokens, CSACache]:
     """Make the entries that the new tokens complete; attend over the old ring, the new tokens and each one's picks."""
     step = begin(cfg, cache_spec(cfg), x, cache, lengths)
-    q, latent, kv = v4_window.project(params, cfg, step.x, step.positions)
-    q_index, weights = index_queries(params, cfg, step.x, latent, step.positions)
-    recent, near = v4_window.recent(cfg, cache, kv, step)
+    kv = v4_window.key_value(params, cfg, step.x, step.positions)
+    recent = ring.beside(step, cache.length, (cache.kv, kv))
     main, index = (c.extend(params, cfg, cache, step) for c in compressors(cfg))
     cache = replace(ring.write(cache, step, kv=kv), **main, **index)
-    q, q_index = q.astype(recent.dtype), q_index.astype(recent.dtype)
-    seen = v4_compress.seen(cfg, step.positions, cache.k_index.shape[1]) & step.keep[..., None]
-    far = _picked(cfg, q_index, cache.k_index, weights, seen)
-    out = v4_compress.attend_both(params, cfg, q, recent, near, cache.c_kv, far)
-    return end(step, v4_window.project_out(params, cfg, out, step.positions), x.dtype), cache
+    return end(step, _attend(params, cfg, step.queries, recent, cache.c_kv, cache.k_index), x.dtype), cache
 
 
 def decode(params: Params, cfg: Config, x: Tokens, cache: CSACache, ops=jax_ops) -> tuple[Tokens, CSACache]:
@@ -187,14 +198,16 @@ def cache_spec(cfg: Config) -> CacheSpec:
     return CacheSpec(CSACache, {"kv": v4_window.window_buffer(cfg)} | main | index)
 
 
-def work(cfg: Config, context: int, capacity: int, closing: bool) -> Work:
-    """One step reads the ring, all index keys and min(L, their number) entries; every m-th the states as well."""
-    entries = cache_spec(cfg)["k_index"].slots(context)
-    picks = min(cfg.index_topk, entries)
-    attended = 2 * cfg.num_attention_heads * cfg.head_dim * picks
-    scored = cfg.index_n_heads * (cfg.index_head_dim + 1) * entries  # + 1: the sum over heads
-    read = {"c_kv": picks, "k_index": entries}
-    return v4_compress.layer_work(cfg, compressors(cfg), read, 2 * (attended + scored), context, closing)
+def work(cfg: Config, context: int, capacity: int, new: int, closing: bool) -> Work:
+    """One step reads the ring, all index keys and min(L, their number) entries; every m-th the states as well.
+
+    A prefill masks all entries.
+    """
+    m, L, entries = cfg.compress_rate, cfg.index_topk, cache_spec(cfg)["k_index"].slots(context)
+    attended = 2 * cfg.num_attention_heads * cfg.head_dim * seen(context, new, L, every=m)
+    scored = cfg.index_n_heads * (cfg.index_head_dim + 1) * seen(context, new, every=m)  # + 1: the sum over heads
+    read = {"c_kv": min(L, entries) if new == 1 else entries, "k_index": entries}
+    return v4_compress.layer_work(cfg, compressors(cfg), read, 2 * (attended + scored), context, new, closing)
 
 
 _INDEX = {"index_n_heads": 64, "index_head_dim": 128}

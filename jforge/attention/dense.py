@@ -20,15 +20,15 @@ from jaxtyping import Array, Float, Int
 
 from jforge import ops as jax_ops
 from jforge.core import masks, rope
-from jforge.core.attend import attend, einsum
+from jforge.core.attend import attend, einsum, over_queries
 from jforge.core.attention import Attention
 from jforge.core.config import Derived, FrozenDict, one_of, positive, positive_ints, reject, within
 from jforge.core.norm import rms_norm
 from jforge.core.params import Drawn, Params
 from jforge.core.softmax import CAPS, common
 from jforge.core.spec import Buffer, CacheSpec, cache_class
-from jforge.core.step import Tokens, append, begin, end, few_tokens, in_order
-from jforge.cost import Work
+from jforge.core.step import Queries, Tokens, all_of, append, begin, end, few_tokens
+from jforge.cost import Work, seen
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,15 +167,32 @@ def norm_weight(cfg: Config, *shape: int) -> Drawn:
     return Drawn(*shape, mean=1 - cfg.norm_offset)
 
 
+def queries(params: Params, cfg: Config, x: Tokens) -> Float[Array, "B T N H"]:
+    """q of the new tokens, normed, before RoPE."""
+    q = _linear(params, cfg, x, "q")
+    return _normed(params, cfg, q, "q_norm")
+
+
+def keys_values(params: Params, cfg: Config, x: Tokens) -> tuple[Array, Array]:
+    """k: B T K H, v: B T K V of the new tokens, normed, before RoPE."""
+    k, v = (_linear(params, cfg, x, which) for which in "kv")
+    return _normed(params, cfg, k, "k_norm"), v
+
+
+def _linear(params: Params, cfg: Config, x: Tokens, which: str) -> Array:
+    heads = einsum("btd,dnh->btnh", x, params[f"w{which}"])
+    return heads + params[f"b{which}"] if cfg.attention_bias else heads
+
+
+def _normed(params: Params, cfg: Config, heads: Array, norm: str) -> Array:
+    if not cfg.qk_norm:
+        return heads
+    return rms_norm(heads, params[norm], eps=cfg.rms_norm_eps, offset=cfg.norm_offset)
+
+
 def qkv(params: Params, cfg: Config, x: Tokens) -> tuple[Array, Array, Array]:
     """q: B T N H, k: B T K H, v: B T K V of the new tokens, normed, before RoPE."""
-    q, k, v = (einsum("btd,dnh->btnh", x, params[w]) for w in ("wq", "wk", "wv"))
-    if cfg.attention_bias:
-        q, k, v = q + params["bq"], k + params["bk"], v + params["bv"]
-    if cfg.qk_norm:
-        q = rms_norm(q, params["q_norm"], eps=cfg.rms_norm_eps, offset=cfg.norm_offset)
-        k = rms_norm(k, params["k_norm"], eps=cfg.rms_norm_eps, offset=cfg.norm_offset)
-    return q, k, v
+    return queries(params, cfg, x), *keys_values(params, cfg, x)
 
 
 def rotate(cfg: Config, x: Float[Array, "B T N H"], positions: Int[Array, "B T"]) -> Float[Array, "B T N H"]:
@@ -205,16 +222,37 @@ def visible(cfg: Config, q_pos: Array, k_pos: Array) -> Array:
 
 def forward(params: Params, cfg: Config, x: Tokens, positions=None) -> Tokens:
     """The definition: causal attention of x over itself. `positions` (int B T, default 0..T-1) feed RoPE only."""
-    return forward_under(visible, params, cfg, x, positions)
+    rows = all_of(cfg, x, positions)
+    return attend_over(params, cfg, rows, *project_keys(params, cfg, rows), _mask(cfg))
 
 
-def forward_under(visible: Callable, params: Params, cfg: Config, x: Tokens, positions) -> Array:
-    """Attention of x over itself under the mask visible(cfg, q_pos, k_pos); `sinks` in params join the softmax."""
-    order, positions = in_order(cfg, x, positions)
-    q, k, v = project(params, cfg, x, positions)
-    mask = visible(cfg, order[..., None], order[:, None])
-    out, _ = attend(q, k, v, mask, **options(params, cfg))
-    return project_out(params, cfg, x, out).astype(x.dtype)
+def _mask(cfg: Config) -> Callable:
+    return lambda q, rows, S: visible(cfg, rows.order[..., None], jnp.arange(S))
+
+
+def project_keys(params: Params, cfg: Config, rows: Queries) -> tuple[Array, Array]:
+    """k: B T K H, v: B T K V of the new tokens, normed and rotated."""
+    k, v = keys_values(params, cfg, rows.x)
+    return rotate(cfg, k, rows.positions), v
+
+
+def attend_over(params: Params, cfg: Config, rows: Queries, k: Array, v: Array, mask: Callable) -> Tokens:
+    """Attention of `rows` over slots of k and v, projected in and out, in blocks of queries; slot s has token s.
+
+    mask(q, rows, S): which of the first S slots a block sees, bool B t S or B t N S; none after a query's own.
+    `sinks` in params join the softmax.
+    """
+
+    def block(rows, keys):
+        rows, (k, v) = Queries(*rows), keys
+        q = rotate(cfg, queries(params, cfg, rows.x), rows.positions).astype(k.dtype)
+        seen = mask(q, rows, k.shape[1])
+        seen &= jnp.expand_dims(rows.keep, tuple(range(2, seen.ndim)))
+        out, _ = attend(q, k, v, seen, **options(params, cfg))
+        return project_out(params, cfg, rows.x, out).astype(rows.x.dtype)
+
+    numbers = cfg.num_attention_heads * k.shape[0] * k.shape[1]
+    return over_queries(block, rows, numbers, (k, v), jnp.where(rows.keep, rows.order, 0))
 
 
 def options(params: Params, cfg: Config) -> dict[str, Any]:
@@ -225,11 +263,10 @@ def options(params: Params, cfg: Config) -> dict[str, Any]:
 def prefill(params: Params, cfg: Config, x: Tokens, cache: KVCache, lengths=None) -> tuple[Tokens, KVCache]:
     """Append T tokens (row b its first lengths[b]) and attend over what is stored then, so after its rounding."""
     step = begin(cfg, cache_spec(cfg), x, cache, lengths)
-    q, k, v = project(params, cfg, step.x, step.positions)
+    k, v = project_keys(params, cfg, step.queries)
     cache = append(cache, step, k=k, v=v)
-    mask = visible(cfg, step.positions[..., None], jnp.arange(cache.k.shape[1])) & step.keep[..., None]
-    out, _ = attend(q.astype(cache.k.dtype), cache.k, cache.v, mask, **options(params, cfg))
-    return end(step, project_out(params, cfg, step.x, out), x.dtype), cache
+    y = attend_over(params, cfg, step.queries, cache.k, cache.v, _mask(cfg))
+    return end(step, y, x.dtype), cache
 
 
 def decode(params: Params, cfg: Config, x: Tokens, cache: KVCache, ops=jax_ops) -> tuple[Tokens, KVCache]:
@@ -253,19 +290,19 @@ def cache_spec(cfg: Config) -> CacheSpec:
     return CacheSpec(KVCache, kv_buffers(cfg))
 
 
-def flops(cfg: Config, keys: int) -> int:
-    """2 N (H + V) for each key that the query of every head meets."""
-    return 2 * cfg.num_attention_heads * (cfg.head_dim + cfg.v_head_dim) * keys
+def flops(cfg: Config, pairs: int) -> int:
+    """2 N (H + V) for each pair of a query, of all heads, and a key that it sees."""
+    return 2 * cfg.num_attention_heads * (cfg.head_dim + cfg.v_head_dim) * pairs
 
 
-def work_on(cfg: Config, slots: int) -> Work:
-    """One step writes a slot of k and v and reads `slots` of them."""
-    return Work({"k": slots, "v": slots}, {"k": 1, "v": 1}, flops(cfg, slots), slots)
+def work_on(cfg: Config, slots: int, written: int, pairs: int) -> Work:
+    """A call that reads so many slots of k and v and writes so many, in which so many pairs of query and key meet."""
+    return Work({"k": slots, "v": slots}, {"k": written, "v": written}, flops(cfg, pairs), slots)
 
 
-def work(cfg: Config, context: int, capacity: int, closing: bool) -> Work:
-    """All `context` slots are read."""
-    return work_on(cfg, context)
+def work(cfg: Config, context: int, capacity: int, new: int, closing: bool) -> Work:
+    """All `context` slots are read, by each query those up to its own."""
+    return work_on(cfg, context, new, seen(context, new))
 
 
 _LLAMA3 = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,

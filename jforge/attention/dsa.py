@@ -29,15 +29,15 @@ import jforge.ops as jax_ops
 from jforge.attention import mla
 from jforge.attention.mla import LatentCache
 from jforge.core import blocks, masks, quant, rope
-from jforge.core.attend import einsum
+from jforge.core.attend import einsum, over_queries
 from jforge.core.attention import Attention
 from jforge.core.config import FrozenDict, one_of, positive_ints, reject
 from jforge.core.norm import layer_norm
 from jforge.core.params import Params
 from jforge.core.softmax import accumulation_dtype
 from jforge.core.spec import Buffer, CacheSpec, cache_class
-from jforge.core.step import Step, Token, Tokens, append, begin, end, few_tokens, in_order, one_token
-from jforge.cost import Work
+from jforge.core.step import Queries, Step, Token, Tokens, all_of, append, begin, end, few_tokens, one_token
+from jforge.cost import Work, seen
 from jforge.ops.index_scores import token_scores
 
 LAYER_NORM_EPS = 1e-6
@@ -98,29 +98,33 @@ def shapes(cfg: Config) -> dict[str, tuple[int, ...]]:
     return mla.shapes(cfg) | index | {"k_index_norm": (J,), "k_index_bias": (J,)}
 
 
-def project_index(params: Params, cfg: Config, x: Tokens, positions) -> tuple[Array, Array, Array]:
-    """q_index: B T I J and k_index: B T J, rotated; weights: B T I, float32 or wider, with both scales in them."""
+def index_queries(params: Params, cfg: Config, x: Tokens, positions, dtype) -> tuple[Array, Array]:
+    """q_index: B T I J, rotated, as it is scored: in `dtype`, or rounded to e4m3; weights: B T I, float32 or wider.
 
-    def turn(heads):
-        R = cfg.qk_rope_head_dim
-        return rope.apply_rope(heads, positions, cfg.rope_parameters, cfg.index_rope_layout, dim=R)
+    Both scales are in the weights, and that of a quantised query too, since relu(s x) = s relu(x).
+    """
+    q = _turn(cfg, einsum("btl,lij->btij", mla.query_latent(params, cfg, x), params["wq_index"]), positions)
+    weights = einsum("btd,di->bti", x.astype(accumulation_dtype(x)), params["ww_index"])
+    weights = weights * (cfg.index_n_heads * cfg.index_head_dim) ** -0.5
+    if not cfg.index_quantised:
+        return q.astype(dtype), weights
+    q, scale = quant.e4m3(quant.hadamard(q))
+    return q.astype(dtype), weights * scale
 
-    q = turn(einsum("btl,lij->btij", mla.query_latent(params, cfg, x), params["wq_index"]))
+
+def index_keys(params: Params, cfg: Config, x: Tokens, positions, dtype) -> dict[str, Array]:
+    """{leaf: B T ...} of the index keys, normed and rotated, as they are stored: in `dtype`, or in e4m3 with scales."""
     k = einsum("btd,dj->btj", x, params["wk_index"])
     k = layer_norm(k, params["k_index_norm"], params["k_index_bias"], eps=LAYER_NORM_EPS)
-    weights = einsum("btd,di->bti", x.astype(accumulation_dtype(x)), params["ww_index"])
-    return q, turn(k[:, :, None])[:, :, 0], weights * (cfg.index_n_heads * cfg.index_head_dim) ** -0.5
-
-
-def _stored(cfg: Config, q, k, weights, dtype) -> tuple[Array, Array, dict[str, Array]]:
-    """(q, weights, index leaves by name) as they are stored and scored: in `dtype`, or in e4m3 with scales.
-
-    The scale of a quantised query goes into its head's weight, since relu(s x) = s relu(x).
-    """
+    k = _turn(cfg, k[:, :, None], positions)[:, :, 0]
     if not cfg.index_quantised:
-        return q.astype(dtype), weights, {"k_index": k.astype(dtype)}
-    (q8, q_scale), (k8, k_scale) = (quant.e4m3(quant.hadamard(a)) for a in (q, k))
-    return q8.astype(dtype), weights * q_scale, {"k_index": k8, "k_index_scale": k_scale}
+        return {"k_index": k.astype(dtype)}
+    k, scale = quant.e4m3(quant.hadamard(k))
+    return {"k_index": k, "k_index_scale": scale}
+
+
+def _turn(cfg: Config, heads: Float[Array, "B T I J"], positions) -> Float[Array, "B T I J"]:
+    return rope.apply_rope(heads, positions, cfg.rope_parameters, cfg.index_rope_layout, dim=cfg.qk_rope_head_dim)
 
 
 def choose(cfg, scores: Float[Array, "B T S"], ops=jax_ops) -> Int[Array, "B T L"]:
@@ -146,52 +150,53 @@ def forward(params: Params, cfg: Config, x: Tokens, positions=None, indices=None
 
     indices: int32 B T L, for a layer with index_shared alone.
     """
-    order, positions = in_order(cfg, x, positions)
+    rows = all_of(cfg, x, positions)
     _check_indices(cfg, indices, x)
-    seen = masks.causal(order[..., None], order[:, None])
     if indices is None:
-        q, weights, index = _stored(cfg, *project_index(params, cfg, x, positions), x.dtype)
-        indices = choose(cfg, _scores(q, weights, index, seen))
-    picked = blocks.tokens_of(indices, 1, x.shape[1]) & seen
-    out = mla.attend_naive(params, cfg, *mla.project(params, cfg, x, positions), picked)
-    return mla.project_out(params, cfg, out).astype(x.dtype)
+        indices = picks(params, cfg, rows, index_keys(params, cfg, rows.x, rows.positions, x.dtype), x.dtype)
+    latents = mla.latents(params, cfg, rows.x, rows.positions)
+    return mla.attend_naive(params, cfg, rows, *latents, indices).astype(x.dtype)
 
 
-def _scores(q, weights, index: dict[str, Array], seen: Bool[Array, "B T S"]) -> Float[Array, "B T S"]:
-    return token_scores(q, index["k_index"], weights, seen, index.get("k_index_scale"))
+def picks(params: Params, cfg: Config, rows: Queries, index: dict[str, Array], dtype) -> Int[Array, "B T L"]:
+    """The tokens that each query reads, of the index keys up to its own, in blocks of queries; -1 for none."""
+    S = index["k_index"].shape[1]
+
+    def block(rows, _):
+        rows = Queries(*rows)
+        q, weights = index_queries(params, cfg, rows.x, rows.positions, dtype)
+        seen = masks.causal(rows.order[..., None], jnp.arange(S)) & rows.keep[..., None]
+        return choose(cfg, token_scores(q, index["k_index"], weights, seen, index.get("k_index_scale")))
+
+    return over_queries(block, rows, cfg.index_n_heads * rows.x.shape[0] * S)
 
 
 def _append(params: Params, cfg: Config, step: Step, cache):
-    """(q_nope, q_rope, q_index, weights, the cache with the new tokens); no index parts where they are shared."""
-    q_nope, q_rope, latent, k_rope = mla.project(params, cfg, step.x, step.positions)
-    new, q_index, weights = {"latent": latent, "k_rope": k_rope}, None, None
-    if not cfg.index_shared:
-        parts = project_index(params, cfg, step.x, step.positions)
-        q_index, weights, index = _stored(cfg, *parts, cache.latent.dtype)
-        new |= index
-    return q_nope, q_rope, q_index, weights, append(cache, step, **new)
+    """The cache with the new tokens."""
+    latent, k_rope = mla.latents(params, cfg, step.x, step.positions)
+    index = {} if cfg.index_shared else index_keys(params, cfg, step.x, step.positions, cache.latent.dtype)
+    return append(cache, step, latent=latent, k_rope=k_rope, **index)
 
 
 def prefill(params: Params, cfg: Config, x: Tokens, cache, lengths=None, indices=None):
     """Append T tokens (row b its first lengths[b]); each attends, in the naive form, to its picks of what is stored."""
-    step, S, dtype = begin(cfg, cache_spec(cfg), x, cache, lengths), cache.latent.shape[1], cache.latent.dtype
+    step = begin(cfg, cache_spec(cfg), x, cache, lengths)
     _check_indices(cfg, indices, x)
-    q_nope, q_rope, q_index, weights, cache = _append(params, cfg, step, cache)
-    seen = masks.causal(step.positions[..., None], jnp.arange(S)) & step.keep[..., None]
+    cache = _append(params, cfg, step, cache)
     if indices is None:
-        indices = choose(cfg, _scores(q_index, weights, _index_leaves(cache), seen))
-    parts = q_nope.astype(dtype), q_rope.astype(dtype), cache.latent, cache.k_rope
-    out = mla.attend_naive(params, cfg, *parts, blocks.tokens_of(indices, 1, S) & seen)
-    return end(step, mla.project_out(params, cfg, out), x.dtype), cache
+        indices = picks(params, cfg, step.queries, _index_leaves(cache), cache.latent.dtype)
+    y = mla.attend_naive(params, cfg, step.queries, cache.latent, cache.k_rope, indices)
+    return end(step, y, x.dtype), cache
 
 
 def decode(params: Params, cfg: Config, x: Tokens, cache, ops=jax_ops, indices=None):
     """1 to 16 tokens a row: a scan of the index keys, a top-k, and the absorbed form over a gather of the picks."""
     step = begin(cfg, cache_spec(cfg), few_tokens(x), cache)
     _check_indices(cfg, indices, x)
-    q_nope, q_rope, q_index, weights, cache = _append(params, cfg, step, cache)
+    q_nope, q_rope = mla.queries(params, cfg, step.x, step.positions)
+    cache = _append(params, cfg, step, cache)
     if indices is None:
-        indices = _select(cfg, q_index, weights, cache, ops)
+        indices = _select(params, cfg, step, cache, ops)
     else:  # another layer's picks: none of a token that is not there
         indices = jnp.where(indices < cache.length[:, None, None], indices, -1)
     out = mla.attend_absorbed(params, cfg, q_nope, q_rope, cache, ops.decode_sparse_mla, indices, x.dtype)
@@ -202,9 +207,10 @@ def _index_leaves(cache) -> dict[str, Array]:
     return {name: getattr(cache, name) for name in ("k_index", "k_index_scale") if hasattr(cache, name)}
 
 
-def _select(cfg: Config, q_index, weights, cache, ops) -> Int[Array, "B T L"]:
+def _select(params: Params, cfg: Config, step: Step, cache, ops) -> Int[Array, "B T L"]:
+    q, weights = index_queries(params, cfg, step.x, step.positions, cache.latent.dtype)
     scale = getattr(cache, "k_index_scale", None)
-    return choose(cfg, ops.index_scores(q_index, cache.k_index, weights, cache.length, k_scale=scale), ops)
+    return choose(cfg, ops.index_scores(q, cache.k_index, weights, cache.length, k_scale=scale), ops)
 
 
 def _has_indexer(cfg: Config) -> None:
@@ -218,17 +224,15 @@ def index(params: Params, cfg: Config, x: Tokens, cache, lengths=None) -> Int[Ar
     """
     _has_indexer(cfg)
     step = begin(cfg, cache_spec(cfg), x, cache, lengths)
-    *_, q_index, weights, cache = _append(params, cfg, step, cache)
-    seen = masks.causal(step.positions[..., None], jnp.arange(cache.latent.shape[1])) & step.keep[..., None]
-    return choose(cfg, _scores(q_index, weights, _index_leaves(cache), seen))
+    cache = _append(params, cfg, step, cache)
+    return picks(params, cfg, step.queries, _index_leaves(cache), cache.latent.dtype)
 
 
 def select(params: Params, cfg: Config, x: Token, cache) -> Int[Array, "B 1 L"]:
     """The tokens that decode would gather for x."""
     _has_indexer(cfg)
     step = begin(cfg, cache_spec(cfg), one_token(x), cache)
-    *_, q_index, weights, cache = _append(params, cfg, step, cache)
-    return _select(cfg, q_index, weights, cache, jax_ops)
+    return _select(params, cfg, step, _append(params, cfg, step, cache), jax_ops)
 
 
 def tokens_of(cfg: Config, selection, S: int) -> Bool[Array, "B T S"]:
@@ -247,15 +251,16 @@ def cache_spec(cfg: Config) -> CacheSpec:
     return CacheSpec(QuantisedCache, buffers | {"k_index_scale": Buffer(("B", "S"), (), dtype="float32")})
 
 
-def work(cfg: Config, context: int, capacity: int, closing: bool) -> Work:
-    """One step scans the index keys of all tokens and gathers index_topk latents and rotary keys."""
-    spec, slots = cache_spec(cfg), min(cfg.index_topk, context)
+def work(cfg: Config, context: int, capacity: int, new: int, closing: bool) -> Work:
+    """One step scans all index keys and gathers index_topk latents and rotary keys; a prefill masks all slots."""
+    spec, slots = cache_spec(cfg), min(cfg.index_topk, context) if new == 1 else context
     scanned = [name for name in spec if name.startswith("k_index")]
-    scored = cfg.index_n_heads * (cfg.index_head_dim + 1) * context if scanned else 0  # + 1: the sum over heads
+    scored = cfg.index_n_heads * (cfg.index_head_dim + 1) * seen(context, new) if scanned else 0  # + 1: the sum
+    attended = seen(context, new, cfg.index_topk)  # over heads
     return Work(
         read={"latent": slots, "k_rope": slots} | dict.fromkeys(scanned, context),
-        written=dict.fromkeys(spec, 1),
-        flops=mla.flops(cfg, slots) + 2 * scored,
+        written=dict.fromkeys(spec, new),
+        flops=(mla.flops if new == 1 else mla.naive_flops)(cfg, attended) + 2 * scored,
         entries_read=slots + (context if scanned else 0),
     )
 

@@ -10,23 +10,25 @@ Cache: a ring of W vectors, the entries, and float32 rows u and z of the open bl
 Sources: DeepSeek-V4 (arXiv 2606.19348), its inference code, transformers' deepseek_v4.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import jax
+from jaxtyping import Array
 
 import jforge.ops as jax_ops
 from jforge.attention import v4_compress, v4_window
 from jforge.attention.v4_compress import Compressor, Config
 from jforge.attention.v4_window import FLASH, LONG, ODD, PRO, TINY, TINY_YARN
-from jforge.core import masks, ring
+from jforge.core import ring
 from jforge.core.attend import merge
 from jforge.core.attention import Attention
 from jforge.core.config import FrozenDict
 from jforge.core.params import Params
 from jforge.core.softmax import accumulation_dtype
 from jforge.core.spec import CacheSpec, cache_class
-from jforge.core.step import Tokens, begin, end, few_tokens, in_order, one_by_one, several
-from jforge.cost import Work
+from jforge.core.step import Tokens, all_of, begin, end, few_tokens, one_by_one, several
+from jforge.cost import Work, seen
 
 
 @cache_class
@@ -51,25 +53,25 @@ def shapes(cfg: Config) -> dict[str, tuple[int, ...]]:
 
 def forward(params: Params, cfg: Config, x: Tokens, positions=None) -> Tokens:
     """The definition. `positions` (int B T) feed RoPE only; blocks follow the order of x."""
-    order, positions = in_order(cfg, x, positions)
-    q, _, kv = v4_window.project(params, cfg, x, positions)
-    entries = compressor(cfg).compress(params, cfg, x, order, positions)
-    near = masks.window(order[..., None], order[:, None], cfg.sliding_window)
-    far = v4_compress.seen(cfg, order, entries.shape[1])
-    out = v4_compress.attend_both(params, cfg, q, kv, near, entries, far)
-    return v4_window.project_out(params, cfg, out, positions).astype(x.dtype)
+    rows = all_of(cfg, x, positions)
+    kv = v4_window.key_value(params, cfg, rows.x, rows.positions)
+    entries = compressor(cfg).compress(params, cfg, rows)
+    return v4_window.attend_over(params, cfg, rows, ring.in_order(rows.order, kv), entries, _far(cfg, entries))
+
+
+def _far(cfg: Config, entries: Array) -> Callable:
+    return lambda rows, latent: v4_compress.seen(cfg, rows.order, entries.shape[1])
 
 
 def prefill(params: Params, cfg: Config, x: Tokens, cache: HCACache, lengths=None) -> tuple[Tokens, HCACache]:
     """Make the entries that the new tokens complete; attend over the old ring, the new tokens and all entries."""
     step = begin(cfg, cache_spec(cfg), x, cache, lengths)
-    q, _, kv = v4_window.project(params, cfg, step.x, step.positions)
-    recent, near = v4_window.recent(cfg, cache, kv, step)
+    kv = v4_window.key_value(params, cfg, step.x, step.positions)
+    recent = ring.beside(step, cache.length, (cache.kv, kv))
     leaves = compressor(cfg).extend(params, cfg, cache, step)
     cache = replace(ring.write(cache, step, kv=kv), **leaves)
-    far = v4_compress.seen(cfg, step.positions, cache.c_kv.shape[1]) & step.keep[..., None]
-    out = v4_compress.attend_both(params, cfg, q.astype(recent.dtype), recent, near, cache.c_kv, far)
-    return end(step, v4_window.project_out(params, cfg, out, step.positions), x.dtype), cache
+    y = v4_window.attend_over(params, cfg, step.queries, recent, cache.c_kv, _far(cfg, cache.c_kv))
+    return end(step, y, x.dtype), cache
 
 
 def decode(params: Params, cfg: Config, x: Tokens, cache: HCACache, ops=jax_ops) -> tuple[Tokens, HCACache]:
@@ -92,11 +94,11 @@ def cache_spec(cfg: Config) -> CacheSpec:
     return CacheSpec(HCACache, {"kv": v4_window.window_buffer(cfg)} | compressor(cfg).buffers("H"))
 
 
-def work(cfg: Config, context: int, capacity: int, closing: bool) -> Work:
-    """One step reads the ring and all entries; every m-th reads the open block's rows as well."""
+def work(cfg: Config, context: int, capacity: int, new: int, closing: bool) -> Work:
+    """The ring and all entries are read; by a step that completes one, and by a prefill, the open block's rows too."""
     entries = cache_spec(cfg)["c_kv"].slots(context)
-    flops = 4 * cfg.num_attention_heads * cfg.head_dim * entries
-    return v4_compress.layer_work(cfg, (compressor(cfg),), {"c_kv": entries}, flops, context, closing)
+    flops = 4 * cfg.num_attention_heads * cfg.head_dim * seen(context, new, every=cfg.compress_rate)
+    return v4_compress.layer_work(cfg, (compressor(cfg),), {"c_kv": entries}, flops, context, new, closing)
 
 
 hca = Attention(

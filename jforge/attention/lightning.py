@@ -15,22 +15,23 @@ between those of two powers, as the original code does. Padding after a row's to
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 import jforge.ops as jax_ops
-from jforge.core.attend import einsum
+from jforge.core.attend import einsum, over_queries
 from jforge.core.attention import Attention
 from jforge.core.config import Derived, FrozenDict, positive, positive_int, positive_ints, reject
 from jforge.core.norm import rms_norm
 from jforge.core.params import Params
 from jforge.core.softmax import accumulation_dtype
 from jforge.core.spec import Buffer, CacheSpec, cache_class
-from jforge.core.step import Tokens, begin, check_input, end, few_tokens, one_by_one, several
+from jforge.core.step import Tokens, all_of, begin, end, few_tokens, one_by_one, several
 from jforge.cost import Work
 
 
@@ -109,75 +110,74 @@ def project_out(params: Params, cfg: Config, x: Tokens, out: Float[Array, "B T N
     return einsum("btnh,nhd->btd", gate * rms_norm(out, params["o_norm"], eps=cfg.rms_norm_eps), params["wo"])
 
 
-def quadratic(q, k, v, slope: Float[Array, "N"]) -> Float[Array, "B T N V"]:
-    """o_t = sum over s <= t of lambda^(t-s) (q_t . k_s) v_s."""
+def quadratic(q, k, v, slope: Float[Array, "N"], order: Int[Array, "T"]) -> Float[Array, "B T N V"]:
+    """o_t = sum over s <= t of lambda^(t-s) (q_t . k_s) v_s, for the queries at `order` of keys from 0 on."""
     wide = accumulation_dtype(q)
     q, k, v = (a.astype(wide) for a in (q, k, v))
-    order = jnp.arange(q.shape[1])
-    distance = (order[:, None] - order)[:, None]  # T 1 S
+    distance = (order[:, None] - jnp.arange(k.shape[1]))[:, None]  # T 1 S
     weights = jnp.where(distance >= 0, jnp.exp(-slope[:, None] * jnp.maximum(distance, 0).astype(wide)), 0)
-    return einsum("btnh,bsnh,tns,bsnv->btnv", q, k, weights, v)
+    return einsum("btns,bsnv->btnv", einsum("btnh,bsnh->btns", q, k) * weights, v)
 
 
-def recurrent(q, k, v, decay: Float[Array, "N"], state: Float[Array, "B N H V"], ops=jax_ops) -> tuple[Array, Array]:
-    """(out B T N V, state) of the recurrence, one token after another."""
-    outs = []
-    for t in range(q.shape[1]):
-        out, state = ops.decode_linear(q[:, t], k[:, t], v[:, t], state, decay)
-        outs.append(out)
-    return jnp.stack(outs, axis=1), state
-
-
-def blockwise(
-    q, k, v, slope: Float[Array, "N"], state: Float[Array, "B N H V"], size: int, keep: Bool[Array, "B T"] | None = None
+def one_block(
+    q, k, v, keep: Bool[Array, "B T"], slope: Float[Array, "N"], state: Float[Array, "B N H V"]
 ) -> tuple[Float[Array, "B T N V"], Float[Array, "B N H V"]]:
-    """(out, state) block by block. With c_i the log decay since the block began, token i included:
+    """(out, state) of a block. With c_i the log decay since it began, token i included:
 
     out_i = exp(c_i) S^T q_i + sum over j <= i of exp(c_i - c_j) (q_i . k_j) v_j
     S    <- exp(c_m) S + sum over j of exp(c_m - c_j) k_j v_j^T
 
     Tokens that are not kept have no decay and no key: they leave the state as it is.
     """
-    B, T = q.shape[:2]
-    keep = jnp.ones((B, T), bool) if keep is None else keep
-    count, padding = -(-T // size), -T % size
-
-    def split(a):  # blocks first, as scan wants them
-        a = jnp.pad(a, [(0, 0), (0, padding)] + [(0, 0)] * (a.ndim - 2))
-        return jnp.moveaxis(a.reshape(B, count, size, *a.shape[2:]), 1, 0)
-
+    size = q.shape[1]
     q, k, v = (a.astype(state.dtype) for a in (q, jnp.where(keep[..., None, None], k, 0), v))
     causal = jnp.tril(jnp.ones((size, size), bool))[None, :, :, None]
+    log = -jnp.cumsum(keep, axis=1, dtype=slope.dtype)[..., None] * slope  # B m N
+    between = jnp.where(causal, log[:, :, None] - log[:, None], -jnp.inf)
+    inside = einsum("binh,bjnh,bijn,bjnv->binv", q, k, jnp.exp(between), v)
+    out = inside + einsum("binh,bin,bnhv->binv", q, jnp.exp(log), state)
+    last = log[:, -1:]
+    state = jnp.exp(last[:, 0])[..., None, None] * state
+    return out, state + einsum("bjnh,bjn,bjnv->bnhv", k, jnp.exp(last - log), v)
 
-    def block(state, inputs):
-        q, k, v, keep = inputs
-        log = -jnp.cumsum(keep, axis=1, dtype=slope.dtype)[..., None] * slope  # B m N
-        between = jnp.where(causal, log[:, :, None] - log[:, None], -jnp.inf)
-        inside = einsum("binh,bjnh,bijn,bjnv->binv", q, k, jnp.exp(between), v)
-        out = inside + einsum("binh,bin,bnhv->binv", q, jnp.exp(log), state)
-        last = log[:, -1:]
-        state = jnp.exp(last[:, 0])[..., None, None] * state
-        return state + einsum("bjnh,bjn,bjnv->bnhv", k, jnp.exp(last - log), v), out
 
-    state, outs = jax.lax.scan(block, state, tuple(map(split, (q, k, v, keep))))
+def blockwise(block: Callable, state: Array, size: int, *rows: Array) -> tuple[Array, Array]:
+    """(out, state) of block(state, *rows) -> (state, out), over blocks of `size` of the tokens in rows, B T ..."""
+    B, T = rows[0].shape[:2]
+
+    def split(a):  # blocks first, as scan wants them
+        a = jnp.pad(a, [(0, 0), (0, -T % size)] + [(0, 0)] * (a.ndim - 2))
+        return jnp.moveaxis(a.reshape(B, -1, size, *a.shape[2:]), 1, 0)
+
+    state, outs = jax.lax.scan(jax.checkpoint(lambda state, rows: block(state, *rows)), state, tuple(map(split, rows)))
     return jnp.moveaxis(outs, 0, 1).reshape(B, -1, *outs.shape[3:])[:, :T], state
 
 
 def forward(params: Params, cfg: Config, x: Tokens, positions=None) -> Tokens:
     """The definition, in the quadratic form. There is no RoPE, so `positions` change nothing."""
-    check_input(x, cfg.hidden_size)
-    q, k, v = project(params, x)
-    out = quadratic(q, k, v, jnp.asarray(slopes(cfg), accumulation_dtype(q))).astype(x.dtype)
-    return project_out(params, cfg, x, out).astype(x.dtype)
+    rows = all_of(cfg, x, positions)
+    _, k, v = project(params, x)
+    slope = jnp.asarray(slopes(cfg), accumulation_dtype(k))
+
+    def block(rows, _):
+        x, order = rows
+        out = quadratic(project(params, x)[0], k, v, slope, order[0]).astype(x.dtype)
+        return project_out(params, cfg, x, out).astype(x.dtype)
+
+    return over_queries(block, (x, rows.order), cfg.num_attention_heads * x.shape[0] * x.shape[1])
 
 
 def prefill(params: Params, cfg: Config, x: Tokens, cache: State, lengths=None) -> tuple[Tokens, State]:
     """Take T tokens (row b its first lengths[b]) into the state, block by block."""
     step = begin(cfg, cache_spec(cfg), x, cache, lengths)
-    q, k, v = project(params, step.x)
     slope = jnp.asarray(slopes(cfg), cache.state.dtype)
-    out, state = blockwise(q, k, v, slope, cache.state, max(1, min(cfg.block_size, x.shape[1])), step.keep)
-    return end(step, project_out(params, cfg, step.x, out.astype(x.dtype)), x.dtype), State(state, step.length)
+
+    def block(state, x, keep):
+        out, state = one_block(*project(params, x), keep, slope, state)
+        return state, project_out(params, cfg, x, out.astype(x.dtype)).astype(x.dtype)
+
+    y, state = blockwise(block, cache.state, max(1, min(cfg.block_size, x.shape[1])), step.x, step.keep)
+    return end(step, y, x.dtype), State(state, step.length)
 
 
 def decode(params: Params, cfg: Config, x: Tokens, cache: State, ops=jax_ops) -> tuple[Tokens, State]:
@@ -195,9 +195,16 @@ def cache_spec(cfg: Config) -> CacheSpec:
     return CacheSpec(State, {"state": Buffer(("B", "N", "H", "H"), (N, H, H), every=None, dtype="float32")})
 
 
-def work(cfg: Config, context: int, capacity: int, closing: bool) -> Work:
-    """One step reads and writes the whole state: 5 flops an element (decay, k v^T and its sum, S^T q)."""
-    return Work({"state": 1}, {"state": 1}, 5 * cfg.num_attention_heads * cfg.head_dim**2, 1)
+def work(cfg: Config, context: int, capacity: int, new: int, closing: bool) -> Work:
+    """One step reads and writes the whole state: 5 flops an element (decay, k v^T and its sum, S^T q).
+
+    A prefill does so a block, where each token adds k v^T and S^T q and meets those before it in its block.
+    """
+    N, H, m = cfg.num_attention_heads, cfg.head_dim, min(cfg.block_size, new)
+    blocks, rest = divmod(new, m)
+    pairs = blocks * m * (m + 1) // 2 + rest * (rest + 1) // 2
+    flops = 5 * N * H**2 if new == 1 else N * H * (4 * H * new + H * (blocks + (rest > 0)) + 4 * pairs)
+    return Work({"state": 1}, {"state": 1}, flops, 1)
 
 
 lightning = Attention(

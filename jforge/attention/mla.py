@@ -14,22 +14,23 @@ Sources: DeepSeek-V2 (arXiv 2405.04434), V3 (2412.19437), Kimi-K2; without RoPE 
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from jforge import ops as jax_ops
-from jforge.core import rope
-from jforge.core.attend import attend, einsum
-from jforge.core.attention import Attention, causal
+from jforge.core import blocks, masks, rope
+from jforge.core.attend import at_a_time, attend, einsum, over_queries
+from jforge.core.attention import Attention
 from jforge.core.config import Derived, FrozenDict, one_of, positive, positive_int, positive_ints
 from jforge.core.norm import rms_norm
 from jforge.core.params import Params
 from jforge.core.spec import Buffer, CacheSpec, cache_class
-from jforge.core.step import Tokens, append, begin, end, few_tokens, in_order
-from jforge.cost import Work
+from jforge.core.step import Queries, Tokens, all_of, append, begin, end, few_tokens
+from jforge.cost import Work, seen
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,39 +116,90 @@ def query_latent(params: Params, cfg: Config, x: Tokens) -> Float[Array, "B T L"
     return rms_norm(down, params["q_norm"], eps=cfg.rms_norm_eps)
 
 
-def project(params: Params, cfg: Config, x: Tokens, positions) -> tuple[Array, Array, Array, Array]:
-    """q_nope: B T N nope, q_rope: B T N R, latent: B T C, k_rope: B T R of the new tokens, normed and rotated."""
+def queries(params: Params, cfg: Config, x: Tokens, positions) -> tuple[Array, Array]:
+    """q_nope: B T N nope, q_rope: B T N R of the new tokens, rotated."""
     if cfg.q_lora_rank is None:
         q = einsum("btd,dnq->btnq", x, params["wq"])
     else:
         q = einsum("btl,lnq->btnq", query_latent(params, cfg, x), params["wq_b"])
     q_nope, q_rope = jnp.split(q, [cfg.qk_nope_head_dim], axis=-1)
+    return q_nope, rope.apply_rope(q_rope, positions, cfg.rope_parameters, cfg.rope_layout)
+
+
+def latents(params: Params, cfg: Config, x: Tokens, positions) -> tuple[Array, Array]:
+    """latent: B T C, normed, and k_rope: B T R, rotated, of the new tokens."""
     down = einsum("btd,dc->btc", x, params["wkv_a"]) + (params["bkv_a"] if cfg.attention_bias else 0)
     latent, k_rope = jnp.split(down, [cfg.kv_lora_rank], axis=-1)
     latent = rms_norm(latent, params["kv_norm"], eps=cfg.rms_norm_eps)
-    q_rope = rope.apply_rope(q_rope, positions, cfg.rope_parameters, cfg.rope_layout)
-    k_rope = rope.apply_rope(k_rope[:, :, None], positions, cfg.rope_parameters, cfg.rope_layout)[:, :, 0]
-    return q_nope, q_rope, latent, k_rope
+    return latent, rope.apply_rope(k_rope[:, :, None], positions, cfg.rope_parameters, cfg.rope_layout)[:, :, 0]
 
 
 def attend_naive(
     params: Params,
     cfg: Config,
-    q_nope: Float[Array, "B T N nope"],
-    q_rope: Float[Array, "B T N R"],
+    rows: Queries,
     latent: Float[Array, "B S C"],
     k_rope: Float[Array, "B S R"],
-    mask: Bool[Array, "B T S"],
-) -> Float[Array, "B T N V"]:
-    """Attention over the keys and values of every head, expanded from the latents. Unseen slots may be NaN."""
-    readable = mask.any(axis=1)[..., None]  # blank before expanding: the gradient of wk_b sums over all slots
+    picks: Int[Array, "B T L"] | None = None,
+) -> Tokens:
+    """Attention of `rows`, projected in and out, over keys and values expanded from the latents; slot s has token s.
+
+    Heads in groups, of which one at a time has its keys and values expanded, and queries in blocks. picks: the slots
+    that each query reads, if not all up to its own. Slots that no query sees may be NaN.
+    """
+    reach, S = jnp.where(rows.keep, rows.order, -1), latent.shape[1]
+    # Blank before expanding: the gradient of wk_b sums over all slots.
+    readable = (jnp.arange(S) <= reach.max(axis=1, initial=-1)[:, None])[..., None]
     latent, k_rope = jnp.where(readable, latent, 0), jnp.where(readable, k_rope, 0)
+
+    def group(params):
+        k, v = expand(params, latent, k_rope)
+
+        def block(rows, keys):
+            rows, picked, (k, v) = Queries(*rows[:4]), rows[4:], keys
+            mask = masks.causal(rows.order[..., None], jnp.arange(k.shape[1])) & rows.keep[..., None]
+            if picked:
+                mask &= blocks.tokens_of(picked[0], 1, k.shape[1])
+            q = jnp.concatenate(queries(params, cfg, rows.x, rows.positions), axis=-1).astype(k.dtype)
+            out, _ = attend(q, k, v, mask, scale=cfg.scaling)
+            return einsum("btnv,nvd->btd", out, params["wo"])
+
+        picked = () if picks is None else (picks,)
+        return over_queries(block, (*rows, *picked), k.shape[2] * k.shape[0] * S, (k, v), jnp.maximum(reach, 0))
+
+    y = over_heads(group, params, cfg, k_rope.shape[0] * S)
+    return y + params["bo"].astype(y.dtype) if cfg.attention_bias else y
+
+
+def expand(params: Params, latent: Float[Array, "B S C"], k_rope: Float[Array, "B S R"]) -> tuple[Array, Array]:
+    """k: B S N (nope + R), v: B S N V of the heads in `params`."""
     k_nope = einsum("bsc,cnh->bsnh", latent, params["wk_b"])
     shared = jnp.broadcast_to(k_rope[:, :, None], (*k_nope.shape[:3], k_rope.shape[-1]))
     k = jnp.concatenate([k_nope, shared.astype(k_nope.dtype)], axis=-1)
-    v = einsum("bsc,cnv->bsnv", latent, params["wv_b"])
-    out, _ = attend(jnp.concatenate([q_nope, q_rope], axis=-1), k, v, mask, scale=cfg.scaling)
-    return out
+    return k, einsum("bsc,cnv->bsnv", latent, params["wv_b"])
+
+
+HEADS = {"wq": 1, "wq_b": 1, "wk_b": 1, "wv_b": 1, "wo": 0}
+"""The axis of the heads in each parameter that has one."""
+
+
+def over_heads(group: Callable, params: Params, cfg: Config, slots: int) -> Tokens:
+    """The sum of group(params of some heads) over as many heads at a time as have at most SCORES numbers expanded."""
+    N, width = cfg.num_attention_heads, cfg.qk_nope_head_dim + cfg.qk_rope_head_dim + cfg.v_head_dim
+    size = max(n for n in range(1, N + 1) if N % n == 0 and n <= at_a_time(slots * width))
+    if size == N:
+        return group(params)
+
+    def of(first) -> Params:
+        cut = partial(jax.lax.dynamic_slice_in_dim, start_index=first, slice_size=size)
+        return params | {name: cut(params[name], axis=axis) for name, axis in HEADS.items() if name in params}
+
+    def step(y, first):
+        return y + jax.checkpoint(group)(of(first)), None
+
+    starts = jnp.arange(0, N, size)
+    y = jax.eval_shape(group, jax.eval_shape(of, starts[0]))
+    return jax.lax.scan(step, jnp.zeros(y.shape, y.dtype), starts)[0]
 
 
 def attend_absorbed(
@@ -177,27 +229,23 @@ def project_out(params: Params, cfg: Config, out: Float[Array, "B T N V"]) -> To
 
 def forward(params: Params, cfg: Config, x: Tokens, positions=None) -> Tokens:
     """The definition, in the naive form. `positions` (int B T, default 0..T-1) feed RoPE only."""
-    order, positions = in_order(cfg, x, positions)
-    parts = project(params, cfg, x, positions)
-    out = attend_naive(params, cfg, *parts, causal(cfg, order[..., None], order[:, None]))
-    return project_out(params, cfg, out).astype(x.dtype)
+    rows = all_of(cfg, x, positions)
+    return attend_naive(params, cfg, rows, *latents(params, cfg, rows.x, rows.positions)).astype(x.dtype)
 
 
 def prefill(params: Params, cfg: Config, x: Tokens, cache: LatentCache, lengths=None) -> tuple[Tokens, LatentCache]:
     """Append T tokens (row b its first lengths[b]); naive form over the stored, so rounded, latents."""
     step = begin(cfg, cache_spec(cfg), x, cache, lengths)
-    q_nope, q_rope, latent, k_rope = project(params, cfg, step.x, step.positions)
+    latent, k_rope = latents(params, cfg, step.x, step.positions)
     cache = append(cache, step, latent=latent, k_rope=k_rope)
-    mask = causal(cfg, step.positions[..., None], jnp.arange(cache.latent.shape[1])) & step.keep[..., None]
-    q_nope, q_rope = q_nope.astype(cache.latent.dtype), q_rope.astype(cache.latent.dtype)
-    out = attend_naive(params, cfg, q_nope, q_rope, cache.latent, cache.k_rope, mask)
-    return end(step, project_out(params, cfg, out), x.dtype), cache
+    return end(step, attend_naive(params, cfg, step.queries, cache.latent, cache.k_rope), x.dtype), cache
 
 
 def decode(params: Params, cfg: Config, x: Tokens, cache: LatentCache, ops=jax_ops) -> tuple[Tokens, LatentCache]:
     """Append 1 to 16 tokens a row and attend in the absorbed form through `ops.decode_mla`."""
     step = begin(cfg, cache_spec(cfg), few_tokens(x), cache)
-    q_nope, q_rope, latent, k_rope = project(params, cfg, step.x, step.positions)
+    q_nope, q_rope = queries(params, cfg, step.x, step.positions)
+    latent, k_rope = latents(params, cfg, step.x, step.positions)
     cache = append(cache, step, latent=latent, k_rope=k_rope)
     out = attend_absorbed(params, cfg, q_nope, q_rope, cache, ops.decode_mla, cache.length, x.dtype)
     return end(step, project_out(params, cfg, out), x.dtype), cache
@@ -208,14 +256,21 @@ def cache_spec(cfg: Config) -> CacheSpec:
     return CacheSpec(LatentCache, {"latent": latent, "k_rope": Buffer(("B", "S", "R"), (cfg.qk_rope_head_dim,))})
 
 
-def flops(cfg: Config, tokens: int) -> int:
-    """2 N ((C + R) + C) for each token, in the absorbed form."""
-    return 2 * cfg.num_attention_heads * (2 * cfg.kv_lora_rank + cfg.qk_rope_head_dim) * tokens
+def flops(cfg: Config, pairs: int) -> int:
+    """2 N ((C + R) + C) for each pair of a query and a token that it sees, in the absorbed form."""
+    return 2 * cfg.num_attention_heads * (2 * cfg.kv_lora_rank + cfg.qk_rope_head_dim) * pairs
 
 
-def work(cfg: Config, context: int, capacity: int, closing: bool) -> Work:
-    """One step writes C + R elements and reads those of all tokens once."""
-    return Work({"latent": context, "k_rope": context}, {"latent": 1, "k_rope": 1}, flops(cfg, context), context)
+def naive_flops(cfg: Config, pairs: int) -> int:
+    """2 N (nope + R + V) for each, in the form of prefill; the expansion is a projection and not counted."""
+    return 2 * cfg.num_attention_heads * (cfg.qk_nope_head_dim + cfg.qk_rope_head_dim + cfg.v_head_dim) * pairs
+
+
+def work(cfg: Config, context: int, capacity: int, new: int, closing: bool) -> Work:
+    """C + R elements of every new token are written, those of all tokens read once."""
+    pairs = seen(context, new)
+    count = flops(cfg, pairs) if new == 1 else naive_flops(cfg, pairs)
+    return Work({"latent": context, "k_rope": context}, {"latent": new, "k_rope": new}, count, context)
 
 
 _YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 40.0, "original_max_position_embeddings": 4096,

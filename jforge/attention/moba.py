@@ -13,6 +13,7 @@ Source: Lu et al. 2025 (arXiv 2502.13189), MoonshotAI/MoBA. Its wrapper decodes 
 then decode is not what `forward` defines once there are more blocks than moba_topk.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import jax
@@ -23,14 +24,14 @@ import jforge.ops as jax_ops
 from jforge.attention import dense
 from jforge.attention.dense import LLAMA_8B, PLAIN
 from jforge.core import blocks, masks
-from jforge.core.attend import attend, einsum
+from jforge.core.attend import einsum
 from jforge.core.attention import Attention
 from jforge.core.config import FrozenDict, positive_ints
 from jforge.core.params import Params
 from jforge.core.softmax import accumulation_dtype
 from jforge.core.spec import Buffer, CacheSpec, cache_class
-from jforge.core.step import Step, Token, Tokens, append, begin, end, few_tokens, in_order, one_by_one, several
-from jforge.cost import Work
+from jforge.core.step import Step, Token, Tokens, all_of, append, begin, end, few_tokens, one_by_one, several
+from jforge.cost import Work, seen
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,27 +96,30 @@ def _means(cfg: Config, k: Float[Array, "B S K H"], length: Int[Array, "B"]) -> 
 
 def forward(params: Params, cfg: Config, x: Tokens, positions=None) -> Tokens:
     """The definition. `positions` (int B T) feed RoPE only; blocks follow the order of x."""
-    order, positions = in_order(cfg, x, positions)
-    q, k, v = dense.project(params, cfg, x, positions)
-    T = x.shape[1]
-    k_mean, _ = _means(cfg, k, jnp.full((len(x),), T))
-    lists = choose(cfg, q, k_mean, order)
-    mask = blocks.visible(lists, cfg.moba_chunk_size, order, T, cfg.num_attention_heads)
-    out, _ = attend(q, k, v, mask, **dense.options(params, cfg))
-    return dense.project_out(params, cfg, x, out).astype(x.dtype)
+    rows = all_of(cfg, x, positions)
+    k, v = dense.project_keys(params, cfg, rows)
+    k_mean, _ = _means(cfg, k, jnp.full((len(x),), x.shape[1]))
+    return dense.attend_over(params, cfg, rows, k, v, _mask(cfg, k_mean))
+
+
+def _mask(cfg: Config, k_mean: Float[Array, "B E K H"]) -> Callable:
+    """The blocks that each query and head chooses by these means."""
+
+    def mask(q, rows, S):
+        lists = choose(cfg, q, k_mean, rows.order)
+        return blocks.visible(lists, cfg.moba_chunk_size, rows.order, S, cfg.num_attention_heads)
+
+    return mask
 
 
 def prefill(params: Params, cfg: Config, x: Tokens, cache: MoBACache, lengths=None) -> tuple[Tokens, MoBACache]:
     """Append T tokens, make the means anew from the stored keys, and attend to each query head's own blocks."""
-    step, S = begin(cfg, cache_spec(cfg), x, cache, lengths), cache.k.shape[1]
-    q, k, v = dense.project(params, cfg, step.x, step.positions)
-    cache, q = append(cache, step, k=k, v=v), q.astype(cache.k.dtype)
+    step = begin(cfg, cache_spec(cfg), x, cache, lengths)
+    k, v = dense.project_keys(params, cfg, step.queries)
+    cache = append(cache, step, k=k, v=v)
     k_mean, k_sum = (a.astype(cache.k_mean.dtype) for a in _means(cfg, cache.k, step.length))
-    cache = replace(cache, k_mean=k_mean, k_sum=k_sum)
-    lists = choose(cfg, q, k_mean, step.positions)
-    mask = blocks.visible(lists, cfg.moba_chunk_size, step.positions, S, cfg.num_attention_heads)
-    out, _ = attend(q, cache.k, cache.v, mask & step.keep[..., None, None], **dense.options(params, cfg))
-    return end(step, dense.project_out(params, cfg, step.x, out), x.dtype), cache
+    y = dense.attend_over(params, cfg, step.queries, cache.k, cache.v, _mask(cfg, k_mean))
+    return end(step, y, x.dtype), replace(cache, k_mean=k_mean, k_sum=k_sum)
 
 
 def decode(params: Params, cfg: Config, x: Tokens, cache: MoBACache, ops=jax_ops) -> tuple[Tokens, MoBACache]:
@@ -175,19 +179,26 @@ def cache_spec(cfg: Config) -> CacheSpec:
     return CacheSpec(MoBACache, dense.kv_buffers(cfg) | {"k_mean": k_mean, "k_sum": k_sum})
 
 
-def work(cfg: Config, context: int, capacity: int, closing: bool) -> Work:
-    """One step scans the means and gathers, for each of G query heads on a key head, moba_topk blocks."""
-    G, entries = cfg.num_attention_heads // cfg.num_key_value_heads, cache_spec(cfg)["k_mean"].slots(context)
-    listed = (1 + min(cfg.moba_topk - 1, entries)) * cfg.moba_chunk_size
-    slots = context if cfg.dense_decode else min(context, G * listed)
-    attended = context if cfg.dense_decode else min(context, listed)
-    scanned = {} if cfg.dense_decode or cfg.moba_topk == 1 else {"k_mean": entries}
-    return Work(
-        read={"k": slots, "v": slots, "k_sum": 1} | scanned,
-        written={"k": 1, "v": 1, "k_sum": 1} | ({"k_mean": 1} if closing else {}),
-        flops=dense.flops(cfg, attended) + 2 * cfg.num_attention_heads * cfg.head_dim * entries,
-        entries_read=slots + entries,
-    )
+def work(cfg: Config, context: int, capacity: int, new: int, closing: bool) -> Work:
+    """One step scans the means and gathers, for each of G query heads on a key head, moba_topk blocks.
+
+    A prefill makes all means anew from the keys and masks all slots.
+    """
+    M, N, topk = cfg.moba_chunk_size, cfg.num_attention_heads, cfg.moba_topk
+    G, entries = N // cfg.num_key_value_heads, cache_spec(cfg)["k_mean"].slots(context)
+    flops = dense.flops(cfg, seen(context, new, topk * M))
+    flops += 0 if topk == 1 else 2 * N * cfg.head_dim * seen(context, new, every=M)
+    if new > 1:
+        written = {"k": new, "v": new, "k_mean": entries, "k_sum": 1}
+        return Work({"k": context, "v": context}, written, flops, context)
+    written = {"k": 1, "v": 1, "k_sum": 1} | ({"k_mean": 1} if closing else {})
+    if cfg.dense_decode:
+        read = {"k": context, "v": context, "k_sum": 1}
+        return Work(read, written, dense.flops(cfg, context), context)
+    slots = min(context, G * (1 + min(topk - 1, entries)) * M)
+    scanned = {} if topk == 1 else {"k_mean": entries}
+    read = {"k": slots, "v": slots, "k_sum": 1} | scanned
+    return Work(read, written, flops, slots + sum(scanned.values()))
 
 
 moba = Attention(

@@ -16,6 +16,7 @@ Sources: MiniMax Sparse Attention (arXiv 2606.13392), transformers' minimax_m3_v
 RoPE in the index branch, the released model has both.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import jax
@@ -25,14 +26,14 @@ from jaxtyping import Array, Bool, Float, Int
 import jforge.ops as jax_ops
 from jforge.attention import dense
 from jforge.core import blocks, masks, rope
-from jforge.core.attend import attend, einsum
+from jforge.core.attend import einsum
 from jforge.core.attention import Attention
 from jforge.core.config import FrozenDict, natural, positive_ints, reject
 from jforge.core.norm import rms_norm
 from jforge.core.params import Params
 from jforge.core.spec import Buffer, CacheSpec, cache_class
-from jforge.core.step import Token, Tokens, append, begin, end, few_tokens, in_order, one_token
-from jforge.cost import Work
+from jforge.core.step import Step, Token, Tokens, all_of, append, begin, end, few_tokens, one_token
+from jforge.cost import Work, seen
 from jforge.ops.index_scores import block_maxima
 
 
@@ -86,16 +87,20 @@ def shapes(cfg: Config) -> dict[str, tuple[int, ...]]:
     return dense.shapes(cfg) | {"wq_index": (D, K, J), "wk_index": (D, J)} | norms
 
 
-def project_index(params: Params, cfg: Config, x: Tokens, positions) -> tuple[Array, Array]:
-    """q_index: B T K J, k_index: B T J, normed and rotated."""
+def index_queries(params: Params, cfg: Config, x: Tokens, positions) -> Float[Array, "B T K J"]:
+    """q_index of the new tokens, normed and rotated."""
+    return _finish(params, cfg, einsum("btd,dkj->btkj", x, params["wq_index"]), "q_index_norm", positions)
 
-    def finish(heads, norm):
-        heads = rms_norm(heads, params[norm], eps=cfg.rms_norm_eps, offset=cfg.norm_offset)
-        return rope.apply_rope(heads, positions, cfg.rope_parameters, cfg.rope_layout, dim=cfg.index_rotary_dim)
 
-    q = finish(einsum("btd,dkj->btkj", x, params["wq_index"]), "q_index_norm")
-    k = finish(einsum("btd,dj->btj", x, params["wk_index"])[:, :, None], "k_index_norm")
-    return q, k[:, :, 0]
+def index_keys(params: Params, cfg: Config, x: Tokens, positions) -> Float[Array, "B T J"]:
+    """k_index of the new tokens, normed and rotated."""
+    k = einsum("btd,dj->btj", x, params["wk_index"])[:, :, None]
+    return _finish(params, cfg, k, "k_index_norm", positions)[:, :, 0]
+
+
+def _finish(params: Params, cfg: Config, heads: Array, norm: str, positions) -> Array:
+    heads = rms_norm(heads, params[norm], eps=cfg.rms_norm_eps, offset=cfg.norm_offset)
+    return rope.apply_rope(heads, positions, cfg.rope_parameters, cfg.rope_layout, dim=cfg.index_rotary_dim)
 
 
 def choose(
@@ -106,63 +111,60 @@ def choose(
     return blocks.choose(scores, q_pos // cfg.index_block_size, cfg.index_topk_blocks, **forced, ops=ops)
 
 
-def _mask(
-    cfg: Config, q_index, k_index, seen: Bool[Array, "B T S"], q_pos: Int[Array, "B T"]
-) -> Bool[Array, "B T N S"]:
-    """The picks of every query as a mask, for forward and prefill."""
-    lists = choose(cfg, block_maxima(q_index, k_index, seen, cfg.index_block_size), q_pos)
-    picked = blocks.visible(lists, cfg.index_block_size, q_pos, seen.shape[-1], cfg.num_attention_heads)
-    return picked & seen[:, :, None]
+def _mask(params: Params, cfg: Config, k_index: Float[Array, "B S J"]) -> Callable:
+    """The blocks that each key head's queries pick by these index keys, for forward and prefill."""
+
+    def mask(q, rows, S):
+        seen = masks.causal(rows.order[..., None], jnp.arange(S)) & rows.keep[..., None]
+        q_index = index_queries(params, cfg, rows.x, rows.positions).astype(k_index.dtype)
+        lists = choose(cfg, block_maxima(q_index, k_index[:, :S], seen, cfg.index_block_size), rows.order)
+        return blocks.visible(lists, cfg.index_block_size, rows.order, S, cfg.num_attention_heads)
+
+    return mask
 
 
 def forward(params: Params, cfg: Config, x: Tokens, positions=None) -> Tokens:
     """The definition. `positions` (int B T) feed RoPE only; blocks follow the order of x."""
-    order, positions = in_order(cfg, x, positions)
-    q, k, v = dense.project(params, cfg, x, positions)
-    seen = masks.causal(order[..., None], order[:, None])
-    mask = _mask(cfg, *project_index(params, cfg, x, positions), seen, order)
-    out, _ = attend(q, k, v, mask, **dense.options(params, cfg))
-    return dense.project_out(params, cfg, x, out).astype(x.dtype)
+    rows = all_of(cfg, x, positions)
+    mask = _mask(params, cfg, index_keys(params, cfg, rows.x, rows.positions))
+    return dense.attend_over(params, cfg, rows, *dense.project_keys(params, cfg, rows), mask)
 
 
-def _append(params: Params, cfg: Config, step, cache: MSACache) -> tuple[Array, Array, MSACache]:
-    """(q, q_index, the cache with the new tokens), all in the cache's dtype."""
-    q, k, v = dense.project(params, cfg, step.x, step.positions)
-    q_index, k_index = project_index(params, cfg, step.x, step.positions)
-    cache = append(cache, step, k=k, v=v, k_index=k_index)
-    return q.astype(cache.k.dtype), q_index.astype(cache.k.dtype), cache
+def _append(params: Params, cfg: Config, step: Step, cache: MSACache) -> MSACache:
+    """The cache with the new tokens."""
+    k, v = dense.project_keys(params, cfg, step.queries)
+    return append(cache, step, k=k, v=v, k_index=index_keys(params, cfg, step.x, step.positions))
 
 
 def prefill(params: Params, cfg: Config, x: Tokens, cache: MSACache, lengths=None) -> tuple[Tokens, MSACache]:
     """Append T tokens (row b its first lengths[b]); each attends to its own picks of what is stored then."""
     step = begin(cfg, cache_spec(cfg), x, cache, lengths)
-    q, q_index, cache = _append(params, cfg, step, cache)
-    seen = masks.causal(step.positions[..., None], jnp.arange(cache.k.shape[1])) & step.keep[..., None]
-    mask = _mask(cfg, q_index, cache.k_index, seen, step.positions)
-    out, _ = attend(q, cache.k, cache.v, mask, **dense.options(params, cfg))
-    return end(step, dense.project_out(params, cfg, step.x, out), x.dtype), cache
+    cache = _append(params, cfg, step, cache)
+    y = dense.attend_over(params, cfg, step.queries, cache.k, cache.v, _mask(params, cfg, cache.k_index))
+    return end(step, y, x.dtype), cache
 
 
 def decode(params: Params, cfg: Config, x: Tokens, cache: MSACache, ops=jax_ops) -> tuple[Tokens, MSACache]:
     """1 to 16 tokens a row: a scan of the index keys, a top-k of blocks, and a gather of the picked ones."""
     step = begin(cfg, cache_spec(cfg), few_tokens(x), cache)
-    q, q_index, cache = _append(params, cfg, step, cache)
-    lists = _select(cfg, q_index, cache, step.positions, ops)
+    cache, q = _append(params, cfg, step, cache), dense.queries(params, cfg, step.x)
+    q = dense.rotate(cfg, q, step.positions).astype(cache.k.dtype)
+    lists = _select(params, cfg, step, cache, ops)
     more = {"block_size": cfg.index_block_size, "out_dtype": x.dtype, **dense.options(params, cfg)}
     out, _ = ops.decode_block_sparse(q, cache.k, cache.v, lists, cache.length, **more)
     return end(step, dense.project_out(params, cfg, step.x, out), x.dtype), cache
 
 
-def _select(cfg: Config, q_index, cache: MSACache, q_pos, ops) -> Int[Array, "B T K L"]:
-    size = cfg.index_block_size
-    return choose(cfg, ops.block_index_scores(q_index, cache.k_index, cache.length, block_size=size), q_pos, ops)
+def _select(params: Params, cfg: Config, step: Step, cache: MSACache, ops) -> Int[Array, "B T K L"]:
+    q, size = index_queries(params, cfg, step.x, step.positions).astype(cache.k.dtype), cfg.index_block_size
+    scores = ops.block_index_scores(q, cache.k_index, cache.length, block_size=size)
+    return choose(cfg, scores, step.positions, ops)
 
 
 def select(params: Params, cfg: Config, x: Token, cache: MSACache) -> Int[Array, "B 1 K L"]:
     """The blocks that decode would gather for x."""
     step = begin(cfg, cache_spec(cfg), one_token(x), cache)
-    _, q_index, cache = _append(params, cfg, step, cache)
-    return _select(cfg, q_index, cache, step.positions, jax_ops)
+    return _select(params, cfg, step, _append(params, cfg, step, cache), jax_ops)
 
 
 def tokens_of(cfg: Config, selection, S: int) -> Bool[Array, "B T S"]:
@@ -174,13 +176,15 @@ def cache_spec(cfg: Config) -> CacheSpec:
     return CacheSpec(MSACache, dense.kv_buffers(cfg) | {"k_index": Buffer(("B", "S", "J"), (cfg.index_head_dim,))})
 
 
-def work(cfg: Config, context: int, capacity: int, closing: bool) -> Work:
-    """One step scans all index keys and gathers the blocks of its lists."""
-    slots = min(context, cfg.index_topk_blocks * cfg.index_block_size)
+def work(cfg: Config, context: int, capacity: int, new: int, closing: bool) -> Work:
+    """One step scans all index keys and gathers the blocks of its lists; a prefill masks all slots."""
+    budget = cfg.index_topk_blocks * cfg.index_block_size
+    slots = min(context, budget) if new == 1 else context
+    scored = cfg.num_key_value_heads * cfg.index_head_dim * seen(context, new)
     return Work(
         read={"k": slots, "v": slots, "k_index": context},
-        written={"k": 1, "v": 1, "k_index": 1},
-        flops=dense.flops(cfg, slots) + 2 * cfg.num_key_value_heads * cfg.index_head_dim * context,
+        written={"k": new, "v": new, "k_index": new},
+        flops=dense.flops(cfg, seen(context, new, budget)) + 2 * scored,
         entries_read=slots + context,
     )
 

@@ -28,7 +28,7 @@ from jforge.attention import dense, nsa_compress
 from jforge.attention.dense import PLAIN
 from jforge.attention.nsa_select import choose, entry_weights
 from jforge.core import blocks, masks, ring
-from jforge.core.attend import attend, einsum
+from jforge.core.attend import attend, einsum, over_queries
 from jforge.core.attention import Attention
 from jforge.core.config import FrozenDict, natural, one_of, positive_int, positive_ints, reject
 from jforge.core.norm import rms_norm
@@ -36,19 +36,20 @@ from jforge.core.params import Params
 from jforge.core.softmax import accumulation_dtype, common
 from jforge.core.spec import Buffer, CacheSpec, cache_class
 from jforge.core.step import (
+    Queries,
     Step,
     Token,
     Tokens,
+    all_of,
     append,
     begin,
     end,
     few_tokens,
-    in_order,
     one_by_one,
     one_token,
     several,
 )
-from jforge.cost import Work
+from jforge.cost import Work, seen
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,50 +149,60 @@ def _seen(cfg: Config, q_pos: Int[Array, "B T"], count: int) -> Bool[Array, "B T
     return jnp.arange(count) * cfg.kernel_stride + cfg.kernel_size - 1 <= q_pos[..., None]
 
 
-def _compressed(params: Params, cfg: Config, q, k_cmp, v_cmp, q_pos, S: int, keep=True) -> tuple[Array, Array]:
-    """(the compressed branch, the lists that it selects) in prefill and forward."""
-    seen = _seen(cfg, q_pos, k_cmp.shape[1]) & keep
-    out, lse = attend(q, k_cmp, v_cmp, seen, **dense.options(params, cfg))
-    return out, choose(cfg, entry_weights(cfg, q, k_cmp, lse, seen), q_pos, S)
+def _attend(params: Params, cfg: Config, rows: Queries, slots, entries, recent: ring.Recent) -> Tokens:
+    """The three branches of `rows`, projected in and out, in blocks of queries.
+
+    slots: k and v, slot s has token s; entries: k_cmp and v_cmp; recent: keys and values of the window.
+    """
+    k_cmp, v_cmp = entries
+    size, N, more = cfg.block_size, cfg.num_attention_heads, dense.options(params, cfg)
+
+    def block(rows, slots):
+        rows, (k, v), S = Queries(*rows), slots, slots[0].shape[1]
+        q = dense.rotate(cfg, dense.queries(params, cfg, rows.x), rows.positions).astype(k.dtype)
+        keep = rows.keep[..., None]
+        seen = _seen(cfg, rows.order, k_cmp.shape[1]) & keep
+        cmp, lse = attend(q, k_cmp, v_cmp, seen, **more)
+        lists = choose(cfg, entry_weights(cfg, q, k_cmp, lse, seen), rows.order, S)
+        picked = blocks.visible(lists, size, rows.order, S, N) & keep[..., None]
+        slc, _ = attend(q, k, v, picked, **more)
+        positions, k, v = recent.around(rows.order, cfg.window_size)
+        near = masks.window(rows.order[..., None], positions[:, None], cfg.window_size) & keep
+        win, _ = attend(q, k, v, near, **more)
+        return _mix(params, cfg, rows.x, cmp, slc, win).astype(rows.x.dtype)
+
+    (B, S), E = slots[0].shape[:2], k_cmp.shape[1]
+    numbers = N * B * (S + E) + recent.numbers(N, cfg.window_size)
+    return over_queries(block, rows, numbers, slots, jnp.where(rows.keep, rows.order, 0))
 
 
 def forward(params: Params, cfg: Config, x: Tokens, positions=None) -> Tokens:
     """The definition. `positions` (int B T) feed RoPE only; blocks and windows follow the order of x."""
-    order, positions = in_order(cfg, x, positions)
-    T, more = x.shape[1], dense.options(params, cfg)
-    q, k, v = dense.qkv(params, cfg, x)
+    rows = all_of(cfg, x, positions)
+    k, v = dense.keys_values(params, cfg, x)
     raw = _branch(params, cfg, x, (k, v), "cmp")
     k_win, v_win = _branch(params, cfg, x, (k, v), "win")
-    q, k, k_win = (dense.rotate(cfg, a, positions) for a in (q, k, k_win))
+    k, k_win = (dense.rotate(cfg, a, rows.positions) for a in (k, k_win))
     l, d = cfg.kernel_size, cfg.kernel_stride  # noqa: E741
     k_cmp, v_cmp = (
         nsa_compress.compress(params, cfg.compress, w, nsa_compress.blocks_of(rows, l, d))
         for w, rows in zip("kv", raw, strict=True)
     )
-    k_cmp = dense.rotate(cfg, k_cmp, positions[:, : k_cmp.shape[1] * d : d])
-    cmp, lists = _compressed(params, cfg, q, k_cmp, v_cmp, order, T)
-    picked = blocks.visible(lists, cfg.block_size, order, T, cfg.num_attention_heads)
-    slc, _ = attend(q, k, v, picked, **more)
-    win, _ = attend(q, k_win, v_win, masks.window(order[..., None], order[:, None], cfg.window_size), **more)
-    return _mix(params, cfg, x, cmp, slc, win).astype(x.dtype)
+    k_cmp = dense.rotate(cfg, k_cmp, rows.positions[:, : k_cmp.shape[1] * d : d])
+    return _attend(params, cfg, rows, (k, v), (k_cmp, v_cmp), ring.in_order(rows.order, k_win, v_win))
 
 
 def prefill(params: Params, cfg: Config, x: Tokens, cache: NSACache, lengths=None):
     """Append T tokens, make the entries that they complete, and attend over what is stored then."""
-    step, old, S = begin(cfg, cache_spec(cfg), x, cache, lengths), cache, cache.k.shape[1]
-    q, cache, own = _append(params, cfg, cache, step)
-    more, keep = dense.options(params, cfg), step.keep[..., None]
-    cmp, lists = _compressed(params, cfg, q, cache.k_cmp, cache.v_cmp, step.positions, S, keep)
-    picked = blocks.visible(lists, cfg.block_size, step.positions, S, cfg.num_attention_heads)
-    slc, _ = attend(q, cache.k, cache.v, picked & keep[..., None], **more)
-    if cfg.separate_branches:  # the ring as it was, beside the new tokens
-        k, v = own
-        positions, k_win, v_win = ring.beside(step, old.length, (old.k_win, k), (old.v_win, v))
+    step, old = begin(cfg, cache_spec(cfg), x, cache, lengths), cache
+    cache, (k_win, v_win) = _append(params, cfg, cache, step)
+    if cfg.separate_branches:
+        recent = ring.beside(step, old.length, (old.k_win, k_win), (old.v_win, v_win))
     else:
-        positions, k_win, v_win = jnp.arange(S)[None], cache.k, cache.v
-    near = masks.window(step.positions[..., None], positions[:, None], cfg.window_size) & keep
-    win, _ = attend(q, k_win, v_win, near, **more)
-    return end(step, _mix(params, cfg, step.x, cmp, slc, win), x.dtype), cache
+        slots = jnp.broadcast_to(jnp.arange(cache.k.shape[1]), cache.k.shape[:2])
+        recent = ring.in_order(slots, cache.k, cache.v)
+    y = _attend(params, cfg, step.queries, (cache.k, cache.v), (cache.k_cmp, cache.v_cmp), recent)
+    return end(step, y, x.dtype), cache
 
 
 def decode(params: Params, cfg: Config, x: Tokens, cache: NSACache, ops=jax_ops):
@@ -199,7 +210,7 @@ def decode(params: Params, cfg: Config, x: Tokens, cache: NSACache, ops=jax_ops)
     if several(x):
         return one_by_one(decode, cache_spec(cfg), params, cfg, x, cache, ops)
     step, S = begin(cfg, cache_spec(cfg), few_tokens(x), cache), cache.k.shape[1]
-    q, cache, _ = _append(params, cfg, cache, step)
+    q, (cache, _) = _queries(params, cfg, step, cache), _append(params, cfg, cache, step)
     more = {"out_dtype": accumulation_dtype(x), **dense.options(params, cfg)}
     cmp, lists = _select(params, cfg, q, cache, step, ops)
     slc, _ = ops.decode_block_sparse(q, cache.k, cache.v, lists, cache.length, block_size=cfg.block_size, **more)
@@ -222,18 +233,22 @@ def _select(params: Params, cfg: Config, q, cache: NSACache, step: Step, ops) ->
     return cmp, choose(cfg, weights, step.positions, cache.k.shape[1], ops)
 
 
-def _append(params: Params, cfg: Config, cache: NSACache, step: Step) -> tuple[Array, NSACache, tuple[Array, Array]]:
-    """(q, the cache with the new tokens and the entries they complete, the window's new keys and values)."""
+def _queries(params: Params, cfg: Config, step: Step, cache: NSACache) -> Array:
+    return dense.rotate(cfg, dense.queries(params, cfg, step.x), step.positions).astype(cache.k.dtype)
+
+
+def _append(params: Params, cfg: Config, cache: NSACache, step: Step) -> tuple[NSACache, tuple[Array, Array]]:
+    """(the cache with the new tokens and the entries they complete, the window's new keys and values)."""
     dtype = cache.k.dtype
-    q, k, v = dense.qkv(params, cfg, step.x)
+    k, v = dense.keys_values(params, cfg, step.x)
     raw = tuple(a.astype(dtype) for a in _branch(params, cfg, step.x, (k, v), "cmp"))
     k_win, v_win = _branch(params, cfg, step.x, (k, v), "win")
-    q, k, k_win = (dense.rotate(cfg, a, step.positions).astype(dtype) for a in (q, k, k_win))
+    k, k_win = (dense.rotate(cfg, a, step.positions).astype(dtype) for a in (k, k_win))
     k_cmp, v_cmp = _complete(params, cfg, cache, raw, step)
     cache = ring.write(append(cache, step, k=k, v=v), step, tail_k=raw[0], tail_v=raw[1])
     if cfg.separate_branches:
         cache = ring.write(cache, step, k_win=k_win, v_win=v_win)
-    return q, replace(cache, k_cmp=k_cmp, v_cmp=v_cmp), (k_win, v_win)
+    return replace(cache, k_cmp=k_cmp, v_cmp=v_cmp), (k_win, v_win)
 
 
 def _complete(params: Params, cfg: Config, cache: NSACache, raw: tuple[Array, Array], step: Step):
@@ -266,7 +281,7 @@ def _complete(params: Params, cfg: Config, cache: NSACache, raw: tuple[Array, Ar
 def select(params: Params, cfg: Config, x: Token, cache: NSACache) -> Int[Array, "B 1 K L"]:
     """The blocks that decode would gather for x; the entry that x completes takes part in the choice."""
     step = begin(cfg, cache_spec(cfg), one_token(x), cache)
-    q, cache, _ = _append(params, cfg, cache, step)
+    q, (cache, _) = _queries(params, cfg, step, cache), _append(params, cfg, cache, step)
     return _select(params, cfg, q, cache, step, jax_ops)[1]
 
 
@@ -293,23 +308,29 @@ def cache_spec(cfg: Config) -> CacheSpec:
     return CacheSpec(SeparateCache if cfg.separate_branches else NSACache, out)
 
 
-def work(cfg: Config, context: int, capacity: int, closing: bool) -> Work:
-    """One step scans the entries and gathers n blocks and w tokens; one that completes an entry reads l raw rows."""
-    entries, window = cache_spec(cfg)["k_cmp"].slots(context), min(cfg.window_size, context)
+def work(cfg: Config, context: int, capacity: int, new: int, closing: bool) -> Work:
+    """One step scans the entries and gathers n blocks and w tokens; one that completes an entry reads l raw rows.
+
+    A prefill masks all slots.
+    """
+    buffer, d, l = cache_spec(cfg)["k_cmp"], cfg.kernel_stride, cfg.kernel_size  # noqa: E741
+    entries, made = buffer.slots(context), buffer.entries(context) - buffer.entries(context - new)
+    made, window = (made if new > 1 else int(closing)), min(cfg.window_size, context)
     listed = min(cfg.topk, -(-capacity // cfg.block_size)) * cfg.block_size
     near = 0 if cfg.separate_branches else window
-    read, written = {}, {}
+    slots, read, written = (min(context, listed + near) if new == 1 else context), {}, {}
     for x in "kv":
-        read |= {x: min(context, listed + near), f"{x}_cmp": entries}
-        written |= {x: 1, f"tail_{x}": 1}
+        read |= {x: slots, f"{x}_cmp": entries}
+        written |= {x: new, f"tail_{x}": min(new, l)}
         if cfg.separate_branches:
             read[f"{x}_win"] = window
-            written[f"{x}_win"] = 1
-        if closing:
-            read[f"tail_{x}"] = min(cfg.kernel_size, capacity)
-            written[f"{x}_cmp"] = 1
-    attended = entries + min(context, listed) + window
-    return Work(read, written, dense.flops(cfg, attended), attended)
+            written[f"{x}_win"] = min(new, cfg.window_size)
+        if made:
+            read[f"tail_{x}"] = min(l, capacity)
+            written[f"{x}_cmp"] = made
+    pairs = seen(context, new, every=d, first=l) + seen(context, new, listed) + seen(context, new, cfg.window_size)
+    attended = entries + min(context, listed) + window if new == 1 else entries + slots + window * cfg.separate_branches
+    return Work(read, written, dense.flops(cfg, pairs), attended)
 
 
 nsa = Attention(

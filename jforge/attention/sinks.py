@@ -71,9 +71,9 @@ def cache_spec(cfg: Config) -> CacheSpec:
     return _keys(cfg).cache_spec(cfg)
 
 
-def work(cfg: Config, context: int, capacity: int, closing: bool) -> Work:
+def work(cfg: Config, context: int, capacity: int, new: int, closing: bool) -> Work:
     """That of the mechanism without sinks: they are parameters, N numbers beside the weights."""
-    return _keys(cfg).work(cfg, context, capacity, closing)
+    return _keys(cfg).work(cfg, context, capacity, new, closing)
 
 
 _YARN = {"rope_type": "yarn", "rope_theta": 1.5e5, "factor": 32.0, "original_max_position_embeddings": 4096,

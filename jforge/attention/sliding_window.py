@@ -21,13 +21,13 @@ import jforge.ops as jax_ops
 from jforge.attention import dense
 from jforge.attention.dense import PLAIN, KVCache
 from jforge.core import masks, ring
-from jforge.core.attend import attend
+from jforge.core.attend import attend, over_queries
 from jforge.core.attention import Attention
 from jforge.core.config import FrozenDict, positive_int
 from jforge.core.params import Params
 from jforge.core.spec import CacheSpec
-from jforge.core.step import Tokens, begin, end, few_tokens, one_by_one, several
-from jforge.cost import Work
+from jforge.core.step import Queries, Tokens, all_of, begin, end, few_tokens, one_by_one, several
+from jforge.cost import Work, seen
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,18 +51,30 @@ def visible(cfg: Config, q_pos: Array, k_pos: Array) -> Array:
 
 def forward(params: Params, cfg: Config, x: Tokens, positions=None) -> Tokens:
     """The definition: attention of x over itself under a banded mask. `positions` (int B T) feed RoPE only."""
-    return dense.forward_under(visible, params, cfg, x, positions)
+    rows = all_of(cfg, x, positions)
+    return _attend(params, cfg, rows, ring.in_order(rows.order, *dense.project_keys(params, cfg, rows)))
+
+
+def _attend(params: Params, cfg: Config, rows: Queries, recent: ring.Recent) -> Tokens:
+    """Attention of `rows`, projected in and out, in blocks of queries that read their windows."""
+
+    def block(rows, _):
+        rows = Queries(*rows)
+        positions, k, v = recent.around(rows.order, cfg.sliding_window)
+        q = dense.rotate(cfg, dense.queries(params, cfg, rows.x), rows.positions).astype(k.dtype)
+        mask = visible(cfg, rows.order[..., None], positions[:, None]) & rows.keep[..., None]
+        out, _ = attend(q, k, v, mask, **dense.options(params, cfg))
+        return dense.project_out(params, cfg, rows.x, out).astype(rows.x.dtype)
+
+    return over_queries(block, rows, recent.numbers(cfg.num_attention_heads, cfg.sliding_window))
 
 
 def prefill(params: Params, cfg: Config, x: Tokens, cache: KVCache, lengths=None) -> tuple[Tokens, KVCache]:
     """Attend over the old ring and the new tokens (as stored, so rounded), then write those that stay in the ring."""
     step = begin(cfg, cache_spec(cfg), x, cache, lengths)
-    q, k, v = dense.project(params, cfg, step.x, step.positions)
-    positions, keys, values = ring.beside(step, cache.length, (cache.k, k), (cache.v, v))
-    mask = visible(cfg, step.positions[..., None], positions[:, None]) & step.keep[..., None]
-    out, _ = attend(q.astype(keys.dtype), keys, values, mask, **dense.options(params, cfg))
-    cache = ring.write(cache, step, k=k, v=v)
-    return end(step, dense.project_out(params, cfg, step.x, out), x.dtype), cache
+    k, v = dense.project_keys(params, cfg, step.queries)
+    y = _attend(params, cfg, step.queries, ring.beside(step, cache.length, (cache.k, k), (cache.v, v)))
+    return end(step, y, x.dtype), ring.write(cache, step, k=k, v=v)
 
 
 def decode(params: Params, cfg: Config, x: Tokens, cache: KVCache, ops=jax_ops) -> tuple[Tokens, KVCache]:
@@ -81,9 +93,10 @@ def cache_spec(cfg: Config) -> CacheSpec:
     return CacheSpec(KVCache, dense.kv_buffers(cfg, cfg.sliding_window))
 
 
-def work(cfg: Config, context: int, capacity: int, closing: bool) -> Work:
-    """The ring is read, min(context, W) slots."""
-    return dense.work_on(cfg, min(context, cfg.sliding_window))
+def work(cfg: Config, context: int, capacity: int, new: int, closing: bool) -> Work:
+    """The ring is read, min(context, W) slots, and of the new tokens those written that stay in it."""
+    W = cfg.sliding_window
+    return dense.work_on(cfg, min(context, W), min(new, W), seen(context, new, W))
 
 
 sliding_window = Attention(

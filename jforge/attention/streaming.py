@@ -17,20 +17,20 @@ before the step" (evict_for_space): a query attends s + R keys, not s + R + 1.
 from dataclasses import dataclass
 
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Int
 
 import jforge.ops as jax_ops
 from jforge.attention import dense
 from jforge.attention.dense import PLAIN, KVCache
 from jforge.core import masks, ring
-from jforge.core.attend import attend, merge
+from jforge.core.attend import attend, merge, over_queries
 from jforge.core.attention import Attention
 from jforge.core.config import FrozenDict, positive_ints
 from jforge.core.params import Params
 from jforge.core.softmax import accumulation_dtype
 from jforge.core.spec import CacheSpec
-from jforge.core.step import Tokens, begin, end, few_tokens, in_order, one_by_one, several
-from jforge.cost import Work
+from jforge.core.step import Queries, Tokens, all_of, begin, end, few_tokens, one_by_one, several
+from jforge.cost import Work, seen
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,45 +59,45 @@ def visible(cfg: Config, q_pos: Array, k_pos: Array) -> Array:
     return recent | (masks.causal(q_pos, k_pos) & (k_pos < cfg.start_size))
 
 
-def project(params: Params, cfg: Config, x: Tokens, order, positions) -> tuple[Array, ...]:
-    """(q for recent keys, q for the first s keys, k, v): the two queries are e positions apart.
-
-    order: the index of each token in its row, which fixes e; positions: what RoPE is given.
-    """
-    q, k, v = dense.qkv(params, cfg, x)
-    evicted = jnp.maximum(0, order + 1 - cfg.kept)
-    q_recent, q_first = dense.rotate(cfg, q, positions), dense.rotate(cfg, q, positions - evicted)
-    return q_recent, q_first, dense.rotate(cfg, k, positions), v
+def queries(params: Params, cfg: Config, rows: Queries) -> tuple[Array, Array]:
+    """(q for recent keys, q for the first s keys): the two are e positions apart, e by the order of the tokens."""
+    q, evicted = dense.queries(params, cfg, rows.x), jnp.maximum(0, rows.order + 1 - cfg.kept)
+    return dense.rotate(cfg, q, rows.positions), dense.rotate(cfg, q, rows.positions - evicted)
 
 
-def _attend(
-    params: Params, cfg: Config, q_recent, q_first, k, v, mask: Bool[Array, "B T S"], first: Bool[Array, "B S"]
-) -> Array:
-    """One softmax over both groups: each with its own query, merged by their log-sum-exps."""
-    first = first[:, None]
-    groups, more = ((q_recent, ~first), (q_first, first)), dense.options(params, cfg)
-    return merge(jax_ops, *(attend(q, k, v, mask & group, **more) for q, group in groups))
+def _attend(params: Params, cfg: Config, rows: Queries, recent: ring.Recent, k_first, v_first) -> Tokens:
+    """One softmax over both groups, each with its own query, merged by their log-sum-exps, in blocks of queries."""
+    more = dense.options(params, cfg)
+
+    def block(rows, _):
+        rows = Queries(*rows)
+        q_recent, q_first = (q.astype(k_first.dtype) for q in queries(params, cfg, rows))
+        positions, k, v = recent.around(rows.order, cfg.recent_size)
+        late = masks.window(rows.order[..., None], positions[:, None], cfg.recent_size)
+        late &= rows.keep[..., None] & (positions >= cfg.start_size)[:, None]
+        early = masks.causal(rows.order[..., None], jnp.arange(k_first.shape[1])) & rows.keep[..., None]
+        out = merge(jax_ops, attend(q_recent, k, v, late, **more), attend(q_first, k_first, v_first, early, **more))
+        return dense.project_out(params, cfg, rows.x, out).astype(rows.x.dtype)
+
+    return over_queries(block, rows, recent.numbers(cfg.num_attention_heads, cfg.kept))
 
 
 def forward(params: Params, cfg: Config, x: Tokens, positions=None) -> Tokens:
     """The definition. `positions` (int B T) feed RoPE only; how many tokens are evicted follows the order of x."""
-    order, positions = in_order(cfg, x, positions)
-    q_recent, q_first, k, v = project(params, cfg, x, order, positions)
-    mask = visible(cfg, order[..., None], order[:, None])
-    out = _attend(params, cfg, q_recent, q_first, k, v, mask, order < cfg.start_size)
-    return dense.project_out(params, cfg, x, out).astype(x.dtype)
+    rows = all_of(cfg, x, positions)
+    k, v = dense.project_keys(params, cfg, rows)
+    first = (a[:, : cfg.start_size] for a in (k, v))
+    return _attend(params, cfg, rows, ring.in_order(rows.order, k, v), *first)
 
 
 def prefill(params: Params, cfg: Config, x: Tokens, cache: KVCache, lengths=None) -> tuple[Tokens, KVCache]:
-    """Attend over the old cache and the new tokens (as stored, so rounded), then write those that stay."""
-    step, fixed, dtype = begin(cfg, cache_spec(cfg), x, cache, lengths), cfg.start_size, cache.k.dtype
-    q_recent, q_first, k, v = project(params, cfg, step.x, step.positions, step.positions)
-    positions, keys, values = ring.beside(step, cache.length, (cache.k, k), (cache.v, v), fixed=fixed)
-    mask = visible(cfg, step.positions[..., None], positions[:, None]) & step.keep[..., None]
-    queries = q_recent.astype(dtype), q_first.astype(dtype)
-    out = _attend(params, cfg, *queries, keys, values, mask, positions < fixed)
+    """Attend over the first tokens, the old ring and the new tokens (as stored, so rounded); write those that stay."""
+    step, fixed = begin(cfg, cache_spec(cfg), x, cache, lengths), cfg.start_size
+    k, v = dense.project_keys(params, cfg, step.queries)
+    recent = ring.beside(step, cache.length, (cache.k, k), (cache.v, v), fixed=fixed)
     cache = ring.write(cache, step, fixed, k=k, v=v)
-    return end(step, dense.project_out(params, cfg, step.x, out), x.dtype), cache
+    y = _attend(params, cfg, step.queries, recent, cache.k[:, :fixed], cache.v[:, :fixed])
+    return end(step, y, x.dtype), cache
 
 
 def decode(params: Params, cfg: Config, x: Tokens, cache: KVCache, ops=jax_ops) -> tuple[Tokens, KVCache]:
@@ -109,7 +109,7 @@ def decode(params: Params, cfg: Config, x: Tokens, cache: KVCache, ops=jax_ops) 
     if several(x):
         return one_by_one(decode, cache_spec(cfg), params, cfg, x, cache, ops)
     step = begin(cfg, cache_spec(cfg), few_tokens(x), cache)
-    q_recent, q_first, k, v = project(params, cfg, step.x, step.positions, step.positions)
+    (q_recent, q_first), (k, v) = queries(params, cfg, step.queries), dense.project_keys(params, cfg, step.queries)
     cache = ring.write(cache, step, cfg.start_size, k=k, v=v)
     filled = jnp.minimum(step.length, cache.k.shape[1])
 
@@ -128,9 +128,9 @@ def cache_spec(cfg: Config) -> CacheSpec:
     return CacheSpec(KVCache, dense.kv_buffers(cfg, cfg.kept))
 
 
-def work(cfg: Config, context: int, capacity: int, closing: bool) -> Work:
-    """All that is kept is read, min(context, s + R) slots."""
-    return dense.work_on(cfg, min(context, cfg.kept))
+def work(cfg: Config, context: int, capacity: int, new: int, closing: bool) -> Work:
+    """All that is kept is read, min(context, s + R) slots, and of the new tokens those written that stay."""
+    return dense.work_on(cfg, min(context, cfg.kept), min(new, cfg.kept), seen(context, new, cfg.kept))
 
 
 _YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 64}

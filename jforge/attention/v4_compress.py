@@ -31,7 +31,7 @@ from jforge.core.norm import rms_norm
 from jforge.core.params import Params
 from jforge.core.softmax import accumulation_dtype, masked_softmax
 from jforge.core.spec import Buffer
-from jforge.core.step import Step, Tokens
+from jforge.core.step import Queries, Step, Tokens
 from jforge.cost import Work
 
 
@@ -116,8 +116,9 @@ class Compressor:
         entry = rms_norm(mixed, params[f"{self.params}_norm"], eps=cfg.rms_norm_eps)
         return v4_window.rotate(cfg, entry[:, :, None], positions)[:, :, 0]
 
-    def compress(self, params: Params, cfg: Config, x: Tokens, order, positions) -> Float[Array, "B E width"]:
+    def compress(self, params: Params, cfg: Config, all_rows: Queries) -> Float[Array, "B E width"]:
         """The entries of all complete blocks of x, in x's dtype: the definition."""
+        x, order, positions, _ = all_rows
         m, E = self.rate, x.shape[1] // self.rate
         rows = self.rows(params, x, order)
         u, z = (a[:, : E * m].reshape(len(x), E, m, self.channels) for a in rows)
@@ -196,26 +197,28 @@ def visible(cfg: Config, q_pos: Array, k_pos: Array) -> Array:
     return masks.window(q_pos, k_pos, cfg.sliding_window) | (k_pos < (q_pos + 1) // m * m)
 
 
-def attend_both(params: Params, cfg: Config, q, recent: Array, near: Array, entries: Array, far: Array):
-    """One softmax over the window's vectors, seen where `near`, and the entries, seen where `far`."""
-    kv, mask = jnp.concatenate([recent, entries], axis=1), jnp.concatenate([near, far], axis=-1)
-    return v4_window.attend_shared(params, cfg, q, kv, mask)
-
-
 def layer_work(
-    cfg: Config, compressors: tuple[Compressor, ...], read: dict[str, int], flops: int, context: int, closing: bool
+    cfg: Config,
+    compressors: tuple[Compressor, ...],
+    read: dict[str, int],
+    flops: int,
+    context: int,
+    new: int,
+    closing: bool,
 ) -> Work:
-    """The Work of a step that reads these slots of the entries, and `flops` beside the window's.
+    """The Work of a call that reads these slots of the entries, and `flops` beside the window's.
 
-    It writes one slot of the ring and one row of each state. One that closes a block reads its states, writes them
-    anew, since the rows change places, and writes an entry of each compressor.
+    A step writes one slot of the ring and one row of each state. One that closes a block reads its states, writes them
+    anew, since the rows change places, and writes an entry of each compressor. So does a prefill, with its entries.
     """
-    window = v4_window.work(cfg, context, context, closing)
+    window, m = v4_window.work(cfg, context, context, new, closing), cfg.compress_rate
     rows = {name: Fraction(1, c.behind + c.rate) for c in compressors for name in c.states}
-    whole, entries = dict.fromkeys(rows, 1), {c.entries: 1 for c in compressors}
+    whole, anew = dict.fromkeys(rows, 1), closing or new > 1
+    made = 1 if new == 1 else context // m - (context - new) // m
+    entries = {c.entries: made for c in compressors} if made else {}
     return Work(
-        read={**window.read, **read, **(whole if closing else {})},
-        written={**window.written, **({**entries, **whole} if closing else rows)},
+        read={**window.read, **read, **(whole if anew else {})},
+        written={**window.written, **({**entries, **whole} if anew else rows)},
         flops=window.flops + flops,
         entries_read=window.entries_read + sum(read.values()),
     )

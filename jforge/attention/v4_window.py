@@ -15,7 +15,7 @@ The cache is a ring of the last W vectors, the token at position p in slot p mod
 Sources: DeepSeek-V4 (arXiv 2606.19348), its inference code, transformers' deepseek_v4.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,15 +25,15 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jforge import ops as jax_ops
 from jforge.core import masks, ring, rope
-from jforge.core.attend import attend, einsum
+from jforge.core.attend import attend, einsum, over_queries
 from jforge.core.attention import Attention
 from jforge.core.config import Described, FrozenDict, positive, positive_ints, reject
 from jforge.core.norm import rms_norm
 from jforge.core.params import Drawn, Params
 from jforge.core.softmax import accumulation_dtype
 from jforge.core.spec import Buffer, CacheSpec, cache_class
-from jforge.core.step import Step, Tokens, begin, end, few_tokens, in_order, one_by_one, several
-from jforge.cost import Work
+from jforge.core.step import Queries, Step, Tokens, all_of, begin, end, few_tokens, one_by_one, several
+from jforge.cost import Work, seen
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,14 +113,27 @@ def rotate(cfg: Config, x: Float[Array, "B T N H"], positions: Int[Array, "B T"]
     return jnp.concatenate([still, turned], axis=-1)
 
 
-def project(params: Params, cfg: Config, x: Tokens, positions) -> tuple[Array, Array, Array]:
-    """q: B T N H and kv: B T H, normed and rotated, and between them the query latent c_q: B T Lq."""
-    eps = cfg.rms_norm_eps
-    latent = rms_norm(einsum("btd,dl->btl", x, params["wq_a"]), params["q_norm"], eps=eps)
+def query_latent(params: Params, cfg: Config, x: Tokens) -> Float[Array, "B T L"]:
+    """c_q: what the queries (in csa the indexer's too) are made from."""
+    return rms_norm(einsum("btd,dl->btl", x, params["wq_a"]), params["q_norm"], eps=cfg.rms_norm_eps)
+
+
+def queries(params: Params, cfg: Config, latent: Float[Array, "B T L"], positions) -> Float[Array, "B T N H"]:
+    """q, each head divided by its rms, rotated."""
     q = einsum("btl,lnh->btnh", latent, params["wq_b"])
-    q = rms_norm(q, jnp.ones(cfg.head_dim, q.dtype), eps=eps)
-    kv = rms_norm(einsum("btd,dh->bth", x, params["wkv"]), params["kv_norm"], eps=eps)
-    return rotate(cfg, q, positions), latent, rotate(cfg, kv[:, :, None], positions)[:, :, 0]
+    return rotate(cfg, rms_norm(q, jnp.ones(cfg.head_dim, q.dtype), eps=cfg.rms_norm_eps), positions)
+
+
+def key_value(params: Params, cfg: Config, x: Tokens, positions) -> Float[Array, "B T H"]:
+    """The vectors that are key and value of all heads, normed and rotated."""
+    kv = rms_norm(einsum("btd,dh->bth", x, params["wkv"]), params["kv_norm"], eps=cfg.rms_norm_eps)
+    return rotate(cfg, kv[:, :, None], positions)[:, :, 0]
+
+
+def project(params: Params, cfg: Config, x: Tokens, positions) -> tuple[Array, Array, Array]:
+    """q: B T N H and kv: B T H, and between them the query latent: B T L."""
+    latent = query_latent(params, cfg, x)
+    return queries(params, cfg, latent, positions), latent, key_value(params, cfg, x, positions)
 
 
 def project_out(params: Params, cfg: Config, out: Float[Array, "B T N H"], positions) -> Tokens:
@@ -145,19 +158,40 @@ def visible(cfg: Config, q_pos: Array, k_pos: Array) -> Array:
 
 def forward(params: Params, cfg: Config, x: Tokens, positions=None) -> Tokens:
     """The definition. `positions` (int B T, default 0..T-1) feed RoPE only."""
-    order, positions = in_order(cfg, x, positions)
-    q, _, kv = project(params, cfg, x, positions)
-    out = attend_shared(params, cfg, q, kv, visible(cfg, order[..., None], order[:, None]))
-    return project_out(params, cfg, out, positions).astype(x.dtype)
+    rows = all_of(cfg, x, positions)
+    kv = key_value(params, cfg, rows.x, rows.positions)
+    return attend_over(params, cfg, rows, ring.in_order(rows.order, kv))
 
 
-def recent(
-    cfg: Config, cache, new: Float[Array, "B T H"], step: Step
-) -> tuple[Float[Array, "B U H"], Bool[Array, "B T U"]]:
-    """(the ring as it was beside the new tokens, the window of each of them over both)."""
-    positions, keys = ring.beside(step, cache.length, (cache.kv, new))
-    near = masks.window(step.positions[..., None], positions[:, None], cfg.sliding_window)
-    return keys, near & step.keep[..., None]
+def attend_over(
+    params: Params,
+    cfg: Config,
+    rows: Queries,
+    recent: ring.Recent,
+    entries: Float[Array, "B E H"] | None = None,
+    far: Callable[[Queries, Array], Bool[Array, "B t E"]] | None = None,
+    more: int = 0,
+) -> Tokens:
+    """Attention of `rows`, projected in and out, in blocks of queries: one softmax over their windows and `entries`.
+
+    far(rows, query latent): the entries that a block sees; more: numbers that it scores a query for this.
+    """
+
+    def block(rows, _):
+        rows = Queries(*rows)
+        latent = query_latent(params, cfg, rows.x)
+        positions, kv = recent.around(rows.order, cfg.sliding_window)
+        seen = visible(cfg, rows.order[..., None], positions[:, None]) & rows.keep[..., None]
+        if entries is not None:
+            kv = jnp.concatenate([kv, entries], axis=1)
+            seen = jnp.concatenate([seen, far(rows, latent) & rows.keep[..., None]], axis=-1)
+        q = queries(params, cfg, latent, rows.positions).astype(kv.dtype)
+        out = attend_shared(params, cfg, q, kv, seen)
+        return project_out(params, cfg, out, rows.positions).astype(rows.x.dtype)
+
+    heads, count = cfg.num_attention_heads, 0 if entries is None else entries.shape[1]
+    numbers = recent.numbers(heads, cfg.sliding_window) + heads * rows.x.shape[0] * count
+    return over_queries(block, rows, numbers + rows.x.shape[0] * more)
 
 
 def attend_ring(params: Params, cfg: Config, q: Float[Array, "B 1 N H"], kv: Array, step: Step, ops):
@@ -170,11 +204,9 @@ def attend_ring(params: Params, cfg: Config, q: Float[Array, "B 1 N H"], kv: Arr
 def prefill(params: Params, cfg: Config, x: Tokens, cache: WindowCache, lengths=None) -> tuple[Tokens, WindowCache]:
     """Attend over the old ring and the new tokens (as stored, so rounded), then write those that stay in the ring."""
     step = begin(cfg, cache_spec(cfg), x, cache, lengths)
-    q, _, kv = project(params, cfg, step.x, step.positions)
-    keys, near = recent(cfg, cache, kv, step)
-    out = attend_shared(params, cfg, q.astype(keys.dtype), keys, near)
-    cache = ring.write(cache, step, kv=kv)
-    return end(step, project_out(params, cfg, out, step.positions), x.dtype), cache
+    kv = key_value(params, cfg, step.x, step.positions)
+    y = attend_over(params, cfg, step.queries, ring.beside(step, cache.length, (cache.kv, kv)))
+    return end(step, y, x.dtype), ring.write(cache, step, kv=kv)
 
 
 def decode(params: Params, cfg: Config, x: Tokens, cache: WindowCache, ops=jax_ops) -> tuple[Tokens, WindowCache]:
@@ -196,10 +228,11 @@ def cache_spec(cfg: Config) -> CacheSpec:
     return CacheSpec(WindowCache, {"kv": window_buffer(cfg)})
 
 
-def work(cfg: Config, context: int, capacity: int, closing: bool) -> Work:
-    """One step writes a slot of H elements and reads min(context, W) of them."""
-    slots = min(context, cfg.sliding_window)
-    return Work({"kv": slots}, {"kv": 1}, 4 * cfg.num_attention_heads * cfg.head_dim * slots, slots)
+def work(cfg: Config, context: int, capacity: int, new: int, closing: bool) -> Work:
+    """min(context, W) slots of H elements are read, and of the new tokens those written that stay."""
+    W = cfg.sliding_window
+    flops = 4 * cfg.num_attention_heads * cfg.head_dim * seen(context, new, W)
+    return Work({"kv": min(context, W)}, {"kv": min(new, W)}, flops, min(context, W))
 
 
 FLASH = {"hidden_size": 4096, "num_attention_heads": 64, "head_dim": 512, "qk_rope_head_dim": 64, "q_lora_rank": 1024,

@@ -1,11 +1,24 @@
-"""Masked multi-head attention over given keys and values: the inner loop of every dense reference."""
+"""Masked multi-head attention over given keys and values, and the blocks of queries that keep its memory linear.
+
+Scores are as many numbers as there are queries times keys. A long prompt takes its queries in blocks, of which one at
+a time is projected, scored and projected out again; of the keys a block reads those that its mask can reach, up to a
+quarter of them more. Nothing is approximated: a query's softmax is over all of its keys at once.
+"""
+
+from collections.abc import Callable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from jforge.core import masks
 from jforge.core.softmax import accumulation_dtype, cap, masked_softmax
+
+SCORES = 2**25
+"""Numbers of one array of scores that a prompt may take at once: 128 MiB in float32."""
+_PARTS = 4
+"""Into which the keys are cut for `reach`."""
 
 
 def einsum(equation: str, *operands: Array) -> Array:
@@ -53,3 +66,57 @@ def attend(
 def merge(ops, *parts: tuple[Array, Array]) -> Float[Array, "B T N V"]:
     """The softmax over all keys from the (out, lse) of each part."""
     return ops.merge_states(*(jnp.stack(values) for values in zip(*parts, strict=True)))[0]
+
+
+def at_a_time(numbers: int) -> int:
+    """How many things of so many numbers each are computed at once."""
+    return max(1, SCORES // max(1, numbers))
+
+
+def over_queries(block: Callable, rows: tuple, numbers: int, keys: tuple = (), reach: Int[Array, "B T"] | None = None):
+    """block(rows, keys), whose results are B T ..., over blocks of the T queries that score at most SCORES numbers.
+
+    rows: arrays B T ..., of which a block gets its queries'. numbers: how many one query scores, over the batch.
+    keys: arrays B S ..., of which it gets the leading slots, up to the last that `reach` has for one of its queries or
+    more. A gradient computes a block again: of its scores nothing is kept.
+    """
+    T = rows[0].shape[1]
+    size = min(T, at_a_time(numbers))
+    if size == T:
+        return block(rows, keys)
+    block = jax.checkpoint(block)
+    within = rows if reach is None else (*rows, reach)
+
+    def one(first):
+        mine = _queries(within, first, size)
+        return block(mine, keys) if reach is None else _reaching(block, mine[:-1], keys, mine[-1])
+
+    def step(joined, first):
+        write = partial(jax.lax.dynamic_update_slice_in_dim, start_index=first, axis=1)
+        return jax.tree.map(write, joined, one(first)), None
+
+    outs = jax.eval_shape(one, jnp.int32(0))
+    joined = jax.tree.map(lambda out: jnp.zeros((out.shape[0], T, *out.shape[2:]), out.dtype), outs)
+    starts = jnp.minimum(jnp.arange(-(-T // size), dtype=jnp.int32) * size, T - size)  # the last may begin earlier
+    return jax.lax.scan(step, joined, starts)[0]
+
+
+def _queries(rows: tuple, first: Int[Array, ""], size: int) -> tuple:
+    return tuple(jax.lax.dynamic_slice_in_dim(row, first, size, axis=1) for row in rows)
+
+
+def _reaching(block: Callable, rows: tuple, keys: tuple, reach: Int[Array, "B t"]):
+    """block(rows, keys) with the leading slots alone, of as few parts as hold the slot `reach` of every query."""
+    S = keys[0].shape[1]
+    ends = sorted({-(-S * part // _PARTS) for part in range(1, _PARTS + 1)})
+    chosen = jnp.searchsorted(jnp.asarray(ends), jnp.minimum(reach.max(), S - 1), side="right")
+    cut = [lambda rows, keys, end=end: block(rows, tuple(key[:, :end] for key in keys)) for end in ends]
+    return jax.lax.switch(chosen, cut, rows, keys)
+
+
+def nearby(arrays: tuple, first: Int[Array, "B"], count: int) -> tuple:
+    """Of each array B U ... the `count` slots of row b from first[b] on, or those at the end that are as many."""
+    if count >= arrays[0].shape[1]:
+        return arrays
+    cut = jax.vmap(partial(jax.lax.dynamic_slice_in_dim, slice_size=count))
+    return tuple(cut(array, jnp.maximum(first, 0)) for array in arrays)

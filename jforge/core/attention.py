@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from jforge.core import guard, masks, protocols
 from jforge.core.params import random_params
-from jforge.cost import step_cost
+from jforge.cost import call_cost
 
 
 def causal(cfg, q_pos, k_pos):
@@ -103,9 +103,9 @@ class Attention(_Fields):
     def _init_cache(self, cfg, batch: int, capacity: int, dtype=jnp.bfloat16):
         return self.cache_spec(cfg).init(batch, capacity, dtype)
 
-    def _cost(self, cfg, *, context: int, batch=1, capacity=None, dtype=jnp.bfloat16, closing=False):
+    def _cost(self, cfg, *, context: int, batch=1, capacity=None, dtype=jnp.bfloat16, new=1, closing=False):
         work = partial(self._given("work", "cost"), cfg)
-        return step_cost(self.cache_spec(cfg), work, context, batch, capacity, dtype, closing)
+        return call_cost(self.cache_spec(cfg), work, context, batch, capacity, dtype, new, closing)
 
     def _given(self, source: str, follows: str) -> Callable:
         if (function := getattr(self, source)) is None:

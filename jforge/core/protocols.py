@@ -75,13 +75,13 @@ class Shapes(Protocol):
 
 @runtime_checkable
 class WorkOf(Protocol):
-    """(cfg, context, capacity, closing) -> Work
+    """(cfg, context, capacity, new, closing) -> Work
 
-    Slots that one row reads and writes in a decode step that brings it to `context` tokens, and its flops. closing:
-    the step completes a block. None where cost is given.
+    Slots that one row reads and writes in a call that brings it to `context` tokens, and its flops: a decode step for
+    new = 1, a prefill for more. closing: the step completes a block. None where cost is given.
     """
 
-    def __call__(self, cfg: Any, context: int, capacity: int, closing: bool, /) -> Work: ...
+    def __call__(self, cfg: Any, context: int, capacity: int, new: int, closing: bool, /) -> Work: ...
 
 
 @runtime_checkable
@@ -137,12 +137,13 @@ class InitCache(Protocol):
 
 @runtime_checkable
 class CostOf(Protocol):
-    """(cfg, *, context, batch=1, capacity=None, dtype=bfloat16, closing=False) -> Cost
+    """(cfg, *, context, batch=1, capacity=None, dtype=bfloat16, new=1, closing=False) -> Cost
 
-    Bytes by buffer, and flops, of one decode step; follows from cache_spec and work unless it is given.
+    Bytes by buffer, and flops, of one decode step, or of a prefill of the `new` tokens before `context`; follows from
+    cache_spec and work unless it is given.
     """
 
     def __call__(
         self, cfg: Any, *, context: int, batch: int = 1, capacity: int | None = None, dtype: Any = ...,
-        closing: bool = False,
+        new: int = 1, closing: bool = False,
     ) -> Cost: ...  # fmt: skip

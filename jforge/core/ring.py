@@ -6,9 +6,13 @@ order of slots does not matter to a softmax: after the newest token is written, 
 `fixed` leading slots may hold the first tokens for ever (StreamingLLM); the ring turns in the slots behind them.
 """
 
+import math
+from typing import NamedTuple
+
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
+from jforge.core import attend
 from jforge.core.step import Step, store
 
 NEVER = jnp.iinfo(jnp.int32).max
@@ -20,24 +24,42 @@ def slot_of(positions: Int[Array, "..."], slots: int, fixed: int = 0) -> Int[Arr
     return jnp.where(positions < min(fixed, slots), positions, turning)
 
 
-def held(length: Int[Array, "B"], slots: int, fixed: int = 0) -> Int[Array, "B W"]:
-    """The position of the token in each slot after `length` tokens; -1 in an empty slot."""
-    slot, last = jnp.arange(slots), length[:, None] - 1
-    newest = last - (last - slot) % max(1, slots - fixed)  # the latest position that falls into this slot
-    position = jnp.where(slot < fixed, slot, newest)
-    return jnp.where((slot < length[:, None]) & (position >= 0), position, -1)
+class Recent(NamedTuple):
+    """Tokens in the order of their rows: place j of row b has the one at position first[b] + j, or none."""
+
+    first: Int[Array, "B"]
+    positions: Int[Array, "B U"]  # `NEVER`, which no causal mask shows to a query, where there is none
+    arrays: tuple[Array, ...]  # B U ...
+
+    def around(self, order: Int[Array, "B t"], window: int) -> tuple[Int[Array, "B u"], *tuple[Array, ...]]:
+        """(positions, *arrays) of no more than the windows of consecutive queries at `order` can hold."""
+        reach = window - 1
+        return attend.nearby((self.positions, *self.arrays), order[:, 0] - self.first - reach, reach + order.shape[1])
+
+    def numbers(self, heads: int, window: int) -> int:
+        """Scores a query has, over the batch, in the longest block whose window and own tokens make SCORES of them."""
+        rows = heads * len(self.first)
+        block = (math.isqrt(window**2 + 4 * attend.SCORES // rows) - window) // 2
+        return rows * min(self.positions.shape[1], window + block)
 
 
-def beside(step: Step, length: Int[Array, "B"], *pairs: tuple[Array, Array], fixed: int = 0) -> list[Array]:
-    """[positions B U, then B U ... for each (buffer, new)]: the slots as they were, and behind them the new tokens.
+def in_order(order: Int[Array, "B T"], *arrays: Array) -> Recent:
+    """Of tokens without a cache."""
+    return Recent(jnp.zeros(len(order), jnp.int32), order, arrays)
 
-    A chunk cannot write first: its early queries still need what its late tokens replace. A slot without a token, and a
-    pad, have the position `NEVER`, which no causal mask shows to a query.
+
+def beside(step: Step, length: Int[Array, "B"], *pairs: tuple[Array, Array], fixed: int = 0) -> Recent:
+    """For each (buffer, new): what the ring holds after `length` tokens, its fixed slots left out, and the new tokens.
+
+    A chunk cannot write first: its early queries still need what its late tokens replace.
     """
-    old, new = held(length, pairs[0][0].shape[1], fixed), jnp.where(step.keep, step.positions, -1)
-    positions = jnp.concatenate([old, new], axis=1)
-    slots = [jnp.concatenate([buffer, new.astype(buffer.dtype)], axis=1) for buffer, new in pairs]
-    return [jnp.where(positions < 0, NEVER, positions), *slots]
+    slots = pairs[0][0].shape[1]
+    turning = max(0, slots - fixed)
+    old = length[:, None] - turning + jnp.arange(turning)
+    at = jnp.arange(len(old))[:, None], slot_of(old, slots, fixed)
+    old, new = jnp.where(old < fixed, NEVER, old), jnp.where(step.keep, step.positions, NEVER)
+    arrays = (jnp.concatenate([buffer[at], new.astype(buffer.dtype)], axis=1) for buffer, new in pairs)
+    return Recent(length - turning, jnp.concatenate([old, new], axis=1), tuple(arrays))
 
 
 def write(cache, step: Step, fixed: int = 0, **new: Array):

@@ -29,6 +29,19 @@ class Step(NamedTuple):
     fits: Bool[Array, "B"]
     length: Int[Array, "B"]  # after the call; unchanged in a row that does not fit
 
+    @property
+    def queries(self) -> "Queries":
+        return Queries(self.x, self.positions, self.positions, self.keep)
+
+
+class Queries(NamedTuple):
+    """Tokens that attend, all of a call or a block of it; consecutive in their rows."""
+
+    x: Tokens
+    order: Int[Array, "B T"]  # the index of each in its row
+    positions: Int[Array, "B T"]  # what RoPE is given
+    keep: Bool[Array, "B T"]  # the others see nothing
+
 
 def check_input(x, hidden_size: int) -> None:
     if x.ndim != 3:
@@ -80,6 +93,12 @@ def in_order(cfg, x: Tokens, positions) -> tuple[Int[Array, "B T"], Int[Array, "
     check_input(x, cfg.hidden_size)
     order = jnp.broadcast_to(jnp.arange(x.shape[1], dtype=jnp.int32), x.shape[:2])
     return order, order if positions is None else positions
+
+
+def all_of(cfg, x: Tokens, positions) -> Queries:
+    """The tokens of an x without a cache."""
+    order, positions = in_order(cfg, x, positions)
+    return Queries(x, order, positions, jnp.ones(x.shape[:2], bool))
 
 
 def begin(cfg, spec: CacheSpec, x: Tokens, cache, lengths=None) -> Step:
