@@ -33,7 +33,9 @@ METADATA = {
     "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
     "language_info": {"file_extension": ".py", "mimetype": "text/x-python", "name": "python"},
 }
-FEW_THREADS = {"OMP_NUM_THREADS": "1", "XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false"}
+LIGHT = {  # several kernels run side by side, and compile small programs that run once
+    "OMP_NUM_THREADS": "1", "XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"
+}  # fmt: skip
 PLAIN = {"NO_COLOR": "1", "COLUMNS": "120"}
 UNSET = ("NPROC", "TRITON_INTERPRET", "PYTEST_CURRENT_TEST")  # what a notebook needs of these it sets itself
 TEXTS = ("text/html", "text/markdown", "text/latex", "text/plain")  # the first that an output has is compared
@@ -124,29 +126,28 @@ async def execute(source: Path) -> Fresh:
         await client.async_execute(env=_environment(own))
     seconds = time.monotonic() - start
     for cell in made.cells:
-        _outputs_of(cell, source.stem)
-    for check in made.cells[len(shown) + 1 :: 2]:
-        said = "".join(output.get("text", "") for output in check.outputs)
-        if not re.match(r"Exercise \d+: right\b", said):
-            raise ValueError(f"{source.stem}: the solution is not taken: {said.strip()}")
+        _outputs_of(cell)
+    said = ["".join(o.get("text", "") for o in check.outputs).strip() for check in made.cells[len(shown) + 1 :: 2]]
+    if refused := [line for line in said if not re.match(r"Exercise \d+: right$", line)]:
+        raise ValueError(f"solutions are not taken: {'; '.join(refused)}")
     made.cells = shown
     made.metadata = nbformat.from_dict({**copy.deepcopy(METADATA), "jforge": {"hash": fingerprint(source)}})
     return Fresh(made, seconds)
 
 
 def _environment(own: str) -> dict[str, str]:
-    """Few threads, as several kernels run side by side; no history and no settings of the person who runs it."""
+    """No history, no colours and no settings of the person who runs it."""
     kept = {name: value for name, value in os.environ.items() if name not in UNSET}
     path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
-    return {**kept, **FEW_THREADS, **PLAIN, "IPYTHONDIR": own, "PYTHONPATH": path}
+    return {**kept, **LIGHT, **PLAIN, "IPYTHONDIR": own, "PYTHONPATH": path}
 
 
-def _outputs_of(cell: NotebookNode, name: str) -> None:
+def _outputs_of(cell: NotebookNode) -> None:
     """Drop what no reader sees (metadata, the text of a figure, the address of a table); refuse stderr."""
     cell.metadata.pop("execution", None)
     for output in cell.get("outputs", []):
         if output.get("name") == "stderr":
-            raise ValueError(f"{name}: the cell {cell.source!r} writes to stderr: {output.text}")
+            raise ValueError(f"the cell {cell.source!r} writes to stderr: {output.text}")
         if "data" in output:
             output.metadata = NotebookNode()
             if len(output.data) > 1:

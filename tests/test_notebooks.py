@@ -24,7 +24,7 @@ def test_notebook_is_what_its_source_makes(source):
 
 @pytest.mark.parametrize("source", SOURCES, ids=lambda source: source.stem)
 def test_notebook_has_its_parts(source):
-    """3 to 6 exercises at the end, each with a solution; a prediction; the six questions; shapes checked."""
+    """3 to 6 exercises at the end, each with a solution; a prediction; the six questions; a picture."""
     cells = build.read(source).cells
     assert cells[0].cell_type == "markdown" and cells[0].source.startswith("# ")
     code = [cell for cell in cells if cell.cell_type == "code"]
@@ -33,14 +33,14 @@ def test_notebook_has_its_parts(source):
     for number, at in enumerate(checks, 1):
         blank, solution, check = (cell.source for cell in code[at - 2 : at + 1])
         assert blank == f"answer_{number} = None" and build.tagged(code[at - 1], "solution"), number
-        assert f"answer_{number}" in solution and re.match(rf"exercise\({number}, answer_{number}, ", check), number
+        assert f"answer_{number}" in solution and re.match(rf"exercise\(\s*{number}, answer_{number}, ", check), number
     for at, cell in enumerate(code):
         if build.tagged(cell, "predict"):
             assert cell.source == "guess = None" and "reveal(" in code[at + 1].source
     text = "\n".join(cell.source for cell in code)
     assert any(build.tagged(cell, "predict") for cell in code)
     assert "@jaxtyped(typechecker=beartype)" in text
-    assert not MECHANISM.match(source.stem) or "questions(" in text
+    assert not MECHANISM.match(source.stem) or ("questions(" in text and "picture(" in text)
 
 
 @pytest.mark.parametrize("source", SOURCES, ids=lambda source: source.stem)
@@ -53,8 +53,12 @@ def test_readers_see_figures_and_no_solution(source):
     assert not any(build.tagged(cell, "solution") for cell in stored.cells)
 
 
-def test_every_stored_notebook_has_a_source():
-    assert [source.stem for source in SOURCES] == sorted(path.stem for path in FOLDER.glob("*.ipynb"))
+def test_every_stored_notebook_has_a_source_and_a_line_in_the_list():
+    names = [source.stem for source in SOURCES]
+    assert names == sorted(path.stem for path in FOLDER.glob("*.ipynb"))
+    text = (FOLDER / "README.md").read_text(encoding="utf-8")
+    listed = re.findall(r"^\| \[(\w+)\]\((\w+)\.ipynb\) \|", text, flags=re.MULTILINE)
+    assert listed == [(name, name) for name in names]
 
 
 # the builder
@@ -95,13 +99,37 @@ def tiny(tmp_path_factory):
 
 
 def test_a_built_notebook(tiny):
-    """It has outputs, no solution, no time, and is built again only when named or when something changed."""
+    """It has outputs, no solution and no time of its run."""
     stored = build.load(tiny / "00_tiny.py")
     nbformat.validate(stored)
     assert _said(stored.cells[1]) == "a number 0.6666666666666666\n" and _said(stored.cells[2])
     assert "answer_1 = 4" not in (tiny / "00_tiny.ipynb").read_text()
     assert not any("execution" in cell.metadata for cell in stored.cells)
-    assert not build.stale(tiny / "00_tiny.py")
+
+
+def test_what_is_built_again(tiny, tmp_path, monkeypatch):
+    """A notebook that has changed, or whose packages have; one without changes only by name."""
+    source = tmp_path / "00_tiny.py"
+    source.write_text(TINY)
+    assert build.stale(source)
+    stored = (tiny / "00_tiny.ipynb").read_text()
+    source.with_suffix(".ipynb").write_text(stored)
+    assert not build.stale(source)
+    with monkeypatch.context() as patch:
+        patch.setattr(build, "version", lambda name: "another")
+        assert build.stale(source)
+    source.write_text(TINY.replace("2 / 3", "1 / 3"))
+    assert build.stale(source)
+
+
+def test_a_notebook_that_is_slow_or_not_built_or_not_there(tiny, tmp_path, capsys):
+    source = tiny / "00_tiny.py"
+    fresh = build.Fresh(build.load(source), build.LIMIT + 1)
+    assert build.problems(source, fresh) == ["it took 61 s, 60 are allowed"]
+    assert build.problems(tmp_path / "00_tiny.py", fresh._replace(seconds=1)) == ["it is not built"]
+    with pytest.raises(SystemExit):
+        build.main(["01_none"], tiny)
+    assert "no notebook is called '01_none'; there are 00_tiny" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -133,7 +161,7 @@ def test_what_a_kernel_may_not_do(tmp_path, capsys):
     assert build.main(["--workers", "2"], tmp_path) == 1
     said = capsys.readouterr().err
     assert "ZeroDivisionError" in said and "writes to stderr" in said
-    assert "02_refuses: ValueError: 02_refuses: the solution is not taken: Exercise 1: wrong" in said
+    assert "02_refuses: ValueError: solutions are not taken: Exercise 1: wrong" in said
     assert not list(tmp_path.glob("*.ipynb"))
 
 
