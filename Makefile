@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test lint types fuzz bench clean
+.PHONY: demo test lint types fuzz bench notebooks clean
 
 demo: $(STAMP)
 	@$(BIN)/jforge demo
@@ -20,6 +20,9 @@ types: $(STAMP)
 
 bench: $(STAMP)
 	@$(BIN)/jforge bench
+
+notebooks: $(STAMP)
+	$(BIN)/python notebooks/build.py
 
 fuzz: $(STAMP)
 	$(BIN)/python -m jforge.harness.fuzz --examples 500

@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 import jforge
-from jforge.report import exact, scanned, size
+from jforge.report import exact, kept_by, layout, scanned, size
 
 DOCUMENT = Path(__file__).with_suffix(".md")
 CONTEXT, LONG = 131072, 1048576
@@ -74,30 +74,12 @@ def buffers(names: list[str]) -> list[str]:
             label = model if len(names) == 1 else f"{model} ({name})"
             parts = cost.stored, cost.written, cost.read
             for i, (n, b) in enumerate(spec.items()):
-                kind = f"`{n}`", _shape(b), str(b.dtype_in("bfloat16")), _kept(b)
+                kind = f"`{n}`", layout(b), str(b.dtype_in("bfloat16")), kept_by(b)
                 rows.append(("" if i else label, *kind, *(size(part.get(n, 0)) for part in parts)))
             kept = [f"{exact(cost.per_token)} B a token"] * bool(cost.per_token) + [size(cost.fixed)] * bool(cost.fixed)
             rows.append(("", "all", "", "", " + ".join(kept), *(size(sum(part.values())) for part in parts)))
             notes += _closing(label, cost, att.cost(cfg, context=CONTEXT, closing=True))
     return _markdown(columns, rows, 5) + notes
-
-
-def _shape(buffer) -> str:
-    """B, the slots, then letters with their sizes: B S K=8 H=128, B W=4096 K=8 H=128, B E=S/16 K=4 H=192."""
-    letters = list(buffer.dims)
-    if buffer.has_slots:
-        sizes = f"{letters[1]}={buffer.limit}" if buffer.limit else letters[1]
-        slots = [f"E=S/{buffer.every}" if buffer.every not in (None, 1) else sizes]
-    else:
-        slots = []
-    rest = letters[len(letters) - len(buffer.shape) :]
-    return " ".join(["B", *slots, *(f"{letter}={n}" for letter, n in zip(rest, buffer.shape, strict=True))])
-
-
-def _kept(buffer) -> str:
-    if buffer.every is None or buffer.limit is not None:
-        return "fixed"
-    return f"{exact(buffer.slot_bytes('bfloat16') / buffer.every)} B a token"
 
 
 def _closing(label: str, cost, closing) -> list[str]:

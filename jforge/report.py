@@ -52,6 +52,25 @@ def exact(count: float) -> str:
     return f"{count:,.0f}" if count == int(count) else f"{count:,.2f}"
 
 
+def layout(buffer) -> str:
+    """B, the slots, then letters with their sizes: B S K=8 H=128, B W=4096 K=8 H=128, B E=S/16 K=4 H=192."""
+    letters = list(buffer.dims)
+    if buffer.has_slots:
+        sizes = f"{letters[1]}={buffer.limit}" if buffer.limit else letters[1]
+        slots = [f"E=S/{buffer.every}" if buffer.every not in (None, 1) else sizes]
+    else:
+        slots = []
+    rest = letters[len(letters) - len(buffer.shape) :]
+    return " ".join(["B", *slots, *(f"{letter}={n}" for letter, n in zip(rest, buffer.shape, strict=True))])
+
+
+def kept_by(buffer) -> str:
+    """What one more token leaves in it, bfloat16 where the cache's dtype decides."""
+    if buffer.every is None or buffer.limit is not None:
+        return "fixed"
+    return f"{exact(buffer.slot_bytes('bfloat16') / buffer.every)} B a token"
+
+
 class Grid:
     """A table whose columns from number `right` on are numbers. A cell that starts with "! " is shown in red."""
 

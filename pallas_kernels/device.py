@@ -13,11 +13,12 @@ class Device:
     smem: int  # bytes that a program can have; several programs on one SM share the same amount
     registers: int  # of an SM
     bandwidth: int  # of its memory, GB/s
+    tflops: int  # of dense products in bfloat16, 10^12 flops a second: half of what its data sheet says "with sparsity"
 
 
 DEVICES = (
-    Device("H100", "NVIDIA H100 80GB HBM3", sms=132, smem=227 * 1024, registers=65536, bandwidth=3350),
-    Device("H200", "NVIDIA H200", sms=132, smem=227 * 1024, registers=65536, bandwidth=4800),
+    Device("H100", "NVIDIA H100 80GB HBM3", sms=132, smem=227 * 1024, registers=65536, bandwidth=3350, tflops=989),
+    Device("H200", "NVIDIA H200", sms=132, smem=227 * 1024, registers=65536, bandwidth=4800, tflops=989),
 )
 
 

@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("jforge", "torch_ref", "triton_kernels", "pallas_kernels")
 MIDDLE = ("jforge.harness", "jforge.experiments", "jforge.viz", "triton_kernels.tune", "pallas_kernels.tune")
-TOP = ("jforge.cli", "jforge.demo", "jforge.report", "jforge.report_bench", "jforge.__main__")
+TOP = ("jforge.cli", "jforge.demo", "jforge.report", "jforge.report_bench", "jforge.lessons", "jforge.__main__")
 FREE = {"torch_ref": ("jforge", "jax", "triton_kernels", "pallas_kernels"),  # what a package must do without
         "triton_kernels": ("jforge", "jax", "pallas_kernels"),
         "pallas_kernels": ("torch", "torch_ref", "triton_kernels")}  # fmt: skip

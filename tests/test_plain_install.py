@@ -9,7 +9,19 @@ import pytest
 
 import jforge
 
-OPTIONAL = ("torch", "triton", "transformers", "matplotlib", "rich", "flax", "optax", "hypothesis", "pytest", "chex")
+OPTIONAL = (
+    "torch",
+    "triton",
+    "transformers",
+    "matplotlib",
+    "pandas",
+    "rich",
+    "flax",
+    "optax",
+    "hypothesis",
+    "pytest",
+    "chex",
+)
 BLOCK = f"import sys; sys.modules.update(dict.fromkeys({OPTIONAL}))\n"
 AS_MODULE = "import runpy; runpy.run_module('jforge', run_name='__main__', alter_sys=True)"
 OWN = """
@@ -74,6 +86,7 @@ def test_what_needs_torch_says_so_before_it_computes(argv, install):
 def test_import_gives_its_parts_when_they_are_asked_for():
     code = "import jforge; assert not {'jforge.hf', 'jforge.stack', 'jforge.harness'} & set(sys.modules)\n"
     code += "jforge.hf.convert, jforge.stack, jforge.check, jforge.harness.judge, jforge.get('gqa')\n"
+    code += "import jforge.lessons\n"
     code += "print(jforge.__version__); assert not hasattr(jforge, 'x') and not hasattr(jforge.harness, 'x')"
     result = plain(code)
     assert (result.returncode, result.stdout) == (0, f"{jforge.__version__}\n"), result.stderr
