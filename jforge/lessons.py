@@ -49,7 +49,7 @@ def questions(name: str, cfg=None, context: int = 131_072, dtype: str = "bfloat1
 def _answers(att: Attention, cfg, context: int, dtype: str) -> Iterator[tuple[str, str, str]]:
     """(question, of what, answer), the questions in their order."""
     spec, cost = att.cache_spec(cfg), att.cost(cfg, context=context, dtype=jnp.dtype(dtype))
-    usual, closing = (att.work(cfg, context, context, closes) for closes in (False, True))
+    usual, closing = (att.work(cfg, context, context, 1, closes) for closes in (False, True))
     shapes = att.shapes(cfg)
     of_x = [n for n, shape in shapes.items() if n.startswith("w") and shape[0] == cfg.hidden_size]
     yield "what is projected", "from x", _weights(shapes, of_x)

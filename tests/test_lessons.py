@@ -45,9 +45,9 @@ def test_a_watched_step_writes_and_reads_what_the_cost_says(name):
     found = watch(att, cfg)
     for n, buffer in att.cache_spec(cfg).items():
         whole = {context: full(buffer, cfg, context) for context in (*range(PROMPT + 1, PROMPT + STEPS + 1), 1000)}
-        asked = {context: att.work(cfg, context, 1000, False).read.get(n, 0) for context in whole}
+        asked = {context: att.work(cfg, context, 1000, 1, False).read.get(n, 0) for context in whole}
         for codes, context in zip(found[n], whole, strict=False):
-            usual, closing = (att.work(cfg, context, CAPACITY, closes) for closes in (False, True))
+            usual, closing = (att.work(cfg, context, CAPACITY, 1, closes) for closes in (False, True))
             written = {math.ceil(work.written.get(n, 0)) for work in (usual, closing)}
             assert count(codes, WRITTEN, OVER, ENTRY, STATE) in written, (n, context)
             read = count(codes, *MOVED)
