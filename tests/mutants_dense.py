@@ -89,15 +89,20 @@ def _lse_base_2(attend, *args, **options):
     return out, lse / jnp.log(2.0)
 
 
-def _project_norm_after_rope(params, cfg, x, positions):
-    bare = {"qk_norm": None}
-    plain = SimpleNamespace(**{**{f: getattr(cfg, f) for f in cfg.__dataclass_fields__}, **bare})
-    q, k, v = dense_project(params, plain, x, positions)
-    norm = lambda a, w: dense.rms_norm(a, params[w], eps=cfg.rms_norm_eps, offset=cfg.norm_offset)  # noqa: E731
-    return norm(q, "q_norm"), norm(k, "k_norm"), v
+def _norm_after_rope(monkeypatch):
+    """Of queries and keys: what is to be normed is turned first."""
+    waiting = []
+
+    def normed(params, cfg, heads, norm):
+        waiting.append(lambda turned: right_normed(params, cfg, turned, norm))
+        return heads
+
+    monkeypatch.setattr(dense, "_normed", normed)
+    monkeypatch.setattr(dense, "rotate", lambda cfg, x, positions: waiting.pop()(right_rotate(cfg, x, positions)))
+    return GQA
 
 
-dense_project = dense.project
+right_normed, right_rotate = dense._normed, dense.rotate
 
 
 def _llama3_swapped(theta, p):
@@ -168,7 +173,7 @@ MUTANTS = {
         patch(GQA, rope, "apply_rope", lambda a, n, p, layout: right_rope(a, n, p, "interleaved")),
         torch_forward("gqa", ROPED)),
     "llama3 bands are swapped": (patch(GQA, rope, "_llama3", _llama3_swapped), torch_forward("gqa", ROPED)),
-    "QK-norm comes after RoPE": (patch(GQA, dense, "project", _project_norm_after_rope), torch_forward("gqa", NORMED)),
+    "QK-norm comes after RoPE": (_norm_after_rope, torch_forward("gqa", NORMED)),
     "query head n reads KV head n % K": (
         patch(GQA, dense, "attend", _attend(_interleave_heads)), torch_forward("gqa", ROPED)),
     "softcap on unscaled logits": (patch(GQA, dense, "attend", _attend(_cap_unscaled)), torch_forward("gqa", FLAT)),

@@ -12,7 +12,6 @@ import jforge
 from jforge import caches
 from jforge.attention import block_sparse, dense, moba, nsa, sliding_window, streaming
 from jforge.core import masks, ring
-from jforge.core.attend import attend
 from jforge.core.spec import Buffer
 from jforge.core.step import begin, end
 
@@ -32,10 +31,10 @@ ENTRIES = NSA.Config(**SMALL, kernel_size=4, kernel_stride=2, block_size=4, topk
                      compress="mean")  # fmt: skip
 
 
-def _held_in_order(length, slots, fixed=0):
-    """Slot 0 holds the oldest token that is left."""
-    position = jnp.maximum(length[:, None] - slots, 0) + jnp.arange(slots)
-    return jnp.where(jnp.arange(slots) < length[:, None], position, -1)
+def _slot_0_is_the_oldest(step, length, *pairs, fixed=0):
+    right = right_beside(step, length, *pairs, fixed=fixed)
+    arrays = (jnp.concatenate([buffer[:, fixed:], new.astype(buffer.dtype)], axis=1) for buffer, new in pairs)
+    return right._replace(arrays=tuple(arrays))
 
 
 def _slot_of_a_ring_without_fixed(positions, slots, fixed=0):
@@ -50,17 +49,16 @@ def _write_with_pads(cache, step, fixed=0, **new):
 def _write_then_attend(params, cfg, x, cache, lengths=None):
     """The ring alone, after all new tokens are in it."""
     step = begin(cfg, WINDOW.cache_spec(cfg), x, cache, lengths)
-    q, k, v = dense.project(params, cfg, step.x, step.positions)
+    k, v = dense.project_keys(params, cfg, step.queries)
     cache = ring.write(cache, step, k=k, v=v)
-    held = ring.held(step.length, cache.k.shape[1])
-    mask = sliding_window.visible(cfg, step.positions[..., None], held[:, None]) & (held >= 0)[:, None]
-    out, _ = attend(q, cache.k, cache.v, mask & step.keep[..., None], **dense.options(params, cfg))
-    return end(step, dense.project_out(params, cfg, step.x, out), x.dtype), cache
+    nothing = step._replace(keep=jnp.zeros_like(step.keep))
+    recent = ring.beside(nothing, step.length, (cache.k, k), (cache.v, v))
+    return end(step, sliding_window._attend(params, cfg, step.queries, recent), x.dtype), cache
 
 
-def _one_query(params, cfg, x, order, positions):
-    recent, _, k, v = right_project(params, cfg, x, order, positions)
-    return recent, recent, k, v
+def _one_query(params, cfg, rows):
+    recent, _ = right_queries(params, cfg, rows)
+    return recent, recent
 
 
 def split_in_two(sinks_in):
@@ -144,7 +142,7 @@ def _kept(cfg, cache, name, buffer, length):
     return getattr(cache, name)
 
 
-right_write, right_project, right_options = ring.write, streaming.project, dense.options
+right_write, right_beside, right_queries, right_options = ring.write, ring.beside, streaming.queries, dense.options
 right_slots, right_moba_choose, right_moba_append = op_module.listed_slots, moba.choose, moba._append
 right_nsa_choose, right_weights = nsa.choose, nsa.entry_weights
 
@@ -152,14 +150,14 @@ MUTANTS = {
     "a sliding window of W + 1": (
         patch(WINDOW, masks, "window", lambda q, k, size: (k <= q) & (k >= q - size)),
         torch_forward("sliding_window", RING)),
-    "a ring is read in the order of its slots": (patch(WINDOW, ring, "held", _held_in_order), walks(RING)),
+    "a ring is read in the order of its slots": (patch(WINDOW, ring, "beside", _slot_0_is_the_oldest), walks(RING)),
     "the ring of StreamingLLM turns over the slots that stay": (
         patch(STREAMING, ring, "slot_of", _slot_of_a_ring_without_fixed), walks(KEPT)),
     "pads are written into a ring": (patch(WINDOW, ring, "write", _write_with_pads), walks(RING)),
     "prefill writes the ring before it attends": (
         replaced(WINDOW, prefill=_write_then_attend), walks(RING)),
     "StreamingLLM turns one query for both groups": (
-        patch(STREAMING, streaming, "project", _one_query), torch_forward("streaming", KEPT)),
+        patch(STREAMING, streaming, "queries", _one_query), torch_forward("streaming", KEPT)),
     "the sink enters both parts of a split": (lambda monkeypatch: split_in_two({0, 1}), walks(SUNK)),
     "the sink of a mechanism is scaled": (
         patch(SINKS, dense, "options", _sinks(lambda sinks, cfg: sinks * cfg.scaling)), torch_forward("sinks", SUNK)),

@@ -13,7 +13,7 @@ from judges import compiled, law, limit, patch, tokens, torch_forward, unread, w
 import jforge
 import torch_ref
 from jforge.attention import dsa, mla
-from jforge.core import compare, quant
+from jforge.core import compare, quant, rope
 from jforge.core.norm import rms_norm
 from jforge.harness.backends import to_torch
 
@@ -157,8 +157,9 @@ def test_e4m3_index_bytes():
 def scores(cfg, params, x):
     """B T S: the scores of T tokens for each other, as forward ranks them."""
     order = jnp.broadcast_to(jnp.arange(x.shape[1]), x.shape[:2])
-    q, w, index = dsa._stored(cfg, *dsa.project_index(params, cfg, x, order), x.dtype)
-    return dsa._scores(q, w, index, order[:, None] <= order[..., None])
+    q, w = dsa.index_queries(params, cfg, x, order, x.dtype)
+    index = dsa.index_keys(params, cfg, x, order, x.dtype)
+    return dsa.token_scores(q, index["k_index"], w, order[:, None] <= order[..., None], index.get("k_index_scale"))
 
 
 def test_e4m3_scores_are_near_the_exact_ones():
@@ -169,7 +170,8 @@ def test_e4m3_scores_are_near_the_exact_ones():
     @jax.jit
     def run(params, x):
         order = jnp.broadcast_to(jnp.arange(12), (2, 12))
-        q, k, w = dsa.project_index(params, SMALL, x, order)
+        (q, w), k = (side(params, SMALL, x, order, x.dtype) for side in (dsa.index_queries, dsa.index_keys))
+        k = k["k_index"]
         sides = []
         for a in (quant.hadamard(q), quant.hadamard(k)):
             sides += [jnp.abs(a), jnp.maximum(jnp.abs(a) / 16, quant.e4m3(a)[1][..., None] / 1024)]
@@ -232,11 +234,11 @@ def test_a_shared_layer_has_no_picks_of_its_own():
 # --- mutants
 
 score_module = importlib.import_module("jforge.ops.index_scores")
-right_project, right_stored, right_scores = dsa.project_index, dsa._stored, dsa.token_scores
+right_queries, right_scores = dsa.index_queries, dsa.token_scores
 
 
-def _layout_of_glm(params, cfg, x, positions):
-    return right_project(params, replace(cfg, index_rope_layout="interleaved"), x, positions)
+def _layout_of_glm(cfg, heads, positions):
+    return rope.apply_rope(heads, positions, cfg.rope_parameters, "interleaved", dim=cfg.qk_rope_head_dim)
 
 
 def _rms_norm(x, weight, bias, *, eps):
@@ -244,28 +246,30 @@ def _rms_norm(x, weight, bias, *, eps):
 
 
 def _weights(change):
-    def project_index(params, cfg, x, positions):
-        q, k, w = right_project(params, cfg, x, positions)
-        return q, k, change(w, cfg)
+    def index_queries(params, cfg, x, positions, dtype):
+        q, w = right_queries(params, cfg, x, positions, dtype)
+        return q, change(w, cfg)
 
-    return project_index
+    return index_queries
 
 
 def _no_relu(q, k, weights, seen, k_scale=None):
     return jnp.where(seen, jnp.einsum("bti,btis->bts", weights, score_module._products(q, k, seen, k_scale)), -jnp.inf)
 
 
-def _query_scale_dropped(cfg, q, k, weights, dtype):
-    q, _, index = right_stored(cfg, q, k, weights, dtype)
-    return q, weights, index
+def _query_scale_dropped(params, cfg, x, positions, dtype):
+    q, _ = right_queries(params, cfg, x, positions, dtype)
+    return q, right_queries(params, replace(cfg, index_quantised=False), x, positions, dtype)[1]
 
 
 def _key_scale_dropped(q, k, weights, seen, k_scale=None):
     return right_scores(q, k, weights, seen, None)
 
 
-def _query_not_rotated(cfg, q, k, weights, dtype):
-    return right_stored(cfg, quant.hadamard(q), k, weights, dtype)  # twice is not at all
+def _query_not_rotated(params, cfg, x, positions, dtype):
+    q, w = right_queries(params, replace(cfg, index_quantised=False), x, positions, dtype)
+    q, scale = quant.e4m3(q)
+    return q.astype(dtype), w * scale
 
 
 def other_scores(att) -> bool:
@@ -280,21 +284,24 @@ def other_scores(att) -> bool:
 
 in_torch, in_torch_e4m3 = torch_forward("dsa", SMALL), torch_forward("dsa", E4M3)
 MUTANTS = {
-    "DSA: interleaved RoPE in the indexer of V3.2": (patch(DSA, dsa, "project_index", _layout_of_glm), in_torch),
+    "DSA: interleaved RoPE in the indexer of V3.2": (patch(DSA, dsa, "_turn", _layout_of_glm), in_torch),
     "DSA: RMSNorm of the index keys": (patch(DSA, dsa, "layer_norm", _rms_norm), in_torch),
     "DSA: no ReLU": (patch(DSA, dsa, "token_scores", _no_relu), in_torch),
     "DSA: weights without their sign": (
-        patch(DSA, dsa, "project_index", _weights(lambda w, cfg: jnp.abs(w))), in_torch),
+        patch(DSA, dsa, "index_queries", _weights(lambda w, cfg: jnp.abs(w))), in_torch),
     "DSA: picks of -inf are attended": (
         patch(DSA, dsa, "choose", lambda cfg, s, ops=None: jax.lax.top_k(s, min(cfg.index_topk, s.shape[-1]))[1]),
         walks(E4M3, 17)),
     "DSA: the scan of the index keys is not counted": (
         unread(DSA, "k_index"), law("L8", SMALL)),
     "DSA, e4m3: I^-1/2 is forgotten": (
-        patch(DSA, dsa, "project_index", _weights(lambda w, cfg: w * cfg.index_n_heads**0.5)), other_scores),
-    "DSA, e4m3: the scale of a query is dropped": (patch(DSA, dsa, "_stored", _query_scale_dropped), in_torch_e4m3),
+        patch(DSA, dsa, "index_queries", _weights(lambda w, cfg: w * cfg.index_n_heads**0.5)),
+        other_scores),
+    "DSA, e4m3: the scale of a query is dropped": (
+        patch(DSA, dsa, "index_queries", _query_scale_dropped), in_torch_e4m3),
     "DSA, e4m3: the scale of a key is dropped": (patch(DSA, dsa, "token_scores", _key_scale_dropped), in_torch_e4m3),
-    "DSA, e4m3: keys are rotated and queries are not": (patch(DSA, dsa, "_stored", _query_not_rotated), in_torch_e4m3),
+    "DSA, e4m3: keys are rotated and queries are not": (
+        patch(DSA, dsa, "index_queries", _query_not_rotated), in_torch_e4m3),
 }  # fmt: skip
 
 

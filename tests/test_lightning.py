@@ -48,6 +48,27 @@ def _draw(count: int) -> list[tuple[int, int]]:
     return [(T, size) for T, size in pairs if T % size][:count]
 
 
+@jax.jit
+def recurrent(q, k, v, decay, state):
+    """The op, one token after another."""
+
+    def step(state, token):
+        out, state = jforge.ops.decode_linear(*token, state, decay)
+        return state, out
+
+    state, outs = jax.lax.scan(step, state, tuple(jnp.moveaxis(a, 1, 0) for a in (q, k, v)))
+    return jnp.moveaxis(outs, 0, 1), state
+
+
+@partial(jax.jit, static_argnames="size")
+def blockwise(q, k, v, slope, state, size):
+    def block(state, *rows):
+        out, state = lightning.one_block(*rows, slope, state)
+        return state, out
+
+    return lightning.blockwise(block, state, size, q, k, v, jnp.ones(q.shape[:2], bool))
+
+
 @pytest.mark.parametrize("T,size", _draw(4), ids=str)
 def test_recurrent_is_blockwise_is_quadratic(T, size):
     """From an empty state; with a state before them, blockwise is the recurrence."""
@@ -55,13 +76,13 @@ def test_recurrent_is_blockwise_is_quadratic(T, size):
         rng = np.random.default_rng(T)
         q, k, v = (rng.standard_normal((2, T, 3, 4)) for _ in "qkv")
         slope, state = np.array([2.0, 0.3, 1e-4]), rng.standard_normal((2, 3, 4, 4))
-        recurrent, blockwise = jax.jit(lightning.recurrent), jax.jit(partial(lightning.blockwise, size=size))
         for before in (np.zeros_like(state), state):
             want = recurrent(q, k, v, np.exp(-slope), before)
-            for got, right in zip(blockwise(q, k, v, slope, before), want, strict=True):
+            for got, right in zip(blockwise(q, k, v, slope, before, size), want, strict=True):
                 assert compare.relative(got, right) <= compare.OUT["float64"]
         fresh = recurrent(q, k, v, np.exp(-slope), np.zeros_like(state))[0]
-        assert compare.relative(jax.jit(lightning.quadratic)(q, k, v, slope), fresh) <= compare.OUT["float64"]
+        got = jax.jit(lightning.quadratic)(q, k, v, slope, np.arange(T))
+        assert compare.relative(got, fresh) <= compare.OUT["float64"]
 
 
 def test_blocks_whose_decay_underflows():
@@ -69,7 +90,7 @@ def test_blocks_whose_decay_underflows():
     rng = np.random.default_rng(0)
     q, k, v = (rng.standard_normal((1, 300, 2, 4)).astype("float32") for _ in "qkv")
     slope, state = np.array([0.917, 1e-3], np.float32), np.zeros((1, 2, 4, 4), np.float32)
-    out, last = jax.jit(partial(lightning.blockwise, size=256))(q, k, v, slope, state)
+    out, last = blockwise(q, k, v, slope, state, 256)
     power = np.exp(-slope.astype(np.float64)[:, None, None] * np.maximum(np.subtract.outer(range(300), range(300)), 0))
     products = np.einsum("btnh,bsnh,nts->bnts", q, k, np.tril(power))
     assert compare.relative(out, np.einsum("bnts,bsnv->btnv", products, v)) <= compare.OUT["float32"]
@@ -114,7 +135,7 @@ def test_bytes_do_not_grow():
 # --- mutants
 
 op_module = importlib.import_module("jforge.ops.decode_linear")
-right_project, right_blockwise, right_op = lightning.project, lightning.blockwise, op_module.decode_linear
+right_project, right_block, right_op = lightning.project, lightning.one_block, op_module.decode_linear
 
 
 def _linear_slopes(cfg):
@@ -153,8 +174,8 @@ def _gate_before_norm(params, cfg, x, out):
     return jnp.einsum("btnh,nhd->btd", normed, params["wo"])
 
 
-def _pads_decay(q, k, v, slope, state, size, keep=None):
-    return right_blockwise(q, jnp.where(keep[..., None, None], k, 0), v, slope, state, size)
+def _pads_decay(q, k, v, keep, slope, state):
+    return right_block(q, jnp.where(keep[..., None, None], k, 0), v, jnp.ones_like(keep), slope, state)
 
 
 def _state_rounded_to_the_cache_dtype(monkeypatch):
@@ -176,7 +197,7 @@ MUTANTS = {
     "lightning: values without SiLU": (patch(ATT, lightning, "project", _values_without_silu), in_torch),
     "lightning: RMSNorm of each head": (patch(ATT, lightning, "rms_norm", _norm_of_each_head), in_torch),
     "lightning: the gate comes before the norm": (patch(ATT, lightning, "project_out", _gate_before_norm), in_torch),
-    "lightning: right padding decays the state": (patch(ATT, lightning, "blockwise", _pads_decay), walks(SMALL, 17)),
+    "lightning: right padding decays the state": (patch(ATT, lightning, "one_block", _pads_decay), walks(SMALL, 17)),
     "lightning: the state is read before the token is added": (
         patch(ATT, jforge.ops, "decode_linear", _read_before_write), walks(SMALL, 17)),
     "lightning: the state is rounded to the cache's dtype": (

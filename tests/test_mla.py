@@ -12,6 +12,7 @@ import jforge
 import torch_ref
 from jforge.attention import mla
 from jforge.core import compare
+from jforge.core.step import Queries
 from jforge.harness.backends import to_torch
 from jforge.harness.frameworks import against_torch
 
@@ -25,10 +26,11 @@ def test_naive_equals_absorbed(cfg, untyped):
         params = ATT.init_params(jax.random.key(0), cfg, jnp.float64)
         x = jax.random.normal(jax.random.key(1), (2, 6, cfg.hidden_size), jnp.float64)
         _, cache = ATT.prefill(params, cfg, x, ATT.init_cache(cfg, 2, 6, jnp.float64))
-        q_nope, q_rope, _, _ = mla.project(params, cfg, x[:, 5:], jnp.full((2, 1), 5))
-        naive = mla.attend_naive(params, cfg, q_nope, q_rope, cache.latent, cache.k_rope, jnp.ones((2, 1, 6), bool))
-        absorbed = mla.attend_absorbed(params, cfg, q_nope, q_rope, cache, jforge.ops.decode_mla, cache.length)
-        assert compare.relative(absorbed, naive) <= compare.OUT["float64"]
+        last, at = x[:, 5:], jnp.full((2, 1), 5)
+        naive = mla.attend_naive(params, cfg, Queries(last, at, at, at > 0), cache.latent, cache.k_rope)
+        q = mla.queries(params, cfg, last, at)
+        absorbed = mla.attend_absorbed(params, cfg, *q, cache, jforge.ops.decode_mla, cache.length)
+        assert compare.relative(mla.project_out(params, cfg, absorbed), naive) <= compare.OUT["float64"]
 
 
 def test_absorbed_decode_never_expands_the_cache():
@@ -76,24 +78,23 @@ def test_softmax_scales():
     assert ATT.models["Kimi-Linear"].scaling == pytest.approx(192**-0.5)
 
 
-right_project = mla.project
+right_queries, right_latents = mla.queries, mla.latents
 
 
 def _latent_not_normed(params, cfg, x, positions):
-    q_nope, q_rope, _, k_rope = right_project(params, cfg, x, positions)
     down = x @ params["wkv_a"] + params["bkv_a"]
-    return q_nope, q_rope, down[..., : cfg.kv_lora_rank], k_rope
+    return down[..., : cfg.kv_lora_rank], right_latents(params, cfg, x, positions)[1]
 
 
 def _rope_slice_normed(params, cfg, x, positions):
-    q_nope, q_rope, latent, k_rope = right_project(params, cfg, x, positions)
-    return q_nope, q_rope, latent, mla.rms_norm(k_rope, jnp.ones(k_rope.shape[-1]), eps=1e-6)
+    latent, k_rope = right_latents(params, cfg, x, positions)
+    return latent, mla.rms_norm(k_rope, jnp.ones(k_rope.shape[-1]), eps=1e-6)
 
 
 def _query_order_swapped(params, cfg, x, positions):
     R = cfg.qk_rope_head_dim
     swapped = {**params, "wq_b": jnp.roll(params["wq_b"], R, axis=-1)}
-    return right_project(swapped, cfg, x, positions)
+    return right_queries(swapped, cfg, x, positions)
 
 
 def _mscale_error(power: float) -> float:
@@ -114,9 +115,9 @@ def _in_torch(_) -> bool:
 
 
 MUTANTS = {
-    "MLA: the latent is stored without its norm": (patch(ATT, mla, "project", _latent_not_normed), _in_torch),
-    "MLA: the rotary key is normed": (patch(ATT, mla, "project", _rope_slice_normed), _in_torch),
-    "MLA: a query is rope, then nope": (patch(ATT, mla, "project", _query_order_swapped), _in_torch),
+    "MLA: the latent is stored without its norm": (patch(ATT, mla, "latents", _latent_not_normed), _in_torch),
+    "MLA: the rotary key is normed": (patch(ATT, mla, "latents", _rope_slice_normed), _in_torch),
+    "MLA: a query is rope, then nope": (patch(ATT, mla, "queries", _query_order_swapped), _in_torch),
     "MLA: mscale enters the softmax scale once": (
         replaced(ATT), lambda _: _mscale_error(1) > compare.OUT["float32"]),
     "MLA: keys and values are counted apart": (

@@ -67,7 +67,8 @@ def test_torch_ref_picks_the_same_but_for_ties():
     def scores(params, x):
         q_pos = jnp.asarray(order)
         seen = masks.causal(q_pos[..., None], q_pos[:, None])
-        return msa.block_maxima(*msa.project_index(params, SMALL, x, q_pos), seen, SMALL.index_block_size)
+        sides = (side(params, SMALL, x, q_pos) for side in (msa.index_queries, msa.index_keys))
+        return msa.block_maxima(*sides, seen, SMALL.index_block_size)
 
     got = msa.choose(SMALL, scores(params, x), jnp.asarray(order))
     q, k = twin.project_index({n: to_torch(p) for n, p in params.items()}, SMALL, to_torch(x), to_torch(order))

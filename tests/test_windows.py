@@ -12,7 +12,7 @@ import jforge
 from jforge.attention import dense, streaming, v4_window
 from jforge.core import compare, ring
 from jforge.core.attend import attend
-from jforge.core.step import place
+from jforge.core.step import Queries, place
 
 WINDOW, SINKS, STREAMING = (jforge.get(name) for name in ("sliding_window", "sinks", "streaming"))
 ROPE = {"rope_type": "default", "rope_theta": 1e4}
@@ -26,27 +26,46 @@ SMALL = {"hidden_size": 8, "num_attention_heads": 2, "num_key_value_heads": 1, "
                                               (0, [-1, -1, -1, -1])])  # fmt: skip
 def test_ring_of_4(tokens, positions):
     """Slot -> position after so many tokens, and back."""
-    held = ring.held(jnp.array([tokens]), 4)[0]
-    np.testing.assert_array_equal(held, positions)
-    filled = held[held >= 0]
-    np.testing.assert_array_equal(ring.slot_of(filled, 4), np.flatnonzero(held >= 0))
+    np.testing.assert_array_equal(held(tokens, 4), positions)
+    filled = jnp.array([p for p in positions if p >= 0], jnp.int32)
+    np.testing.assert_array_equal(ring.slot_of(filled, 4), np.flatnonzero(np.array(positions) >= 0))
+
+
+def held(count: int, slots: int, fixed: int = 0) -> list[int]:
+    """The position in each slot after tokens 0..count-1, written one after the other; -1 in an empty one."""
+    out = [-1] * slots
+    for p in range(count):
+        out[p if p < fixed else fixed + (p - fixed) % (slots - fixed)] = p
+    return out
 
 
 @pytest.mark.parametrize("fixed,slots", [(0, 4), (0, 1), (2, 6), (3, 4), (2, 3)])
-def test_ring_holds_what_held_says_whatever_the_chunks(fixed, slots):
-    """A buffer that stores each token's own position, beside a row that brings fewer tokens."""
+def test_a_ring_holds_the_same_whatever_the_chunks(fixed, slots):
+    """A buffer that stores each token's own position, beside a row that brings fewer tokens; before each chunk it is
+    read in the order of the tokens.
+    """
 
     @jax.jit
     def put(buffer, length, new):
         step = place(jnp.ones((2, 13, 1)), length, new, 1, None)
+        recent = ring.beside(step, length, (buffer, step.positions), fixed=fixed)
         after = ring.write(v4_window.WindowCache(buffer, length), step, fixed, kv=step.positions)
-        return after.kv, after.length, ring.held(after.length, slots, fixed)
+        return after.kv, after.length, recent
 
     for chunks in ((13,), (3, 1, 4, 5), (1,) * 13, (5, 8), (0, 9, 2)):
         buffer, length = np.full((2, slots), -1, np.int32), np.zeros(2, np.int32)
         for size in chunks:
-            buffer, length, held = put(buffer, length, np.array([size, size // 2], np.int32))
-            np.testing.assert_array_equal(buffer, held)
+            before, new = length, np.array([size, size // 2], np.int32)
+            buffer, length, recent = put(buffer, length, new)
+            assert buffer.tolist() == [held(n, slots, fixed) for n in length]
+            for row, (first, positions, stored) in enumerate(
+                zip(recent.first, recent.positions, *recent.arrays, strict=True)
+            ):
+                there = positions != ring.NEVER
+                turned = range(max(fixed, before[row] - (slots - fixed)), before[row])
+                assert positions[there].tolist() == [*turned, *range(before[row], length[row])]
+                np.testing.assert_array_equal(stored[there], positions[there])
+                np.testing.assert_array_equal(np.flatnonzero(there) + first, positions[there])
         assert length[0] == sum(chunks)
 
 
@@ -59,10 +78,10 @@ def test_streaming_keeps_2_and_4(length):
     cfg = STREAMING.Config(**SMALL, start_size=2, recent_size=4)
     t = length - 1
     assert np.flatnonzero(STREAMING.visible(cfg, jnp.array([t]), jnp.arange(length))).tolist() == KEPT[length]
-    assert sorted(ring.held(jnp.array([length]), 6, 2)[0].tolist()) == KEPT[length]
+    assert sorted(held(length, 6, 2)) == KEPT[length]
     params, x = jax.tree.map(jnp.asarray, (weights(STREAMING, cfg, "float32"), tokens(cfg, 1, 1, "float32")))
     place = jnp.array([[t]])
-    recent, first, _, _ = streaming.project(params, cfg, x, place, place)
+    recent, first = streaming.queries(params, cfg, Queries(x, place, place, place >= 0))
     q, _, _ = dense.qkv(params, cfg, x)
     np.testing.assert_array_equal(recent, dense.rotate(cfg, q, place))  # t - k to a recent key, itself turned by k
     np.testing.assert_array_equal(first, dense.rotate(cfg, q, jnp.array([[5]])))  # n - 1 - j to one of the first

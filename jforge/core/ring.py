@@ -33,8 +33,8 @@ class Recent(NamedTuple):
 
     def around(self, order: Int[Array, "B t"], window: int) -> tuple[Int[Array, "B u"], *tuple[Array, ...]]:
         """(positions, *arrays) of no more than the windows of consecutive queries at `order` can hold."""
-        reach = window - 1
-        return attend.nearby((self.positions, *self.arrays), order[:, 0] - self.first - reach, reach + order.shape[1])
+        first = order[:, 0] - self.first - window
+        return attend.nearby((self.positions, *self.arrays), first, window + order.shape[1])
 
     def numbers(self, heads: int, window: int) -> int:
         """Scores a query has, over the batch, in the longest block whose window and own tokens make SCORES of them."""
