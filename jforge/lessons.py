@@ -39,14 +39,14 @@ def questions(name: str, cfg=None, context: int = 131_072, dtype: str = "bfloat1
     if cfg is None:
         model, cfg = next(iter(att.models.items()))
         title = f"{name}, {model}, a row of {context:,} tokens"
-    rows = list(_answers(att, cfg, context, dtype))
+    rows = list(answers(att, cfg, context, dtype))
     index = pd.MultiIndex.from_tuples([row[:2] for row in rows])
     looks = [{"selector": "th, td", "props": "text-align: left; vertical-align: top"}]
     shown = pd.DataFrame({title: [row[2] for row in rows]}, index=index).style
     return shown.set_uuid(name).set_table_styles(looks)
 
 
-def _answers(att: Attention, cfg, context: int, dtype: str) -> Iterator[tuple[str, str, str]]:
+def answers(att: Attention, cfg, context: int, dtype: str) -> Iterator[tuple[str, str, str]]:
     """(question, of what, answer), the questions in their order."""
     spec, cost = att.cache_spec(cfg), att.cost(cfg, context=context, dtype=jnp.dtype(dtype))
     usual, closing = (att.work(cfg, context, context, 1, closes) for closes in (False, True))

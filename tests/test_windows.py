@@ -58,9 +58,8 @@ def test_a_ring_holds_the_same_whatever_the_chunks(fixed, slots):
             before, new = length, np.array([size, size // 2], np.int32)
             buffer, length, recent = put(buffer, length, new)
             assert buffer.tolist() == [held(n, slots, fixed) for n in length]
-            for row, (first, positions, stored) in enumerate(
-                zip(recent.first, recent.positions, *recent.arrays, strict=True)
-            ):
+            rows = zip(recent.first, recent.positions, *recent.arrays, strict=True)
+            for row, (first, positions, stored) in enumerate(rows):
                 there = positions != ring.NEVER
                 turned = range(max(fixed, before[row] - (slots - fixed)), before[row])
                 assert positions[there].tolist() == [*turned, *range(before[row], length[row])]
