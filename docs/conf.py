@@ -1,4 +1,4 @@
-"""Sphinx's settings; docs/site.py lays out what it reads."""
+"""Sphinx's settings; docs/build_site.py lays out what it reads."""
 
 import jforge
 

@@ -1,8 +1,8 @@
-"""The documentation as a site: `python docs/site.py [FOLDER]` writes FOLDER/html (default docs/_build/html).
+"""The documentation as a site: `python docs/build_site.py [FOLDER]` writes FOLDER/html (default docs/_build/html).
 
 Its pages are the documents of this folder, the notebooks with their stored outputs, and what is made here: a page for
 each mechanism in the registry and one for each public function. A link to nothing, and any other warning of Sphinx, is
-an error. Documents link to files of the repository as they lie; where such a file is no page, the link becomes its name.
+an error. Documents link to files of the repository as they lie; where such a file is no page, its name is left.
 """
 
 import argparse
@@ -28,7 +28,7 @@ import torch_ref
 import triton_kernels
 from jforge import lessons, traffic
 from jforge.attention import dense
-from jforge.core import attend, masks, norm, ring, rope, spec, step
+from jforge.core import attend, config, masks, norm, ring, rope, spec, step
 from jforge.report import exact, layout, size
 
 ROOT = Path(__file__).parent.parent
@@ -171,8 +171,8 @@ def _modules() -> dict[str, ModuleType]:
         module.__name__: module
         for module in (
             jforge, jforge.ops, jforge.caches, jforge.stack, jforge.hf, jforge.harness, torch_ref, torch_ref.ops,
-            triton_kernels, pallas_kernels, step, attend, spec, ring, masks, rope, norm, dense, traffic, lessons,
-            sys.modules["jforge.cost"],
+            triton_kernels, pallas_kernels, step, attend, spec, ring, masks, rope, norm, config, dense, traffic,
+            sys.modules["jforge.cost"], lessons,
         )
     }  # fmt: skip
 
