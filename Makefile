@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test lint types fuzz bench notebooks clean
+.PHONY: demo test lint types fuzz bench docs notebooks clean
 
 demo: $(STAMP)
 	@$(BIN)/jforge demo
@@ -20,6 +20,9 @@ types: $(STAMP)
 
 bench: $(STAMP)
 	@$(BIN)/jforge bench
+
+docs: $(STAMP)
+	$(BIN)/python docs/build_site.py
 
 notebooks: $(STAMP)
 	$(BIN)/python notebooks/build.py
