@@ -6,7 +6,7 @@
 
 One program owns one row of the batch, one KV head, one block of query rows and one split of the keys. The T * G
 queries that share a KV head are the rows of its MMAs, so every key is read once for all of them. Splits write
-normalised float32 parts with their lse, and `merge_states.merge_kernel` combines them in a fixed order. With one split
+normalised float32 parts with their lse, and `merge.merge_kernel` combines them in a fixed order. With one split
 the kernel writes the final output itself and no merge is launched.
 
 Grids are static: lengths are read on the device, a split without keys leaves lse = -inf. Source: Flash-Decoding and

@@ -52,7 +52,7 @@ class Key(NamedTuple):
     value_dim: int
     group: int  # query rows that share the keys of one program
     batch_heads: int  # how often that happens in a call
-    length: int  # keys that one of them can see
+    length: int  # slots of its row, those outside of a window too
 
     def bucket(self):
         """The fields of a table entry."""
