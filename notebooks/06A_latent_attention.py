@@ -371,7 +371,7 @@ def answer_5(latent, k_rope, new_latent, new_k_rope, q_latent, q_rope):
 
 
 # %%
-given = [
-    jax.random.normal(jax.random.key(i), shape) for i, shape in enumerate([(3, 2), (3, 1), (2,), (1,), (2, 2), (2, 1)])
-]
-exercise(5, answer_5, "dd16b35aff01", *given)
+exercise(
+    5, answer_5, "dd16b35aff01",
+    *(jax.random.normal(jax.random.key(i), n) for i, n in enumerate([(3, 2), (3, 1), (2,), (1,), (2, 2), (2, 1)])),
+)  # fmt: skip
