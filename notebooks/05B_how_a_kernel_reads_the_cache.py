@@ -494,8 +494,8 @@ ax.legend(frameon=False, loc="lower right")
 plt.show()
 
 # %% [markdown]
-# A call that reads some hundred MB runs at the ceiling. For a call that reads a few MB, other things take as long as its
-# bytes: the start of the kernels, the first answer of the memory, the merge.
+# A call that reads some hundred MB runs at the ceiling. For a call that reads a few MB, other things take as long as
+# its bytes: the start of the kernels, the first answer of the memory, the merge.
 #
 # ## Exercises
 #
