@@ -54,9 +54,10 @@ print(f"{h100.sms} SMs with {h100.smem // 1024} KiB of shared memory each, {h100
 # multiplied by exp(m - m'). This is the *online softmax* (01B), and after the last tile acc / total is the output.
 #
 # *Triton* is a language for such kernels: a program is written as if it were one thread that handles whole tiles. A
-# tile is loaded by an array of addresses, counted in elements; `mask` says which of them are read. `tl.dot` multiplies
-# tiles of at least 16 rows, so the G queries are padded to 16. The keys first .. last - 1 of the program depend on
-# `split`; with one split they are all keys.
+# tile is loaded by an array of addresses, counted in elements; `mask` says which of them are read. `tl.program_id` says
+# which copy runs; `tl.constexpr` marks numbers that are known when the kernel is compiled. `tl.dot` multiplies tiles of
+# at least 16 rows, so the G queries are padded to 16; "ieee" asks for products in full precision. The keys first ..
+# last - 1 of the program depend on `split`; with one split they are all keys.
 
 
 # %%
@@ -221,9 +222,9 @@ for heads in (1, 2, 4, 8, 16, 32):
 #
 # ## Too few programs
 #
-# The grid above has B K programs, and a program runs on one SM. One row of Llama-3.1-8B has K = 8: 8 SMs read, and the
-# other SMs of the card wait. So the keys are split too: each program takes one part of them and leaves a partial
-# result, and a second kernel merges the parts. This is *split-KV*, or flash-decoding.
+# For B rows the grid above has B K programs, and a program runs on one SM. One row of Llama-3.1-8B has K = 8: 8 SMs
+# read, and the other SMs of the card wait. So the keys are split too: each program takes one part of them and leaves a
+# partial result, and a second kernel merges the parts. This is *split-KV*, or flash-decoding.
 #
 # A part is an output and lse = log(sum of exp(l)), which says how much the part weighs in the softmax over all keys:
 #
@@ -255,8 +256,7 @@ for splits in (1, 2, 4, 6):
 
 # %% [markdown]
 # (Of 6 splits two are empty, since every split has whole tiles: their lse is far below the others', so their weight
-# is 0.) The price of a split
-# is its part, N (H + 1) numbers of 4 bytes, which do not depend on S. The gain:
+# is 0.) The price of a split is its part, N (H + 1) numbers of 4 bytes, which do not depend on S. The gain:
 
 
 # %%
@@ -454,8 +454,8 @@ print("a race was seen:", compat.races_found())
 #
 # ## Against the package
 #
-# `decode_attention` of both packages, on the same numbers. What they have beside ours: a plan for the splits, windows,
-# pages, a second warpgroup that orders the copies, and care for NaN in slots that nobody may read.
+# `decode_attention` of both packages, on the same numbers. What both have beside ours: a plan for the splits, windows,
+# and care for NaN in slots that nobody may read. In Pallas a second warpgroup orders the copies.
 
 # %%
 given = [q[None, None], k[None], v[None], torch.tensor([length], dtype=torch.int32)]

@@ -85,7 +85,8 @@ def close(a):
 #
 # First the kernel of 05B, told that the key is [latent | k_rope] and the value is the latent. It does what a kernel for
 # grouped queries does: load a tile of keys, make the logits, load a tile of values, add. ROWS heads make one program.
-# TWICE decides whether the tile is loaded again as values:
+# TWICE decides whether the tile is loaded again as values. (It is written in *Triton*: `tl.program_id` says which copy
+# runs, `tl.constexpr` marks numbers that are known when the kernel is compiled, `tl.dot` multiplies two tiles.)
 
 
 # %%
@@ -193,7 +194,8 @@ plt.show()
 #
 # On a GPU the second load of a tile is not always a second read of global memory: it may be answered by *L2*, the cache
 # that all SMs share. But it passes through the wires between L2 and the SM again. Loaded once, the tile lies in shared
-# memory, and the matrix unit reads it there twice: transposed as keys, as it lies as values. This is the "one read".
+# memory, and the *matrix unit*, which multiplies tiles, reads it there twice: transposed as keys, and as it lies as
+# values. This is the "one read".
 #
 # ## Why not all heads in one program
 #
@@ -218,6 +220,7 @@ for rows in (16, 32, 64, 128):
 
 # %%
 scores, values = WIDE + ROPE, WIDE  # products a head and slot
+print(f"shared memory of an SM: {h100.smem:,} bytes")
 print(f"scores computed twice: {(2 * scores + values) / (scores + values):.2f} times the flops")
 
 # %% [markdown]
@@ -380,8 +383,8 @@ other, _ = pallas_kernels.decode_mla(*(jnp.asarray(x.numpy()) for x in given), s
 print("triton_kernels:", close(theirs[0, 0]), "pallas_kernels:", close(other[0, 0]))
 
 # %% [markdown]
-# Both have what ours lacks: splits of the keys and their merge (05B), pages, windows, several tokens at once, and a
-# warpgroup of its own for the copies.
+# Both have what ours lacks: splits of the keys and their merge (05B), pages, windows, several tokens at once. In Pallas
+# a second warpgroup orders the copies.
 #
 # ## Two ceilings
 #

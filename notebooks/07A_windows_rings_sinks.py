@@ -286,8 +286,9 @@ print(f"then the first token is taken away: {loss(with_first, test, evicted):.2f
 # The head learnt the task, and taking away one token breaks it, a token that says nothing. It is not that the head
 # misses something to read there. Look at the weights, in the left two panels below: an idle question puts its weight on
 # the first token, whose value is 0; that is how it says nothing. With that token gone, the same weight has to go
-# somewhere, and the output is whatever lies there. In large models the first tokens are used so too, whatever they are,
-# since every later token sees them. A window throws them out when token W comes.
+# somewhere, and the output is whatever lies there. In large models the first tokens are used so too, whatever they are
+# (Xiao et al. 2023, the StreamingLLM paper), since every later token sees them. A window throws them out when token W
+# comes.
 #
 # ## Answer 1: a logit that is learnt
 #

@@ -81,6 +81,9 @@ def close(a, b):
 # %% [markdown]
 # ## The kernel
 #
+# It is written in *Triton*: `tl.program_id` says which copy runs, `tl.constexpr` marks what is known when the kernel is
+# compiled, `mask` says which addresses of a load are read, and `tl.dot` multiplies two tiles.
+#
 # The rows of a program are the T x N queries, padded to 16. What differs between the versions below is `START`, the
 # first key of the loop, and `GUARD`, of which more in a moment. The number of splits (05B) is the size of the grid.
 
