@@ -10,6 +10,7 @@
 # query or key in a head, V of a value. Usually N H = N V = D.
 
 # %%
+import re
 import time
 
 import jax
@@ -257,9 +258,17 @@ for name, found, needed in (
 
 # %% [markdown]
 # Read the line "attend, B S N H" if you are on a CPU: the program touches far more than it needs, and takes far longer
-# than the line below it, which does the same sums. The compiler's product wants the heads in front, so it copies all of
-# k and v into that order first, in every step. No count of flops shows this; the bytes do. Neither layout is wrong, but
-# a step must read the cache *as it lies*. A kernel of our own does that (02B); with einsum it depends on the compiler.
+# than the line below it, which does the same sums. The text of the compiled program tells why. Its copies, by shape:
+
+# %% tags=["varies"]
+text = jax.jit(lambda *a: attend(*a, seen)).lower(q, k, v).compile().as_text()
+print(re.findall(r"= (f32\[[\d,]*\])\S* copy\(", text))
+
+# %% [markdown]
+# On a CPU the shape 1, 8, 128, 2048 (B N H S) is there twice: k and v, copied into another order in every step, since
+# the compiler's product wants the heads in front. No count of flops shows this; the bytes do. Neither layout is wrong,
+# but a step must read the cache *as it lies*. A kernel of our own does that (02B); with einsum it depends on the
+# compiler.
 #
 # ## Exercises
 #

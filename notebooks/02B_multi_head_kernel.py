@@ -230,8 +230,12 @@ picture(codes, "slots of k that the program of each head reads", down="head")
 
 # %%
 def sectors(seen, tensor):
-    """Bytes of the sectors that the loads of a tensor touch, those of each load counted apart."""
-    places = [inside(places, tensor) for kind, _, places in seen if kind == "load"]
+    """Bytes of the sectors that the loads of a tensor touch, those of each load counted apart.
+
+    The tensor's start counts as that of a sector, which it is on a GPU.
+    """
+    start = tensor.untyped_storage().data_ptr()
+    places = [inside(places, tensor) - start for kind, _, places in seen if kind == "load"]
     return 32 * sum(len(np.unique(some // 32)) for some in places)
 
 

@@ -208,9 +208,9 @@ for rows, n in loads.items():
     print(f"{rows:>15}{blocks:>17}{n / needed:>16.0f}{N / (blocks * rows):>20.0%}{rows * H * 4 / 1024:>12.0f} KiB")
 
 # %% [markdown]
-# One block of 128 loads once, but nearly half of its rows are padding, and its accumulator (rows x H numbers of 4
-# bytes) with the logits of as many rows takes a large part of an SM's registers, so that fewer programs run on an SM at
-# a time:
+# One block of 128 loads once, but nearly half of its rows are padding. Its accumulator (rows x H numbers of 4 bytes)
+# and the logits of as many rows lie in registers, and the more of them a program takes, the fewer programs run on an
+# SM:
 
 # %%
 h100 = next(device for device in DEVICES if device.name == "H100")
@@ -237,6 +237,7 @@ for splits in (1, 2, 4, 8):
 # %% [markdown]
 # (Rows of 200 and 70 tokens are so short that nobody would split them, but the bytes of parts do not depend on S. And
 # with one split a kernel would write the result itself, without a part.)
+#
 # Which slots each program loads, with two blocks of 64 heads and 4 splits:
 
 # %%

@@ -362,8 +362,8 @@ from pallas_kernels import compat
 print("races:", compat.races_found())
 
 # %% [markdown]
-# It does not see all: a missing wait before a `wgmma` was not noticed in tests of this version. And it tells no time,
-# so whether two stages are enough is a question for a GPU.
+# It does not see all: in tests of this version it did not notice a missing wait whose only reader was a `wgmma`. And it
+# tells no time, so whether two places are enough is a question for a GPU.
 #
 # ## Against the package
 #
