@@ -5,8 +5,8 @@
 # it gives. A token that looks for something has a *query*; it receives the average of all values, each weighted by how
 # well its key fits the query.
 #
-# One head, in letters: t is the position of a query, s that of a key, both from 0. q_t and k_s are vectors of H
-# channels, v_s has V channels, and `scale` is a number.
+# One *head*, that is one such lookup (a model has many), in letters: t is the position of a query, s that of a key,
+# both from 0. q_t and k_s are vectors of H *channels* (numbers), v_s has V of them, and `scale` is a number.
 #
 #     out_t = sum over s <= t of p_t,s v_s        p_t,s = exp(l_t,s) / sum over u <= t of exp(l_t,u)
 #     l_t,s = scale q_t . k_s
@@ -29,7 +29,8 @@ jnp.set_printoptions(precision=3, suppress=True)
 # ## From the equation
 #
 # Every step of the equation is a line of code. `jaxtyped` checks the shapes when the function is called: the letters
-# stand for sizes, and a letter has one size in one call. T is the number of queries, S that of keys.
+# stand for sizes, and a letter has one size in one call. T is the number of queries, S that of keys. (JAX draws random
+# numbers from a *random key*, no key of attention; `split` makes several.)
 
 
 # %%
@@ -54,8 +55,7 @@ print(causal.astype(int))
 print(out.shape, "first token:", out[0], "its own value:", v[0])
 
 # %% [markdown]
-# The first token sees itself alone, so its weight is 1 and its output is its own value. Give the function a value too
-# many and it does not broadcast in silence; the call is refused:
+# The first token sees itself alone, so its weight is 1 and its output is its own value. A value too many is refused:
 
 # %%
 try:
@@ -71,7 +71,8 @@ except Exception as error:
 # key takes nearly everything. `scale` is H^-1/2, which brings the variance back to 1.
 #
 # Predict: H = 128 channels, 64 keys, random q and k, **no** scale. How large is the largest of the 64 weights, on
-# average? (With equal weights it is 1/64, about 0.016.) Write your number in the place of None.
+# average? (With equal weights it is 1/64, about 0.016. The largest logit leads the second by about 4 on average, in
+# some rows by next to nothing.) Write your number in the place of None; `reveal` prints the right one beside it.
 
 # %% tags=["predict"]
 guess = None
@@ -79,12 +80,16 @@ guess = None
 # %%
 many_q, many_k = jax.random.normal(key_q, (1000, 128)), jax.random.normal(key_k, (64, 128))
 logits = jnp.einsum("th,sh->ts", many_q, many_k)
-reveal(float(jax.nn.softmax(logits).max(axis=-1).mean()), guess)
+largest = jax.nn.softmax(logits).max(axis=-1)
+reveal(float(largest.mean()), guess)
+first, second = jax.lax.top_k(logits, 2)[0].T
+print(f"the largest logit leads by {(first - second).mean():.1f} on average, {(first - second).min():.1g} at least")
+print("a tenth of the weights is below, half are below:", jnp.quantile(largest, jnp.array([0.1, 0.5])))
 print("with the scale:", round(float(jax.nn.softmax(128**-0.5 * logits).max(axis=-1).mean()), 2))
 
 # %% [markdown]
-# A weight near 1 has another cost: the derivative of a softmax is p (1 - p), which is then near 0: hardly
-# anything is learnt from such a token.
+# A weight near 1 has another cost: the derivative of weight i is p_i (1 - p_i) for its own logit, -p_i p_j for another
+# one. Then all of these are near 0, and such a token teaches q and k hardly anything, only v ("The gradient" shows it).
 #
 # ## Numbers that do not fit
 #
@@ -98,9 +103,9 @@ print("logits of some hundreds:", plain(q, k, v, causal, 100.0)[3])
 
 # %% [markdown]
 # A softmax does not change when the same number is taken from all logits of a row: numerator and denominator shrink by
-# the same factor. Taking away the largest logit leaves 0 as the largest, so nothing overflows.
+# the same factor. With the largest logit taken away, nothing overflows.
 #
-# One case remains: a query that sees *nothing* (a padded row, a window without tokens). Its largest logit is -inf, and
+# One case remains: a query that sees *nothing* (say, one that only fills up a batch). Its largest logit is -inf, and
 # -inf - (-inf) is NaN again. The equation does not say what the output is; here it is 0, as the sum has no terms. This
 # is the whole core:
 
@@ -124,12 +129,14 @@ print("logits of some hundreds:", core(q, k, v, causal, 100.0)[0][3])
 print("the same as before, where that was a number:", bool(jnp.allclose(core(q, k, v, causal, H**-0.5)[0], out)))
 
 # %% [markdown]
-# Libraries do not agree about the empty row, and none of them says a word. Row 0 sees nothing here:
+# Two libraries do not agree about the empty row, and neither raises an error or warns. Row 0 sees nothing here:
 
 # %%
 import numpy as np
 import torch
 import torch.nn.functional as F
+
+import jforge
 
 
 def to_torch(array):
@@ -140,13 +147,15 @@ nothing = causal.at[0].set(False)
 print("core      ", core(q, k, v, nothing, H**-0.5)[0][0])
 print("torch SDPA", F.scaled_dot_product_attention(*map(to_torch, (q, k, v)), attn_mask=to_torch(nothing))[0])
 wide = jnp.pad(v, ((0, 0), (0, H - V)))  # it wants as many channels of v as of k
-heads = (a[None, :, None] for a in (q, k, wide))  # B T N H: one row, one head
+heads = [a[None, :, None] for a in (q, k, wide)]  # B T N H: one row, one head
 print("jax.nn    ", jax.nn.dot_product_attention(*heads, mask=nothing[None, None])[0, 0, 0, :V])
+lengths = jnp.array([T - 1])  # what the last query sees, the one before it one less, the first one nothing
+print("jforge    ", jforge.ops.decode_attention(*heads, lengths, scale=H**-0.5)[0][0, 0, 0, :V])
 print("the mean of v over all keys:", v.mean(axis=0))
 
 # %% [markdown]
 # `jax.nn.dot_product_attention` masks with a large negative number instead of -inf. In an empty row all logits are that
-# number, all weights are equal, and the query reads every key that it must not see. (In `jforge` such a row is 0.)
+# number, all weights are equal, and the query reads every key that it must not see. torch and `jforge` give 0.
 #
 # ## The gradient
 #
@@ -173,19 +182,21 @@ automatic = jax.grad(lambda q, k, v: (core(q, k, v, nothing, H**-0.5)[0] * g).su
 by_hand = backward(q, k, v, nothing, H**-0.5, g)
 print("equal to jax.grad:", [bool(jnp.allclose(a, b, atol=1e-6)) for a, b in zip(automatic, by_hand, strict=True)])
 print("of q in the empty row:", by_hand[0][0])
+for name, d in zip("qkv", backward(q, k, v, causal, 300.0, g), strict=True):
+    print(f"scale 300, norm of each row of the gradient of {name}:", jnp.linalg.norm(d, axis=-1))
 
 # %% [markdown]
-# The gradient needs p again, T x S numbers. A fast kernel does not keep them: it makes them anew from q, k and one
-# number a row (notebook 01B).
+# The gradient needs p again, T x S numbers. A fast *kernel* (a program for the GPU) does not keep them: it makes them
+# anew from q, k and one number a row (notebook 01B).
 #
 # ## Against the package and two libraries
 #
 # In a model q, k and v are projections of the tokens x (D channels), and the output is projected back: four matrices
-# wq, wk, wv, wo. `jforge` calls this mechanism `single_head`. The same numbers must come from all, forwards and
-# backwards. An error is relative to the largest number; what float32 may be off by is a constant of the package.
+# wq, wk, wv, wo. `jforge` calls this mechanism `single_head`, and H^-1/2 is its `cfg.scaling`. The same numbers must
+# come from all, forwards and backwards. An error is relative to the largest number; what float32 may be off by is a
+# constant of the package.
 
 # %%
-import jforge
 from jforge.core import compare
 
 att = jforge.get("single_head")
@@ -239,6 +250,10 @@ for name, (forward, gradient) in errors.items():
 # another. The answer is not in the parameters; the head has to look it up. A token is a vector of letter, digit (0 in a
 # question) and "is a question", each channel 0 or 1. The head is `core` and its four matrices, the loss the mean of
 # -log(probability of the right digit), and every step goes down the gradient.
+#
+# `vmap` turns a function of one sequence into one of many, `value_and_grad` gives a value and its derivatives,
+# `tree.map` goes through the arrays of a dict, `jit` compiles, and `lax.scan` is a loop: it hands the first result of
+# `step` to the next call and collects the second.
 
 # %%
 LETTERS, DIGITS, FACTS = 6, 4, 8
@@ -256,23 +271,23 @@ def lesson(key):
     return jnp.concatenate(tokens, axis=-1), letters, digits
 
 
-def answers(p, x):
+def answers(w, x):
     """(a score for each digit, T x DIGITS; weights)"""
-    out, weights = core(x @ p["wq"], x @ p["wk"], x @ p["wv"], jnp.tril(jnp.ones((len(x), len(x)), bool)), 8**-0.5)
-    return out @ p["wo"], weights
+    out, weights = core(x @ w["wq"], x @ w["wk"], x @ w["wv"], jnp.tril(jnp.ones((len(x), len(x)), bool)), 8**-0.5)
+    return out @ w["wo"], weights
 
 
-def loss(p, key):
+def loss(w, key):
     x, _, digits = jax.vmap(lesson)(jax.random.split(key, 128))
-    scores, _ = jax.vmap(lambda x: answers(p, x))(x)
+    scores, _ = jax.vmap(lambda x: answers(w, x))(x)
     right = jnp.take_along_axis(jax.nn.log_softmax(scores), digits[..., None], axis=-1)
     return -right[:, FACTS:].mean()
 
 
 @jax.jit
-def step(p, key):
-    value, slope = jax.value_and_grad(loss)(p, key)
-    return jax.tree.map(lambda w, d: w - d, p, slope), value
+def step(w, key):
+    value, slope = jax.value_and_grad(loss)(w, key)
+    return jax.tree.map(lambda old, d: old - d, w, slope), value
 
 
 D = LETTERS + DIGITS + 1
@@ -286,8 +301,8 @@ x_one, letters, digits = lesson(jax.random.key(5))
 names = [f"{'abcdef'[i]}{d if t < FACTS else '?'}" for t, (i, d) in enumerate(zip(letters, digits, strict=True))]
 plt = plots()
 figure, axes = plt.subplots(1, 2, figsize=(10, 5.6))
-for ax, p, title in zip(axes, (start, trained), ("before", "after 300 steps"), strict=True):
-    weights = np.where(np.tri(2 * FACTS), answers(p, x_one)[1], np.nan)
+for ax, w, title in zip(axes, (start, trained), ("before", "after 300 steps"), strict=True):
+    weights = np.where(np.tri(2 * FACTS), answers(w, x_one)[1], np.nan)
     image = ax.imshow(weights, cmap="Blues", vmin=0, vmax=1)
     ax.set_facecolor("#bbbbbb")  # shows through where the mask is
     ax.set(title=title, xlabel="key s", xticks=range(16), yticks=range(16), xticklabels=names, yticklabels=names)
@@ -296,27 +311,34 @@ axes[0].set_ylabel("query t")
 figure.colorbar(image, ax=axes, label="weight p", shrink=0.8)
 plt.show()
 
+scores, weights = answers(trained, x_one)
+own = (weights * (letters[:, None] == letters))[FACTS:, :FACTS].sum(axis=-1)
+right = jnp.take_along_axis(jax.nn.softmax(scores), digits[:, None], axis=-1)[FACTS:]
+print(f"least of all questions: weight on its facts {own.min():.2f}, probability of its digit {right.min():.3f}")
+
 # %% [markdown]
 # Read a row: a question (lower half) puts its weight on the facts with its own letter, wherever they stand, and shares
-# it among them if there are several. Nobody told the head to compare letters; wq and wk came to do it. What is grey
-# is masked.
+# it among them if there are several. Some goes elsewhere, but wv and wo make the scores so large that the digit with
+# most weight has nearly all of the probability. Nobody told the head to compare letters; wq and wk came to do it. What
+# is grey is masked.
 #
 # ## What it costs
 #
 # For every pair of a query and a key that it sees: H products and sums for the logit, V for the weighted value, and a
-# product and a sum count as two operations (*flops*). The exp is not counted. One new token that sees S keys:
+# product and a sum count as two operations (*flops*). The exp and the projections are not counted. One new token that
+# sees S keys:
 
 # %%
 S = 1000
 print(2 * S * (cfg.head_dim + cfg.v_head_dim), "flops;", "the package says", att.cost(cfg, context=S).flops)
 
 # %% [markdown]
-# The keys and values of the S tokens must come from somewhere. Where they are kept, and what reading them costs, is
-# notebook 05A.
+# Where the keys and values of the S tokens are kept, and what reading them costs, is notebook 05A.
 #
 # ## Exercises
 #
-# Set the answer, run the two cells. A function is called by the second one.
+# Set the answer, run the two cells. A function is called by the second one. Whole numbers must be exact, of others
+# three digits count.
 #
 # **1.** Two keys are visible. Their logits are equal, their values are 0 and 1 (V = 1). How much does the output change
 # for a small change of the second logit: what is d out / d l?
@@ -331,8 +353,8 @@ answer_1 = float(jax.grad(lambda second: jax.nn.softmax(jnp.stack([1.0, second])
 exercise(1, answer_1, "5178540571d6")
 
 # %% [markdown]
-# **2.** What is the largest whole number whose exp is still finite in float16, the smaller format with 5 bits for the
-# exponent?
+# **2.** What is the largest whole number whose exp is still finite in float16? (`jnp.finfo(jnp.float16).max` is the
+# largest number of this smaller format.)
 
 # %%
 answer_2 = None
@@ -362,7 +384,8 @@ exercise(3, answer_3, "7209c1cfa162", 5, 2)
 
 # %% [markdown]
 # **4.** Write `answer_4(out_a, lse_a, out_b, lse_b)`. One query saw half of the keys in call a and the other half in
-# call b; lse is log(sum of exp(logits)) of a call. Give the output over all keys. (A fast kernel splits the keys so.)
+# call b. An out has V numbers, an lse is one: log(sum of exp(logits)) of its call. Give the output over all keys. (A
+# fast kernel splits the keys so.)
 
 # %%
 answer_4 = None

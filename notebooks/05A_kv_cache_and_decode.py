@@ -6,8 +6,9 @@
 # kept. That store is the *KV cache*. Taking in the prompt, all of its tokens at once, is *prefill*; each token after it
 # is a *decode step*.
 #
-# Letters: B rows (sequences side by side), T new tokens, S slots of the cache (one a token), D channels of a token,
-# N query heads, K key heads, G = N / K query heads that share a key head, H channels of a query or key, V of a value.
+# Letters: B rows (sequences side by side), T new tokens, S slots of the cache (one a token; from "Bytes" on all of them
+# hold one), D channels of a token, N query heads, K key heads, G = N / K query heads that share a key head, H channels
+# of a query or key, V of a value. The mechanism is called `gqa` (grouped-query); K = N is `mha`, K = 1 is `mqa`.
 
 # %%
 from typing import NamedTuple
@@ -93,7 +94,7 @@ for t in range(7, 12):
 cached = jnp.concatenate(steps, axis=1)
 
 y_prompt, theirs = att.prefill(w, small, x[:, :7], att.init_cache(small, 1, 16, jnp.float32))
-y_rest, theirs = att.decode(w, small, x[:, 7:], theirs)  # the package's decode takes 1 to 16 tokens at once
+y_rest, theirs = att.decode(w, small, x[:, 7:], theirs)  # 1 to 16 tokens at once, with the results of so many steps
 package = jnp.concatenate([y_prompt, y_rest], axis=1)
 
 
@@ -104,7 +105,8 @@ def close(a, b):
 want = uncached(w, x)
 print("prefill and 5 steps:", close(cached, want))
 print("jforge, with a cache and without:", close(package, want), close(att.forward(w, small, x), want))
-print("the two caches:", close(cache.k, theirs.k), close(cache.v, theirs.v), cache.length, theirs.length)
+print("the two caches:", close(cache.k, theirs.k), close(cache.v, theirs.v))
+print("length:", cache.length, "and, one for each row,", theirs.length)
 
 # %% [markdown]
 # Two traps. A slot that is not used yet holds zeros, and a key of zeros has the logit 0, so the weight exp(0), which is
@@ -130,8 +132,9 @@ _, prompt = att.prefill(w, small, x[:, :7], att.init_cache(small, 1, 16, jnp.flo
 picture(watch(att, w, small, x[:, 7:], prompt), "five decode steps after a prompt of 7 tokens", first=7)
 
 # %% [markdown]
-# A step writes one slot of k and v, and reads every slot that there is: the row gets longer by one cell a step. (The
-# new slot is read too: the token sees itself.)
+# A step writes one slot of k and v, and reads every slot that holds a token: the row gets longer by one cell a step.
+# (The new slot is read too, as the token sees itself. But that is after the write: what it held before the step makes
+# no difference, so the picture has w alone.)
 #
 # "Writes one slot" holds if the program writes in place. JAX arrays are values that nobody changes, so without being
 # told otherwise a step copies the whole cache. `donate_argnames` gives the old cache away, and its memory is reused:
@@ -164,20 +167,12 @@ print(f"{len(layers)} layers of {name}: N={N} K={K} H={H} V={V}")
 print(slot, "bytes a token in a layer; the package says", att.cost(cfg, context=1000).per_token)
 
 # %% [markdown]
-# Predict: how many bytes does **one** token take in all layers?
-
-# %% tags=["predict"]
-guess = None
+# What a step stores, writes and reads in one layer and one row, against the package's `cost` of a step that brings the
+# row to S tokens. (Slots that hold nothing are not counted. `attend` above masks them, a kernel does not load them.)
 
 # %%
 token = slot * len(layers)
-reveal(token, guess)
-
-# %% [markdown]
-# What a step stores, writes and reads in one layer and one row, against the package's `cost` of a step that brings the
-# row to S tokens:
-
-# %%
+print(f"{token:,} bytes a token in all layers")
 S = 8192
 stored, written, read = S * slot, slot, S * slot
 cost = att.cost(cfg, context=S)
@@ -192,9 +187,10 @@ print(f"read    {read:>12,} {sum(cost.read.values()):>12,}")
 questions("gqa", context=8192)
 
 # %% [markdown]
-# How much is that for a card? Take NVIDIA's H100: two numbers of its data sheet (the SXM model) are the bytes that its
-# memory gives in a second and the flops that it does in a second in bfloat16. (For the flops the sheet has twice as
-# many, but these are for matrices of which half is zero.) The package keeps both. TB is 10^12 bytes, TFLOP 10^12 flops.
+# How much is that for a card? Take NVIDIA's H100 (its server form, SXM): two numbers of its data sheet are the
+# bytes that its memory gives in a second and the flops that it does in a second in bfloat16. (The sheet says 1,979
+# TFLOP/s "with sparsity", that is for matrices half of which is zero; others get half of it.) `pallas_kernels`, the
+# package's kernels in Pallas, JAX's language for them, keeps both. TB is 10^12 bytes, TFLOP 10^12 flops.
 
 # %%
 from pallas_kernels.device import DEVICES
@@ -210,29 +206,34 @@ for S in (1_000, 8_000, 128_000):
 # ## Bound by memory
 #
 # A processor that reads and computes at the same time is done when the slower of the two is done. Which one is slower
-# depends on the flops that the program does for each byte that it reads: its *arithmetic intensity*. At
+# depends on the flops that the program does for each byte that it moves: its *arithmetic intensity*. At
 # PEAK / BANDWIDTH flops a byte the two take equally long. Below that the program is *memory-bound*: it takes as long as
 # its bytes take, and the arithmetic waits.
 #
-# The attend step of a decode: each of N heads takes 2 (H + V) flops for each slot (notebook 01A). The slots are read
-# once, for all heads.
+# The attend step of a decode, of one token: each of N heads takes 2 (H + V) flops for each slot (notebook 01A). The
+# slots are read once, for all heads; beside them q and out are so few that they are left out.
+#
+# Predict: if such a step takes as long as its bytes take, how many percent of the card's flops does it use?
+
+# %% tags=["predict"]
+guess = None
 
 # %%
 S = 8192
 flops = 2 * N * (H + V) * S
 balance, intensity = PEAK / BANDWIDTH, flops / (S * slot)
 print(flops, "flops; the package says", cost.flops)
-print(f"{intensity:.1f} flops a byte; the card balances at {balance:.0f}")
-print(f"share of the arithmetic that is used: {intensity / balance:.1%}")
+print(f"{intensity:.1f} flops a byte; the card balances at {balance:.1f}")
+reveal(100 * intensity / balance, guess)
 
 # %% [markdown]
 # S cancels, and so do H + V: what is left is 2 G / ELEMENT, which is G in bfloat16. The batch cancels too, because
-# every row has a cache of its own. So no context and no batch makes the attend step of a decode faster than its bytes.
-# It only helps to read less (fewer key heads, fewer slots, smaller numbers), and that is what notebooks 03 to 11 are
-# about.
+# every row has a cache of its own. So no context and no batch makes this attend step faster than its bytes. (Several
+# tokens in one step would share the read, but they would have to be guessed: each follows from the one before.) It only
+# helps to read less (fewer key heads, fewer slots, smaller numbers), and that is what notebooks 03 to 11 are about.
 #
 # Prefill is another world: T queries meet the keys that are read once. Under the causal mask they are T (T + 1) / 2
-# pairs. Write q and out too, N (H + V) numbers a token:
+# pairs. q is read and out written too, N (H + V) numbers a token:
 
 
 # %%
@@ -248,7 +249,9 @@ for T in (1, 16, 128, 1024, 8192):
 # (That is what a kernel can reach which never writes the T x T weights to memory.)
 #
 # The *roofline* puts it into one picture. Across: intensity. Up: what the card can do at best. On the slope memory is
-# the limit, on the roof the arithmetic. Each mark is the attend step of a shipped model, from its `cost`.
+# the limit, on the roof the arithmetic. Each mark is the attend step of a shipped model, from its `cost`, with its
+# flops a byte. (2 G / ELEMENT does not hold for `mla`, notebook 06A: it keeps one vector a token, which all of its 128
+# heads read and most of which is key and value at once. That makes nearly 4 N / ELEMENT.)
 
 # %%
 import numpy as np
@@ -262,7 +265,7 @@ ax.text(balance * 1.1, 1.3, f"{balance:.0f} flops a byte", color="#444444")
 
 
 def mark(i, marker, color, label):
-    ax.plot(i, min(i * BANDWIDTH, PEAK) / 1e12, marker, color=color, markersize=12, label=label)
+    ax.plot(i, min(i * BANDWIDTH, PEAK) / 1e12, marker, color=color, markersize=12, label=f"{i:.0f}: {label}")
 
 
 for at, (mechanism, marker) in enumerate([("mha", "o"), ("gqa", "s"), ("mqa", "^"), ("mla", "D")]):
@@ -277,29 +280,29 @@ ax.legend(fontsize=12, loc="upper left", frameon=False)
 plt.show()
 
 # %% [markdown]
-# Is it so on a real card? `docs/gpu_runs.jsonl` has measured times of `decode_attention` on an H100. The bytes of k and
-# v divided by BANDWIDTH are the least time in which they can be read.
+# Is it so on a real card? `docs/gpu_runs.jsonl` (of the clone in whose folder `notebooks` this runs) has measured times
+# of `decode_attention`, the attend step as a kernel, on an H100: the median of many calls. The bytes of k and v divided
+# by BANDWIDTH are the least time in which they can be read.
 
 # %%
 import json
 
 runs = [json.loads(line) for line in Path("../docs/gpu_runs.jsonl").read_text().splitlines()]
 wanted = {"what": "decode_attention", "implementation": "pallas", "device": "NVIDIA H100 80GB HBM3", "N": N, "K": K}
-for run in [run for run in runs if wanted.items() <= run.items() and "window" not in run]:
+for run in [run for run in runs if wanted.items() <= run.items() and not run.get("window")]:
     least = run["B"] * run["S"] * slot / BANDWIDTH * 1e6
     print(f"B = {run['B']:>3}, S = {run['S']:>7,}: measured {run['median']:6.1f} us", end=", ")
     print(f"at least {least:6.1f} us: {least / run['median']:.0%}")
 
 # %% [markdown]
 # A call that reads much takes about as long as its bytes take, whatever B and S are. (No memory quite reaches the
-# number of its data sheet. A call that reads little is over before all of the card is at work; notebook 05B looks
-# inside.)
+# number of its data sheet. A call that reads little takes longer than its bytes; notebook 05B looks inside.)
 #
 # ## The whole layer, and the batch
 #
 # A decode step also reads the weights of the model: they are the same for all rows, so B rows share one read. That is
 # why servers batch. W weights take W ELEMENT bytes and 2 W flops a row (a product and a sum each). A layer of Llama has
-# the four matrices of attention and three of its MLP, between D and F channels.
+# the four matrices of attention and three of its MLP (what works on each token alone), between D and F channels.
 
 # %%
 D, F = cfg.hidden_size, config["intermediate_size"]
@@ -319,9 +322,9 @@ for B in (1, 64, 512):
     print(f"B = {B:>3}, S = 4096: {memory * 1e6:7.1f} us for the bytes, {arithmetic * 1e6:7.1f} us for the flops")
 
 # %% [markdown]
-# From which batch on is the step no longer memory-bound? Both times are straight lines in B. They cross where the
-# weights' bytes, paid once, have been worked off by what a row's flops take longer than its bytes. If a row's cache
-# takes longer to read than the row takes to compute, they never cross.
+# From which batch on is the step no longer memory-bound? Both times are straight lines in B, weights + B row_bytes and
+# B row_flops, all in seconds. They cross at the B that `crossing` returns. If a row's cache takes longer to read than
+# the row takes to compute, they never cross.
 
 
 # %%
@@ -340,18 +343,21 @@ contexts = np.arange(0, 600, 2)
 last = next(S for S in range(10_000) if crossing(S) == float("inf"))
 plt.figure(figsize=(10, 4))
 plt.semilogy(contexts, [crossing(S) for S in contexts], label="as long to read as to compute")
-plt.fill_between(contexts, [min(crossing(S), 1e5) for S in contexts], 1e5, alpha=0.15, label="bound by arithmetic")
+plt.fill_between(contexts, [min(crossing(S), 1e5) for S in contexts], 1e5, alpha=0.15)
 plt.axvline(last, color="#888888", linestyle=":", linewidth=1.5)
-plt.text(last + 8, 300, f"from {last} tokens on:\nbound by memory\nat any batch")
+plt.text(60, 1e4, "bound by arithmetic")
+plt.text(190, 150, "bound by memory")
+plt.text(last + 8, 800, f"from {last} tokens on:\nbound by memory\nat any batch")
 plt.xlabel("tokens in each row, S")
 plt.ylabel("batch B")
+plt.xlim(0, 600)
 plt.ylim(100, 1e5)
-plt.legend(loc="upper right")
+plt.legend(fontsize=12, loc="upper right", frameon=False)
 plt.show()
 
 # %% [markdown]
 # From some hundred tokens on, the cache of a row takes longer to read than all of the row's arithmetic takes, so a
-# larger batch only adds bytes. In practice the decode of this model is always memory-bound: a step takes the bytes of
+# larger batch only adds bytes. Such a decode of this model is memory-bound at any batch: a step takes the bytes of
 # weights and cache, divided by the bandwidth.
 #
 # What is left out here: the weights share the memory and so limit B; starting a kernel takes time; and several cards
@@ -359,7 +365,8 @@ plt.show()
 #
 # ## Exercises
 #
-# Set the answer, run the two cells. A function is called by the second one.
+# Set the answer, run the two cells. A function is called by the second one. Whole numbers must be exact, of others
+# three digits count.
 #
 # **1.** Llama-2-7B has 32 layers of `mha` (K = N = 32, H = V = 128). How many bytes does one token take in its cache,
 # in bfloat16?
@@ -401,22 +408,25 @@ answer_3 = sum(sum(att.cost(cfg, context=S).read.values()) for S in range(1001, 
 exercise(3, answer_3, "50de77b493ac")
 
 # %% [markdown]
-# **4.** How many query heads must share a key head at least, so that the attend step of a decode in bfloat16 is not
-# memory-bound on this card?
+# **4.** How many query heads must share a key head at least, so that the attend step of a decode is not memory-bound?
+# Write `answer_4(balance, element)`, for any card's balance in flops a byte and any bytes of a number.
 
 # %%
 answer_4 = None
 
+
 # %% tags=["solution"]
-answer_4 = int(-(-balance // 1))
+def answer_4(balance, element):
+    return int(np.ceil(balance * element / 2))
+
 
 # %%
-exercise(4, answer_4, "4d8d40470b08")
+exercise(4, answer_4, "f0f67feebc57", 20.5, 4)
 
 # %% [markdown]
-# **5.** The cache is stored in 8-bit numbers (1 byte each), and each head and slot keeps one float32 beside its key and
-# one beside its value to scale them by. What is the intensity of the attend step of Llama-3.1-8B then, in flops a byte?
-# (The multiplications by the scales are not counted.)
+# **5.** The cache is stored in 8-bit numbers (1 byte each), and each key head and slot keeps one float32 beside its key
+# and one beside its value to scale them by. What is the intensity of the attend step of Llama-3.1-8B then, in flops a
+# byte? (The multiplications by the scales are not counted.)
 
 # %%
 answer_5 = None
