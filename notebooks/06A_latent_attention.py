@@ -9,7 +9,7 @@
 # value. A query and a key have two parts: `nope` channels made from the latent, and R *rotary* channels, which carry
 # the position. There is one row, so no B.
 #
-#     [latent_s | k_rope_s] = x_s Wkv_a                     what is stored: C + R numbers
+#     [a_s | b_s] = x_s Wkv_a     latent_s = norm(a_s)    k_rope_s = rotate(b_s)       what is stored: C + R numbers
 #     k_s,n = [latent_s Wk_n | k_rope_s]    v_s,n = latent_s Wv_n      what attention needs: N (nope + R + V) numbers
 #
 # In the code Wkv_a is `wkv_a`; Wk and Wv of all heads are `wk_b` and `wv_b`. (DeepSeek makes the queries from a latent
@@ -29,7 +29,7 @@ jax.config.update("jax_default_matmul_precision", "highest")  # a GPU may otherw
 jnp.set_printoptions(precision=3, suppress=True)
 
 att = jforge.get("mla")
-small = att.Config(
+small = att.Config(  # with the names of Hugging Face: D, N, C (its "lora rank" is the width of a latent), nope, R, V
     hidden_size=32, num_attention_heads=4, kv_lora_rank=10, qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=6,
     rope_parameters={"rope_type": "default", "rope_theta": 1e4},
 )  # fmt: skip
@@ -40,10 +40,10 @@ print({name: matrix.shape for name, matrix in w.items()})
 # %% [markdown]
 # ## The latent
 #
-# Two functions come first. `rotate` is RoPE, the usual way to tell a model about positions: each pair of channels is
-# turned by an angle that grows with the position p, fast for the first pair, slower for the later ones. `norm` divides
-# a vector by its root mean square. `store` makes what the cache holds: the latent is normed, the rotary key is rotated
-# at its own position.
+# `rotate` is RoPE, the usual way to tell a model about positions: each pair of channels is turned by an angle that
+# grows with the position p, fast for the first pair, slower for the later ones. (`*n`: any axes, such as the heads, or
+# none.) `norm` divides a vector by its root mean square and multiplies it by a *gain* a channel, a parameter
+# (`kv_norm`). `store` makes what the cache holds, the rotary key rotated at its own position, and `ask` the queries.
 
 
 # %%
@@ -83,7 +83,7 @@ print("latent", latent.shape, "k_rope", k_rope.shape)
 # ## The naive form
 #
 # Expand the latents into the keys and values of all heads, then attend as in notebook 01A. The rotary key is the same
-# for all heads, so it is repeated.
+# for all heads, so it is repeated. `small.scaling` is (nope + R)^-1/2, the scale of 01A.
 
 
 # %%
@@ -109,12 +109,17 @@ def naive(
 
 q_nope, q_rope = ask(w, x, p)
 out = naive(w, q_nope, q_rope, latent, k_rope)
-keys_values = jnp.einsum("sc,cnh->snh", latent, jnp.concatenate([w["wk_b"], w["wv_b"]], axis=-1)).reshape(12, -1)
-print(f"numbers a token, expanded: {keys_values.shape[1]}; rank of all of them: {jnp.linalg.matrix_rank(keys_values)}")
+
+many = jax.random.normal(jax.random.key(2), (100, 32))  # T D
+from_latent = store(w, many, jnp.arange(100))[0] @ jnp.concatenate([w["wk_b"], w["wv_b"]], axis=-1).reshape(10, -1)
+from_x = many @ jax.random.normal(jax.random.key(3), (32, from_latent.shape[1]))  # as in multi-head attention
+for name, table in (("the latent", from_latent), ("x", from_x)):
+    print(f"k_nope and v from {name}: {table.shape}, rank {jnp.linalg.matrix_rank(table)}")
 
 # %% [markdown]
-# The rank says what is given up: 12 tokens have 56 numbers each, but every row of that table is a mixture of only
-# C = 10 patterns. Each head still has a key of its own; the keys of the heads are no longer independent.
+# The rank says what is given up. 100 tokens have N (nope + V) = 56 numbers each, without the rotary part. Made from x
+# directly, a row of that table is a mixture of D = 32 patterns; made from the latent, of C = 10. Each head still has a
+# key of its own, but all heads together know of a token only what C numbers say.
 #
 # The naive form saves memory and nothing else. Each step would expand the whole cache again.
 #
@@ -153,14 +158,16 @@ print("naive and absorbed agree:", close(out, absorbed(w, q_nope, q_rope, latent
 #
 # ## Why the rotary key lies apart
 #
-# A rotation between q and Wk depends on the distance t - s. If the nope part were rotated too, the matrix that the
-# query has to absorb would be another one for every slot, and none could be absorbed once for all:
+# Write rot_p for a rotation at position p. Angles add, and two vectors that are turned alike keep their product, so
+# rot_t(q) . rot_s(k) = q . rot_(s-t)(k): only the distance counts. If the nope part were rotated too, k = latent_s Wk
+# would put rot_(s-t) between q and Wk. The matrix that the query has to absorb would be another one for every slot:
 
 # %%
-W_k = w["wk_b"][:, 0]  # C nope of head 0
-for distance in (0, 1, 5):
-    turned = rotate(W_k, jnp.full(len(W_k), -distance)) @ q_nope[11, 0]  # for a slot so far back
-    print(f"distance {distance}: first channels of what the query would have to be:", turned[:4])
+W_k, q_0, t = w["wk_b"][:, 0], q_nope[11:, 0], 11  # C nope and 1 nope, of head 0
+for s in (11, 10, 6):
+    rotated = rotate(q_0, jnp.array([t])) @ rotate(latent[s : s + 1] @ W_k, jnp.array([s])).T
+    q_latent = rotate(W_k, jnp.full(len(W_k), s - t)) @ q_0[0]  # each of the C rows of Wk is turned
+    print(f"s = {s:>2}: the query would be {q_latent[:4]}..., same logit:", close(rotated[0, 0], q_latent @ latent[s]))
 
 # %% [markdown]
 # So position goes into R channels of its own, made from x directly and shared by all heads: their logit is q_rope .
@@ -178,9 +185,9 @@ print("the output:", close(package, jnp.einsum("tnv,nvd->td", out, w["wo"])))
 print("the cache:", close(after.latent[0, :12], latent), close(after.k_rope[0, :12], k_rope))
 
 # %% [markdown]
-# What the steps touch, found by experiment as in 05A. Expect two buffers with the same picture: each step writes one
-# slot in both and reads every slot up to its own (the new one too). It is the picture of 05A. Nothing is skipped and
-# nothing is lost; the compression is in what a slot holds.
+# What the steps touch, found by experiment as in 05A. The two buffers share a panel, as they have the same picture:
+# each step writes one slot in both and reads every slot up to its own (the new one too, where "w" hides the "r").
+# Nothing is skipped and nothing is lost; the compression is in what a slot holds.
 
 # %%
 picture(watch(att, w, small, x[None, 7:], cache), "five decode steps after a prompt of 7 tokens", first=7)
@@ -211,13 +218,18 @@ reveal(expanded / slot, guess)
 print(f"{expanded:,} bytes a token against {slot:,}; the package says {att.cost(cfg, context=1000).per_token:,}")
 
 # %% [markdown]
-# For comparison, the first shipped model of each of these mechanisms:
+# For comparison, a model of each of these mechanisms, the first in the package. They differ in size:
 
 # %%
 for name in ("mha", "gqa", "mqa", "mla"):
     other = jforge.get(name)
     model, its = next(iter(other.models.items()))
-    print(f"{name}: {other.cost(its, context=1000).per_token:>7,} bytes a token in a layer of {model}")
+    held = f"{other.cost(its, context=1000).per_token:>7,} bytes a token in a layer of {model}"
+    print(f"{name}: {held}, N = {its.num_attention_heads}")
+
+# %% [markdown]
+# One key head (mqa) takes less still. But there all heads have the same key and the same value (notebook 03A); here
+# each head makes its own from what is shared.
 
 # %%
 questions("mla")
@@ -241,15 +253,21 @@ print("prefill:", pairs * naive_pair, "flops; the package says", att.cost(cfg, c
 # %% [markdown]
 # A pair costs more in the absorbed form. But the naive form has to expand each slot first (the package's `cost` does
 # not count that, since it counts a projection nowhere). With few queries, the expansion is the larger part. With many
-# queries, it is shared by all of them. From how many new tokens T on does the naive form do fewer flops? Take a slot
-# that all T queries see, and leave out the absorption of q and of the output, which does not grow with S.
+# queries, it is shared by all of them. (The absorbed form pays for its T new tokens what the naive one pays for their
+# slots: to absorb q and the output is `expansion` flops a query, too.)
+#
+# Predict: from how many new tokens T on does the naive form do fewer flops for an old slot, which all T queries see?
+
+# %% tags=["predict"]
+guess = None
 
 # %%
+crossing = expansion / (absorbed_pair - naive_pair)
+reveal(crossing, guess)
 for T in (1, 16, 128, 1024):
     a, b = expansion + T * naive_pair, T * absorbed_pair
     print(f"T = {T:>5,}: naive {a:>13,}, absorbed {b:>13,} flops a slot: {'naive' if a < b else 'absorbed'}")
-crossing = expansion / (absorbed_pair - naive_pair)
-print(f"equal at T = {crossing:.1f}")
+print("C (nope + V) / (2 C - nope - V) =", round(C * (nope + V) / (2 * C - nope - V), 1))
 
 # %%
 import numpy as np
@@ -261,12 +279,13 @@ ax.loglog(across, (expansion + across * naive_pair) / across, label="naive, the 
 ax.loglog(across, np.full_like(across, absorbed_pair), label="absorbed")
 ax.axvline(crossing, color="#888888", linestyle=":", linewidth=1.5)
 ax.text(crossing * 1.1, 3e7, f"T = {crossing:.0f}", color="#444444")
-ax.set(xlabel="new tokens T that share a slot", ylabel="flops a query and slot", ylim=(5e4, 1e8))
+ax.set(xlabel="new tokens T that share an old slot", ylabel="flops a query and slot", ylim=(5e4, 1e8))
 ax.legend(frameon=False)
 plt.show()
 
 # %% [markdown]
-# So both forms are in use: the naive one for prefill, the absorbed one for decode. N cancels, and so does S.
+# So both forms are in use: the absorbed one for decode, the naive one for prefill. (A prompt from scratch has no old
+# slots, and naive does fewer flops at any length.) N and R cancel, as the formula shows, and S never came in.
 #
 # ## Flops for bytes
 #
@@ -281,6 +300,7 @@ h100 = next(device for device in DEVICES if device.name == "H100")
 bandwidth, peak = h100.bandwidth * 1e9, h100.tflops * 1e12  # bytes and flops a second, of its data sheet
 cost = att.cost(cfg, context=S)
 intensity = cost.flops / sum(cost.read.values())
+weights = C * N * (nope + V) * ELEMENT  # bytes of wk_b and wv_b
 print(f"absorbed: {intensity:.0f} flops a byte; the card balances at {peak / bandwidth:.0f}")
 
 rows = {
@@ -290,15 +310,19 @@ rows = {
 }
 for form, (read, flops) in rows.items():
     print(f"{form:30} {read / bandwidth * 1e6:7.1f} us for the bytes, {flops / peak * 1e6:7.1f} us for the flops")
+print(f"wk_b and wv_b, {weights / 1e6:.1f} MB: {weights / bandwidth * 1e6:.1f} us")
 
 # %% [markdown]
-# (The second row writes the expanded keys and values to memory and reads them back, as a program of plain matrix
-# products would.) The absorbed step is faster for its bytes and has about as much arithmetic as it has bytes. That is
-# the trade: more flops, on a card whose arithmetic would have waited. It also means that a step of MLA has little
-# arithmetic left to give away, and that its kernel has to keep both units of the card at work. That is notebook 06B.
+# The last line comes to each of the three. Weights are read once for all rows of a batch (05A), but for a single one
+# they take longer than its latents.
 #
-# One more cost. When N heads are spread over several cards, each card needs the *whole* latent cache, as there is only
-# one key head: the bytes do not shrink with the number of cards, only the flops do.
+# (The second form writes the expanded keys and values to memory and reads them back, as a program of plain matrix
+# products would.) The absorbed step reads the fewest bytes, and its flops take nearly as long as they do. That is the
+# trade: more flops, on a card whose arithmetic would have waited. It also means that a step of MLA has little
+# arithmetic left to give away, and that its kernel has to read and to multiply at the same time. That is notebook 06B.
+#
+# One more cost. When each of several cards computes some of the N heads, it needs the *whole* latent cache, as there is
+# only one key head: the bytes do not shrink with the number of cards, only the flops do.
 #
 # ## Exercises
 #

@@ -1,8 +1,8 @@
 # %% [markdown]
 # # 09A. DeepSeek sparse attention: index, pick, gather
 #
-# A decode step reads the whole cache, and most of what it reads gets a weight near 0 (notebook 05A has the price). It
-# would be enough to read the few tokens that matter. But which ones these are depends on the query, and who wants to
+# A decode step reads the whole cache (notebook 05A has the price), also what gets a weight near 0. If few tokens have
+# most of the weight, it would be enough to read these. But which ones they are depends on the query, and who wants to
 # know must look at all tokens first.
 #
 # DeepSeek-V3.2 looks twice. Every token leaves, beside its entry in the cache, a second, much smaller key: the *index
@@ -62,7 +62,7 @@ print("scores of query 3:", scores[3])
 # These must not be read: they become -1.
 #
 # And scores may be equal. Relu makes exactly 0 of everything negative, so a token which no head likes has the score 0,
-# and there may be many of these. How many?
+# and there may be many of these. Their share, for random numbers:
 
 # %%
 for heads in (1, 2, 4, 8):
@@ -75,9 +75,9 @@ for heads in (1, 2, 4, 8):
 
 # %% [markdown]
 # If the cut between picked and not picked runs through equal scores, any choice is as good, but two programs that
-# choose differently give different outputs, and so does one program on two cards. A rule ends that: *score descending,
-# then index ascending*. `jnp.argsort` keeps equal numbers in their order if it is asked for a stable sort. 0 and -0 are
-# equal numbers with different bits, and a negative weight times relu's 0 is -0; so they are made one first.
+# choose differently give different outputs. A rule ends that: *score descending, then index ascending*. `jnp.argsort`
+# keeps equal numbers in their order if it is asked for a stable sort. 0 and -0 are equal numbers with different bits,
+# and a negative weight times relu's 0 is -0; so they are made one first.
 
 
 # %%
@@ -91,21 +91,20 @@ def pick(scores: Float[Array, "T S"], count: int) -> Int[Array, "T L"]:
 
 picks = pick(scores, 4)
 print(picks[:6])
-equal = jnp.array([[1.0, -0.0, 2.0, 0.0, -0.0]])
-print("a row with ties  ", pick(equal, 3)[0])
-print("jax.lax.top_k    ", jax.lax.top_k(equal, 3)[1][0])
-print("jforge's rule    ", jforge.ops.topk_indices(equal, 3)[0])
+for zeros in ((0.0, 0.0, 0.0), (-0.0, 0.0, -0.0)):
+    equal = jnp.array([[1.0, zeros[0], 2.0, *zeros[1:]]])
+    ours, jforges = pick(equal, 3)[0], jforge.ops.topk_indices(equal, 3)[0]
+    print(f"{equal[0]}: ours {ours}, jforge {jforges}, jax.lax.top_k {jax.lax.top_k(equal, 3)[1][0]}")
 
 # %% [markdown]
-# Rows 0 to 2 see fewer than four tokens, and say so. In the row with ties the tokens 1, 3 and 4 are equal, so the
-# lowest of them, 1, is the third pick. `jax.lax.top_k` keeps the lower index on a tie too, but takes 0 for more than
-# -0.
+# Rows 0 to 2 see fewer than four tokens, and say so. In the rows with ties the tokens 1, 3 and 4 are equal, so the
+# lowest of them, 1, is the third pick. `jax.lax.top_k` took the lower index too, but it takes 0 for more than -0.
 #
 # ## The gather
 #
 # The attention is the one of DeepSeek's MLA (notebook 06A), of which one fact matters here: a token leaves *one* vector
 # for all heads, C channels of a *latent* and R of a rotary key. All C + R are the key of every head, the C are its
-# value.
+# value. A query is taken in the absorbed form of 06A, with C + R channels too.
 #
 # There are two ways to attend to the picks alone. One computes all logits and masks those of the other tokens: simple,
 # and it reads everything. The other copies the picked rows out first. Only this one reads less.
@@ -160,20 +159,21 @@ print("L = S, equal to attention over all:", close(all_of_them, masked(q, rows, 
 # averaged over the heads. How far apart two distributions p and g are is measured by the *KL divergence*, the sum of p
 # log(p / g).
 #
-# Here is that for one fixed attention with random weights (four heads, one key for all of them), on random tokens. What
-# counts in the end is how much of the attention's weight falls on the picks.
+# Here is that for one fixed attention with random weights (four heads, one key of 16 channels for all of them), on
+# random tokens. The index key has 4 channels. What counts in the end is how much of the attention's weight falls on the
+# picks.
 
 # %%
-D, TOKENS, HEADS, H = 16, 64, 4, 8  # of the attention
-I, J, L = 8, 8, 8  # noqa: E741
+D, TOKENS, HEADS, H = 16, 64, 4, 16  # of the attention
+I, J, L = 8, 4, 8  # noqa: E741
 before = jnp.tril(jnp.ones((TOKENS, TOKENS), bool))
 keys = jax.random.split(jax.random.key(0), 8)
 main_q = 1.7 * D**-0.5 * jax.random.normal(keys[0], (D, HEADS, H))
-main_k = 1.7 * D**-0.5 * jax.random.normal(keys[1], (D, H))
+main_k = 1.7 * D**-0.5 * jax.random.normal(keys[1], (D, H))  # with more than 1.7, fewer tokens have most of the weight
 
 
 def sample(key):
-    return jax.random.normal(key, (TOKENS, D)).at[:, 0].set(1.0)  # a channel that is always 1, as a bias
+    return jax.random.normal(key, (TOKENS, D)).at[:, 0].set(1.0)  # always 1, so w may have a constant part
 
 
 def attention_weights(x):
@@ -183,7 +183,7 @@ def attention_weights(x):
 
 
 def its_scores(p, x):
-    w = x @ p["w"] * (I * J) ** -0.5
+    w = x @ p["w"] * (I * J) ** -0.5  # J for the length of the products, I for that of their sum
     return index_scores(jnp.einsum("td,dij->tij", x, p["q"]), x @ p["k"], w, before)
 
 
@@ -196,7 +196,7 @@ def divergence(p, x):
 def step(p, key):
     x = jax.vmap(sample)(jax.random.split(key, 8))
     value, slope = jax.value_and_grad(lambda p: jax.vmap(lambda x: divergence(p, x))(x).mean())(p)
-    return jax.tree.map(lambda a, d: a - 3.0 * d, p, slope), value
+    return jax.tree.map(lambda a, d: a - 3.0 * d, p, slope), value  # 3.0: the size of a step
 
 
 shapes = {"q": (D, I, J), "k": (D, J), "w": (D, I)}
@@ -205,55 +205,61 @@ trained, losses = jax.jit(lambda: jax.lax.scan(step, start, jax.random.split(jax
 print(f"divergence {losses[0]:.2f}, after 250 steps {losses[-20:].mean():.2f}")
 
 # %% [markdown]
-# The share of the weight that the picks catch, over the queries which see more than L tokens. The best possible picks
-# are those of the highest weights themselves; picks at random would catch L of t + 1 tokens.
+# The share of the weight that the picks catch, over the queries which see more than L tokens, and how many of the picks
+# are among the L of the highest weights, which are the best possible ones. Picks at random would catch L of t + 1
+# tokens.
 
 # %%
 x = sample(jax.random.key(99))
 attended = attention_weights(x)
 
 
-def caught(scores):
-    chosen = pick(jnp.where(before, scores, -jnp.inf), L)
-    return float(jnp.take_along_axis(attended, chosen, axis=-1)[L:].sum(axis=-1).mean())
+best = pick(jnp.where(before, attended, -jnp.inf), L)
+
+
+def caught(chosen):
+    weight = jnp.take_along_axis(attended, chosen, axis=-1)[L:].sum(axis=-1).mean()
+    among = (chosen[L:, :, None] == best[L:, None]).any(axis=-1).mean()
+    return f"{weight:.2f} of the weight, {among:.0%} of the best"
 
 
 print(f"at random        {float((L / jnp.arange(L + 1, TOKENS + 1)).mean()):.2f}")
-print(f"before training  {caught(its_scores(start, x)):.2f}")
-print(f"trained          {caught(its_scores(trained, x)):.2f}")
-print(f"the best L       {caught(attended):.2f}")
+for name, chosen in (("before training", pick(its_scores(start, x), L)), ("trained", pick(its_scores(trained, x), L))):
+    print(f"{name:17}{caught(chosen)}")
+print(f"the best L       {caught(best)}")
 
 # %%
 plt = plots()
-figure, axes = plt.subplots(1, 2, figsize=(10, 3.9), sharey=True)
+figure, axes = plt.subplots(2, figsize=(10, 6), sharex=True)
 for ax, p, title in zip(axes, (start, trained), ("picks before training", "picks after 250 steps"), strict=True):
     image = ax.imshow(np.where(before, attended, np.nan), cmap="Blues", vmin=0, vmax=0.3)
     ax.set_facecolor("#dddddd")  # shows through where the mask is
     chosen = np.asarray(pick(its_scores(p, x), L))
-    t, place = np.nonzero(chosen >= 0)
-    ax.plot(chosen[t, place], t, ".", color="#d55e00", markersize=3.5)
-    ax.set(title=title, xlabel="token s", xlim=(-0.5, 63.5), ylim=(63.5, 23.5))
-axes[0].set_ylabel("query t")
+    t, place = np.nonzero((chosen >= 0) & (np.arange(TOKENS)[:, None] >= 48))
+    ax.plot(chosen[t, place], t, "s", color="#d55e00", fillstyle="none", markersize=8, markeredgewidth=1.5)
+    ax.set(title=title, ylabel="query t", xlim=(-0.5, 63.5), ylim=(63.5, 47.5))
+axes[1].set_xlabel("token s")
 figure.colorbar(image, ax=axes, label="weight of the attention")
 plt.show()
 
 # %% [markdown]
-# Blue is the weight of the attention, the same on both sides; an orange dot is a pick. On the left the dots lie
-# anywhere. On the right they lie on the blue cells. (These weights are random and spread out. A trained model's are
-# more uneven, which is what the method lives from.)
+# The last 16 queries. Blue is the weight of the attention, the same above and below; an orange frame is a pick. Above,
+# the frames lie anywhere. Below, most of the dark cells are framed, but so are many pale ones: after the few large
+# weights come many small ones that differ little. (Random weights are so spread out that even the best 8 picks leave
+# more than a quarter of the weight. The method lives from weights that are more uneven.)
 #
 # ## Against the package
 #
 # `jforge` calls the mechanism `dsa`. The whole layer, from its parameters: the queries of the attention and those of
 # the indexer come from one small vector of the token, the query latent. Index keys are normed by their mean and
 # deviation (*layer norm*), the latents by their root mean square. Rotary positions are left out
-# (`rope_parameters=None`).
+# (`rope_parameters=None`). `att.select` gives the picks of a step without taking it.
 
 # %%
 att = jforge.get("dsa")
 small = att.Config(
     hidden_size=32, num_attention_heads=4, q_lora_rank=16, kv_lora_rank=12, qk_nope_head_dim=8, qk_rope_head_dim=4,
-    v_head_dim=8, index_n_heads=8, index_head_dim=8, index_topk=4,
+    v_head_dim=8, index_n_heads=8, index_head_dim=8, index_topk=4, rope_parameters=None,
 )  # fmt: skip
 p = att.init_params(jax.random.key(3), small)
 x = jax.random.normal(jax.random.key(4), (1, 16, 32))  # one row of 16 tokens
@@ -306,17 +312,21 @@ print("picks of the last token:", picks[-1], "jforge:", chosen[0, 0])
 # %% [markdown]
 # ## What a step touches
 #
-# Five decode steps after a prompt of nine tokens; `watch` finds out by experiment what each of them reads.
+# Five decode steps after a prompt of nine tokens; `watch` finds out by experiment what each of them reads. It compares
+# the outputs and also the scores: another index key shows there even where it changes no pick.
 
 # %%
 _, prompt = att.prefill(p, small, x[:, :9], att.init_cache(small, 1, 16, jnp.float32))
 picture(watch(att, p, small, x[:, 9:14], prompt), "L = 4 of 9 tokens and more", first=9)
+print("picks of tokens 9 to 13:", *jnp.sort(picks[9:14]))
 
 # %% [markdown]
-# Above are the entries. Each step reads four of them: in rows 9 and 10 four old ones, in rows 11 and 12 three old ones
-# and the new one, which is marked as written. (So a token need not pick itself.) The others are kept, since a later
-# query may pick them. Below are the index keys, and of these every step reads every one. So the cache did not get
-# smaller: it got an index on top.
+# Above are the entries. Each step reads four of them: in rows 9, 10 and 13 four old ones, in rows 11 and 12 three old
+# ones and the new one, where the mark "written" hides that. (So a token need not pick itself.) The others are kept,
+# since a later query may pick them. Below are the index keys, and of these every step reads every one, its own too. So
+# the cache did not get smaller: it got an index on top.
+#
+# The package's table counts a scanned index key as an entry that is read.
 
 # %%
 questions("dsa")
@@ -334,7 +344,7 @@ ELEMENT = jnp.dtype("bfloat16").itemsize
 S = 131_072
 scanned, taken = S * J * ELEMENT, min(L, S) * (C + R) * ELEMENT
 cost = att.cost(cfg, context=S)
-print(f"C={C} R={R} J={J} L={L}")
+print(f"C={C} R={R} I={cfg.index_n_heads} J={J} L={L}; the table's entries: {L} + {S} = {L + S:,}")
 print(f"scanned  {scanned:>11,} {cost.read['k_index']:>11,}")
 print(f"gathered {taken:>11,} {cost.read['latent'] + cost.read['k_rope']:>11,}")
 
@@ -352,7 +362,7 @@ reveal(of_mla / sum(cost.read.values()), guess)
 # %% [markdown]
 # Most of what is left is the scan. It grows with S as MLA's reads do, only with J channels a token instead of C + R:
 # the factor can never be more than (C + R) / J, however long the context is. A smaller index helps, so DeepSeek stores
-# index keys in 8 bits (*e4m3*: a sign, 4 bits of exponent, 3 of mantissa), and one scale a token.
+# index keys in 8 bits (*e4m3*: a sign, 4 bits of exponent, 3 of mantissa), and one scale a token, a float32 of 4 bytes.
 
 # %%
 tokens = np.geomspace(512, 2**20, 60).astype(int)
@@ -365,11 +375,11 @@ def read(mechanism, config, names=None):
 
 
 plt.figure(figsize=(10, 4.6))
-plt.loglog(tokens, read(dense, dense.models["DeepSeek-V3"]), label="MLA reads all entries")
+plt.loglog(tokens, read(dense, dense.models["DeepSeek-V3"]), label="MLA reads all entries", zorder=3)
 plt.loglog(tokens, read(att, cfg), label="DSA, all that it reads")
 plt.loglog(tokens, read(att, cfg_8bit), label="DSA with an index in e4m3")
 plt.loglog(tokens, read(att, cfg, "k_index"), label="of DSA: scanned", color="#777777")
-plt.loglog(tokens, read(att, cfg, ("latent", "k_rope")), label="of DSA: gathered", color="#aaaaaa")
+plt.loglog(tokens, read(att, cfg, ("latent", "k_rope")), label="of DSA: gathered", color="#aaaaaa", linewidth=6)
 plt.xlabel("tokens in the cache, S")
 plt.ylabel("MiB a step, one layer and row")
 plt.legend(fontsize=12, frameon=False)
@@ -377,8 +387,8 @@ plt.show()
 print(f"the limit of the factor: {(C + R) / J:.1f}, with e4m3: {(C + R) * ELEMENT / (J + 4):.1f}")
 
 # %% [markdown]
-# On the left, DSA reads more than MLA: everything is picked and the index comes on top. The gathered part stops growing
-# at L tokens; from there on the lines of DSA follow the scan.
+# On the left, DSA reads more than MLA: everything is picked (grey and blue are one) and the index comes on top. The
+# gathered part stops growing at L tokens; from there on the lines of DSA follow the scan.
 #
 # And arithmetic? Every index head multiplies J channels of every token. In a decode step that comes cheap, since the
 # bytes decide. In a prefill of T tokens it is a number for each of T (T + 1) / 2 pairs:
@@ -389,11 +399,16 @@ scoring = 2 * heads * (J + 1) * pairs  # + 1: the sum over heads
 whole = att.cost(cfg, context=S, new=S).flops
 print(f"MLA {dense.cost(dense.models['DeepSeek-V3'], context=S, new=S).flops:.2g} flops, DSA {whole:.2g}")
 print(f"of DSA's, the indexer's: {scoring / whole:.0%}")
+attended = sum(min(L, t + 1) for t in range(S))
+print(f"DSA, gathered in the absorbed form: {scoring + 2 * cfg.num_attention_heads * (C + R + C) * attended:.2g}")
 
 # %% [markdown]
 # The indexer is as quadratic as the attention that it replaces, with a smaller factor. It is made cheap by 8-bit
-# products, by few channels, and by the absence of a softmax. (The package's prefill computes the masked form, which
-# gives the same numbers and reads all slots; `cost` counts the flops of what the masks let through.)
+# products, by few channels, and by the absence of a softmax.
+#
+# (In a prefill `cost` counts the picked pairs at the price of MLA's naive form. A kernel that gathers has to take the
+# absorbed one, the last line. The package's prefill does more than both: it computes all of MLA and masks what is not
+# picked.)
 #
 # ## Exercises
 #
@@ -434,8 +449,8 @@ exercise(2, answer_2, "09b9146e629e")
 
 # %% [markdown]
 # **3.** Write `answer_3(scores, count, last)`: the picks of one query, scores is S, as in `pick` and by its rule, but
-# the `last` newest tokens, those of the highest index, are always among them. Give the picked tokens in ascending
-# order. All S tokens are visible.
+# the `last` newest tokens, those of the highest index, are always among them: `count` picks in all, the `last`
+# included. Give the picked tokens in ascending order. All S tokens are visible.
 
 # %%
 answer_3 = None
@@ -452,8 +467,8 @@ exercise(3, answer_3, "0acd0b13144d", jnp.array([0.5, 2.0, 0.5, -1.0, 0.5, 0.0, 
 
 # %% [markdown]
 # **4.** GLM-5.2 has an indexer in one of four layers; the three others take its picks and keep no index keys
-# (`index_shared=True` in the package). With the sizes of DeepSeek-V3.2 and 131,072 tokens: how many bytes do four such
-# layers read in a step?
+# (`index_shared=True` in the package). With the sizes of DeepSeek-V3.2, all in bfloat16, and 131,072 tokens: how many
+# bytes of their caches do four such layers read in a step? (The picks themselves are not counted.)
 
 # %%
 answer_4 = None
