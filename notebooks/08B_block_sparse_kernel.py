@@ -245,10 +245,10 @@ figure.colorbar(image, ax=axes, label="times asked for", ticks=(0, 4, 8))
 plt.show()
 
 # %% [markdown]
-# With a list for each head, all of the cache is asked for, parts of it many times: more than dense attention would
-# read. (Only the first read of a block comes from global memory, if *L2*, the cache that all SMs share, still has it.
-# `cost` counts a slot once.) So lists of their own pay off when the context is much longer than G lists. There is a
-# second loss: of the 16 rows of `tl.dot` one is used.
+# With a list for each head, nearly all of the cache is asked for, most blocks several times: more bytes in all than
+# dense attention would read. (Only the first read of a block comes from global memory, if *L2*, the cache that all SMs
+# share, still has it. `cost` counts a slot once.) So lists of their own pay off when the context is much longer than G
+# lists. There is a second loss: of the 16 rows of `tl.dot` one is used.
 #
 # ## Neighbours
 #
@@ -415,7 +415,8 @@ print("equal:", close(mosaic.reshape(B, N, V)), " a race was seen:", compat.race
 
 # %% [markdown]
 # Mosaic's interpreter plays threads, copies and barriers, and looks for *races*, accesses that no barrier orders. It
-# does not play time, nor the number of registers. With a GPU this kernel is compiled and runs there.
+# does not play time, nor the number of registers. Where JAX has a GPU, the cell compiles this kernel for it instead.
+# (So far it was lowered for an H100; no GPU has run it yet.)
 #
 # What is masked here is read all the same, and its values meet weights of 0. If an unused slot held NaN, the output
 # would be NaN (notebook 06B). The package blanks such slots in shared memory.

@@ -75,9 +75,10 @@ for heads in (1, 2, 4, 8):
 
 # %% [markdown]
 # If the cut between picked and not picked runs through equal scores, any choice is as good, but two programs that
-# choose differently give different outputs, and so does one program on two cards. A rule ends that: *score descending,
-# then index ascending*. `jnp.argsort` keeps equal numbers in their order if it is asked for a stable sort. 0 and -0 are
-# equal numbers with different bits, and a negative weight times relu's 0 is -0; so they are made one first.
+# choose differently give different outputs, and one program may choose differently on two cards. A rule ends that:
+# *score descending, then index ascending*. `jnp.argsort` keeps equal numbers in their order if it is asked for a stable
+# sort. 0 and -0 are equal numbers with different bits, and a negative weight times relu's 0 is -0; so they are made one
+# first.
 
 
 # %%
@@ -239,7 +240,7 @@ plt.show()
 
 # %% [markdown]
 # Blue is the weight of the attention, the same on both sides; an orange dot is a pick. On the left the dots lie
-# anywhere. On the right they lie on the blue cells. (These weights are random and spread out. A trained model's are
+# anywhere. On the right most of them lie on blue cells. (These weights are random and spread out. A trained model's are
 # more uneven, which is what the method lives from.)
 #
 # ## Against the package
@@ -309,7 +310,8 @@ print("picks of the last token:", picks[-1], "jforge:", chosen[0, 0])
 # Five decode steps after a prompt of nine tokens; `watch` finds out by experiment what each of them reads.
 
 # %%
-_, prompt = att.prefill(p, small, x[:, :9], att.init_cache(small, 1, 16, jnp.float32))
+prefill = jax.jit(att.prefill, static_argnums=1)
+_, prompt = prefill(p, small, x[:, :9], att.init_cache(small, 1, 16, jnp.float32))
 picture(watch(att, p, small, x[:, 9:14], prompt), "L = 4 of 9 tokens and more", first=9)
 
 # %% [markdown]

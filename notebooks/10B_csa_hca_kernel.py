@@ -448,7 +448,8 @@ print("a race was seen:", compat.races_found())
 # nothing at all is right as well, with the output 0, and nothing overflows.
 #
 # Mosaic's interpreter plays threads, copies and barriers, and looks for *races*, accesses that no barrier orders. It
-# does not play time, nor the number of registers. With a GPU this kernel is compiled and runs there.
+# does not play time, nor the number of registers. Where JAX has a GPU, the cell compiles this kernel for it instead.
+# (So far it was lowered for an H100; no GPU has run it yet.)
 #
 # ## Against the package
 #

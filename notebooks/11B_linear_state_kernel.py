@@ -355,7 +355,8 @@ print("a race was seen:", compat.races_found())
 
 # %% [markdown]
 # Mosaic's interpreter plays threads, copies and barriers, and looks for *races*, accesses that no barrier orders. It
-# does not play time, nor the number of registers. With a GPU this kernel is compiled and runs there.
+# does not play time, nor the number of registers. Where JAX has a GPU, the cell compiles this kernel for it instead.
+# (So far it was lowered for an H100; no GPU has run it yet.)
 #
 # ## Scores of blocks
 #
@@ -435,7 +436,7 @@ moved = 2 * 64 * 64 * 128 * 128 * 4
 print(f"the states, read and written: {moved / 1e6:.0f} MB, {moved / ceiling / 1e3:.0f} us at the ceiling")
 
 # %% [markdown]
-# Both kernels come near the ceiling, and nothing but fewer bytes would make them faster. The `msa step` is scan, top-k
+# Both kernels come near the ceiling, and only fewer bytes would make them much faster. The `msa step` is scan, top-k
 # and attention over the picked blocks together: small kernels between large ones, and the whole is further from the
 # ceiling than its scan.
 #
