@@ -247,7 +247,8 @@ print("equal:", compare.worst_row(mosaic, want) <= compare.OUT["float16"], " a r
 
 # %% [markdown]
 # Mosaic's interpreter plays threads, copies and barriers, and looks for *races*, accesses that no barrier orders. It
-# does not play time, nor the number of registers. With a GPU this kernel is compiled and runs there.
+# does not play time, nor the number of registers. Where JAX has a GPU, the cell compiles this kernel for it instead.
+# (So far it was lowered for an H100; no GPU has run it yet.)
 #
 # This one reads the unused slots too, and throws the scores away. The package's kernel stops at a row's length, and
 # gives a row several programs.

@@ -189,9 +189,9 @@ axes[1].set_title("entries")
 plt.show()
 
 # %% [markdown]
-# Row t is all that query t reads. The newest tokens are there twice, in the window and in an entry: that is allowed,
-# they are different vectors. Reading on, every fourth row has one entry more; in row 3 the first one is there, since
-# token 3 completes block 0.
+# Row t is all that query t sees. (HCA reads all of it, CSA picks among the entries.) The newest tokens are there twice,
+# in the window and in an entry: that is allowed, they are different vectors. Reading on, every fourth row has one entry
+# more; in row 3 the first one is there, since token 3 completes block 0.
 #
 # ## Against the package
 #
@@ -308,7 +308,9 @@ def gib(name, S, what):
 S = 1_048_576
 reveal(gib("llama-3.1-8b", S, "stored") / gib("deepseek-v4-flash", S, "stored"), guess)
 for name in ("llama-3.1-8b", "deepseek-v4-flash"):
-    print(f"{name:18} stored {gib(name, S, 'stored'):6.1f} GiB, read a step {gib(name, S, 'read'):6.2f} GiB")
+    kinds = [mechanism for mechanism, _ in layers(name)]
+    print(name, {kind: kinds.count(kind) for kind in sorted(set(kinds))})
+    print(f"    stored {gib(name, S, 'stored'):6.1f} GiB, read a step {gib(name, S, 'read'):6.2f} GiB")
 
 # %% [markdown]
 # Which layers does it come from? One layer of each kind (bfloat16; the states are float32):

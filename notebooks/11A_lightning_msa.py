@@ -3,7 +3,8 @@
 #
 # MiniMax took two roads in its models. MiniMax-Text-01 has *lightning attention* in seven of eight layers: linear
 # attention, whose cache is one matrix that never grows. MiniMax-M3 has *MSA* (MiniMax sparse attention): it keeps every
-# token and reads the blocks that an index picks. They answer the same question in opposite ways: what may be forgotten?
+# token and reads the blocks that an index picks. One forgets by a fixed rule, the other forgets nothing and reads a
+# part.
 #
 # Letters: T tokens, N heads, H channels of a query or key, V of a value, lambda the decay of a head; M tokens of a
 # block, E blocks, K key heads, J channels of an index key. t is the position of a query, s that of a key.
@@ -32,8 +33,8 @@ jnp.set_printoptions(precision=3, suppress=True)
 # product of three, and it may be bracketed otherwise: first the sum of the H x V matrices k_s v_s^T, then q times that.
 # The sum does not depend on the query, so it can be carried along. It is all that is kept: the *state*.
 #
-# Lightning attention lets old tokens fade: before each new one the state is multiplied by lambda, a number a little
-# below 1 that every head has. A token s then counts lambda^(t - s) for the query at t.
+# Lightning attention lets old tokens fade: before each new one the state is multiplied by lambda, a number below 1,
+# written as exp(-slope), which each head has for itself. A token s then counts lambda^(t - s) for the query at t.
 
 
 # %%
@@ -174,8 +175,8 @@ for n in (8, 32, 128, 512):
     print(f"{n:>3} pairs in a state of {channels} x {channels}: relative error {error:.2f}")
 
 # %% [markdown]
-# With as many pairs as channels the error is as large as the values. That is why MiniMax-Text-01 still has full
-# attention in every eighth layer.
+# With as many pairs as channels the error is as large as the values. Both limits speak for some layers that keep every
+# token, and MiniMax-Text-01 has full attention in every eighth layer.
 #
 # ## Against the package
 #
