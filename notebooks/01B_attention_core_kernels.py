@@ -231,7 +231,7 @@ def loads():
     seen, original = [], InterpreterBuilder.create_masked_load
 
     def record(self, pointers, mask, *rest):
-        addresses = np.broadcast_to(pointers.data, mask.data.shape)[mask.data]
+        addresses = np.broadcast_to(pointers.data, mask.data.shape)[mask.data.astype(bool)]
         seen.append((self.grid_idx[0], addresses))
         return original(self, pointers, mask, *rest)
 

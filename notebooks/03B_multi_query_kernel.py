@@ -164,7 +164,7 @@ def moves():
     def recording(kind, original):
         def method(self, pointers, *rest):
             mask = rest[0] if kind == "load" else rest[1]
-            seen.append((kind, self.grid_idx, np.broadcast_to(pointers.data, mask.data.shape)[mask.data]))
+            seen.append((kind, self.grid_idx, np.broadcast_to(pointers.data, mask.data.shape)[mask.data.astype(bool)]))
             return original(self, pointers, *rest)
 
         return method

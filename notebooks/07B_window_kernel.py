@@ -172,7 +172,7 @@ def loads():
     seen, original = [], InterpreterBuilder.create_masked_load
 
     def record(self, pointers, mask, *rest):
-        seen.append(np.broadcast_to(pointers.data, mask.data.shape)[mask.data])
+        seen.append(np.broadcast_to(pointers.data, mask.data.shape)[mask.data.astype(bool)])
         return original(self, pointers, mask, *rest)
 
     InterpreterBuilder.create_masked_load = record
