@@ -122,8 +122,8 @@ def test_jforge_is_the_attention_of_jax(name, index):
     att = jforge.get(name)
     cfg = att.examples[index]
     params, x = weights(att, cfg, "float32"), tokens(cfg, 2, T, "float32")
-    forward = lambda params, x: att.forward(params, cfg, x)  # noqa: E731
-    same(jax_values(forward, params, x), jax_values(outside_jax(name, cfg), params, x), "float32")
+    got = jax_values(lambda params, x: att.forward(params, cfg, x), params, x)
+    same(got, jax_values(outside_jax(name, cfg), params, x), "float32")
 
 
 @pytest.mark.parametrize("name,index", PLAIN)
