@@ -1,15 +1,17 @@
-"""What the notebooks share beside their ideas: the six answers of a mechanism, pictures of its cache, exercises.
+"""What the notebooks share beside their ideas: six answers, pictures of a cache, the traffic of kernels, exercises.
 
     questions("gqa")                                    # a table, from the cache spec and the registry
     picture(watch(att, params, cfg, x, cache))          # what each decode step does to each slot, found by experiment
     exercise(1, answer_1, "5d41402abc4b")               # not answered yet, right or wrong
+    with traffic() as (loads, stores): ...              # which addresses the kernels inside ask for
 
-pandas and matplotlib are imported where they are needed.
+pandas, matplotlib and triton are imported where they are needed.
 """
 
 import hashlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from fractions import Fraction
 from functools import partial
@@ -228,6 +230,39 @@ def _grid(ax, codes: np.ndarray, width: int, first: int) -> None:
         _, letter, _, ink = KINDS[code]
         if width <= 48:
             ax.text(j + 0.5, i + 0.5, letter, ha="center", va="center", color=ink, fontsize=13)
+
+
+# kernels
+
+
+@contextmanager
+def traffic():
+    """(loads, stores) of the Triton kernels that are interpreted inside, two lists with an item for each.
+
+    An item is (index of the program in the grid, addresses that the mask lets through, int64). Atomics are left out.
+    """
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    loads, stores = [], []
+    load, store = InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store
+
+    def note(side, builder, pointers, mask):
+        addresses = np.broadcast_to(pointers.data, mask.data.shape)[mask.data.astype(bool)]
+        side.append((builder.grid_idx, addresses.astype(np.int64)))
+
+    def noted_load(self, pointers, mask, *rest):
+        note(loads, self, pointers, mask)
+        return load(self, pointers, mask, *rest)
+
+    def noted_store(self, pointers, value, mask, *rest):
+        note(stores, self, pointers, mask)
+        return store(self, pointers, value, mask, *rest)
+
+    InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store = noted_load, noted_store
+    try:
+        yield loads, stores
+    finally:
+        InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store = load, store
 
 
 # predictions and exercises

@@ -15,7 +15,6 @@
 
 # %%
 import os
-from contextlib import contextmanager
 
 os.environ["TRITON_INTERPRET"] = "1"  # Triton's kernels run in its interpreter here, where their loads can be seen
 
@@ -33,7 +32,7 @@ pallas_kernels, triton_kernels = BACKENDS["pallas"].ops, BACKENDS["triton"].ops
 
 import jforge
 from jforge.core import compare
-from jforge.lessons import exercise, plots, reveal
+from jforge.lessons import exercise, plots, reveal, traffic
 from pallas_kernels.device import DEVICES
 
 jax.config.update("jax_default_matmul_precision", "highest")  # a GPU may otherwise round products to fewer digits
@@ -219,37 +218,19 @@ print("equal:", compare.relative(out.numpy(), truth) <= compare.OUT["float16"])
 # ## What the kernel reads
 #
 # The interpreter asks a method for every load. If that method writes down the addresses, we see what a kernel really
-# reads, not what we believe it reads.
+# reads, not what we believe it reads. `traffic` has it do so. It gives two lists, loads and stores; of each load
+# and store we have the index of the program in the grid and the addresses that the mask lets through.
+
 
 # %%
-from triton.runtime.interpreter import InterpreterBuilder
-
-
-@contextmanager
-def loads():
-    """The loads of interpreted kernels, a list of (number of the program, addresses that the mask lets through)."""
-    seen, original = [], InterpreterBuilder.create_masked_load
-
-    def record(self, pointers, mask, *rest):
-        addresses = np.broadcast_to(pointers.data, mask.data.shape)[mask.data.astype(bool)]
-        seen.append((self.grid_idx[0], addresses))
-        return original(self, pointers, mask, *rest)
-
-    InterpreterBuilder.create_masked_load = record
-    try:
-        yield seen
-    finally:
-        InterpreterBuilder.create_masked_load = original
-
-
 def trace_of(rows, keys):
     """(program, array 0 to 2 for q, k, v, [element numbers]) of each load of core_kernel."""
-    with loads() as seen:
+    with traffic() as (loads, _):
         launch(core_kernel, (triton.cdiv(T, rows),), *half, torch.empty(T, V), T, S, H**-0.5, H=H, V=V, ROWS=rows,
                KEYS=keys)  # fmt: skip
     spans = [(x.data_ptr(), x.data_ptr() + x.numel() * 2) for x in half]
     found = []
-    for program, addresses in seen:
+    for (program, *_), addresses in loads:
         array = next(i for i, (low, high) in enumerate(spans) if low <= addresses.min() < high)
         found.append((program, array, (addresses - spans[array][0]) // 2))
     return found

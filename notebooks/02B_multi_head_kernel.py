@@ -12,7 +12,6 @@
 
 # %%
 import os
-from contextlib import contextmanager
 
 os.environ["TRITON_INTERPRET"] = "1"  # Triton's kernels run in its interpreter here, where their loads can be seen
 
@@ -30,7 +29,7 @@ pallas_kernels, triton_kernels = BACKENDS["pallas"].ops, BACKENDS["triton"].ops
 
 import jforge
 from jforge.core import compare
-from jforge.lessons import EMPTY, KEPT, READ, exercise, picture, reveal
+from jforge.lessons import EMPTY, KEPT, READ, exercise, picture, reveal, traffic
 
 # %% [markdown]
 # ## The reference: three loops
@@ -131,45 +130,20 @@ for keys in (16, 32, 128):
 #
 # ## Loads and stores, counted
 #
-# The interpreter (01B) asks one method for each load and one for each store. If they write down the addresses, we see
-# what was moved.
+# The interpreter (01B) asks one method for each load and one for each store. If they write down the addresses, as
+# with `traffic`, we see what was moved.
+
 
 # %%
-from triton.runtime.interpreter import InterpreterBuilder
-
-
-@contextmanager
-def moves():
-    """What interpreted kernels load and store: a list of (kind, program, addresses that the mask lets through)."""
-    seen, originals = [], {}
-
-    def recording(kind, original):
-        def method(self, pointers, *rest):
-            mask = rest[0] if kind == "load" else rest[1]
-            seen.append((kind, self.grid_idx, np.broadcast_to(pointers.data, mask.data.shape)[mask.data.astype(bool)]))
-            return original(self, pointers, *rest)
-
-        return method
-
-    for kind in ("load", "store"):
-        originals[kind] = getattr(InterpreterBuilder, f"create_masked_{kind}")
-        setattr(InterpreterBuilder, f"create_masked_{kind}", recording(kind, originals[kind]))
-    try:
-        yield seen
-    finally:
-        for kind, original in originals.items():
-            setattr(InterpreterBuilder, f"create_masked_{kind}", original)
-
-
 def inside(addresses, tensor):
     """Which of the addresses lie in a tensor."""
     start = tensor.untyped_storage().data_ptr()
     return addresses[(addresses >= start) & (addresses < start + tensor.untyped_storage().nbytes())]
 
 
-def loaded(seen, tensor):
+def loaded(loads, tensor):
     """Bytes of a tensor that were loaded, each as often as it was."""
-    return tensor.element_size() * sum(len(inside(places, tensor)) for kind, _, places in seen if kind == "load")
+    return tensor.element_size() * sum(len(inside(places, tensor)) for _, places in loads)
 
 
 # %% [markdown]
@@ -180,9 +154,9 @@ def loaded(seen, tensor):
 guess = None
 
 # %%
-with moves() as seen:
+with traffic() as (loads, stores):
     decode(**tensors)
-reveal(loaded(seen, tensors["k"]), guess)
+reveal(loaded(loads, tensors["k"]), guess)
 
 # %% [markdown]
 # The number of tiles does not show in it, as the mask cuts the last one. Against the package's `cost` of the two rows
@@ -193,10 +167,9 @@ att = jforge.get("mha")
 cfg = att.Config(hidden_size=N * H, num_attention_heads=N)
 costs = [att.cost(cfg, context=int(length), dtype=jnp.float16) for length in lengths]
 for name in ("k", "v"):
-    print(name, "loaded", loaded(seen, tensors[name]), " cost", sum(cost.read[name] for cost in costs))
-print("q loaded", loaded(seen, tensors["q"]), " of", q.nbytes)
-stores = [places for kind, _, places in seen if kind == "store"]
-print(len(stores), "stores of", {len(places) * 2 for places in stores}, "bytes: out has", truth.size * 2)
+    print(name, "loaded", loaded(loads, tensors[name]), " cost", sum(cost.read[name] for cost in costs))
+print("q loaded", loaded(loads, tensors["q"]), " of", q.nbytes)
+print(len(stores), "stores of", {len(places) * 2 for _, places in stores}, "bytes: out has", truth.size * 2)
 
 # %% [markdown]
 # Which program read which slots of k? Rows of the picture are the programs, in each panel those of one row of the
@@ -207,9 +180,9 @@ codes = {}
 for b, length in enumerate(lengths):
     used = np.where(np.arange(S) < length, KEPT, EMPTY)
     codes[f"row {b}, {length} tokens"] = np.tile(used, (N, 1))
-for kind, (n, b, _), places in seen:
+for (n, b, _), places in loads:
     places = inside(places, tensors["k"])
-    if kind == "load" and len(places):
+    if len(places):
         slots = np.unique((places - tensors["k"].data_ptr()) // 2 // (N * H) % S)
         codes[f"row {b}, {lengths[b]} tokens"][n, slots] = READ
 picture(codes, "slots of k that the program of each head reads", down="head")
@@ -229,13 +202,13 @@ picture(codes, "slots of k that the program of each head reads", down="head")
 
 
 # %%
-def sectors(seen, tensor):
+def sectors(loads, tensor):
     """Bytes of the sectors that the loads of a tensor touch, those of each load counted apart.
 
     The tensor's start counts as that of a sector, which it is on a GPU.
     """
     start = tensor.untyped_storage().data_ptr()
-    places = [inside(places, tensor) - start for kind, _, places in seen if kind == "load"]
+    places = [inside(places, tensor) - start for _, places in loads]
     return 32 * sum(len(np.unique(some // 32)) for some in places)
 
 
@@ -243,9 +216,9 @@ orders = {"B S N H": (0, 1, 2, 3), "B N S H": (0, 2, 1, 3), "B S H N": (0, 1, 3,
 for name, order in orders.items():
     back = np.argsort(order).tolist()
     moved = {n: tensors[n].permute(order).contiguous().permute(back) for n in ("k", "v")}  # B S N H again, as a view
-    with moves() as seen_here:
+    with traffic() as (loads_here, _):
         out = decode(**{**tensors, **moved})
-    used, touched = loaded(seen_here, moved["k"]), sectors(seen_here, moved["k"])
+    used, touched = loaded(loads_here, moved["k"]), sectors(loads_here, moved["k"])
     print(f"{name}: equal {right(out)}, {used} bytes used, {touched} bytes of sectors: {touched / used:.2f}")
 
 # %% [markdown]
@@ -371,15 +344,15 @@ for length in (9, 75, 1000, 8191):
 # The package's kernels on the same inputs (they take a T axis: B T N H), and what Triton's one loads:
 
 # %%
-with moves() as seen_theirs:
+with traffic() as (of_theirs, _):
     theirs, _ = triton_kernels.decode_attention(
         tensors["q"][:, None], *(tensors[n] for n in ("k", "v", "lengths")), scale=H**-0.5
     )
 other, _ = pallas_kernels.decode_attention(arrays[0][:, None], *arrays[1:], scale=H**-0.5)
 print("triton_kernels:", right(theirs), " pallas_kernels:", right(other))
 for name in ("k", "v"):
-    print(name, "loaded by triton_kernels", loaded(seen_theirs, tensors[name]), " by ours", loaded(seen, tensors[name]))
-programs = {program for kind, program, places in seen_theirs if len(inside(places, tensors["k"]))}
+    print(name, "loaded by triton_kernels", loaded(of_theirs, tensors[name]), " by ours", loaded(loads, tensors[name]))
+programs = {program for program, places in of_theirs if len(inside(places, tensors["k"]))}
 print("programs that load keys:", len(programs), " ours:", N * B)
 
 # %% [markdown]

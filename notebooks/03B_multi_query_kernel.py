@@ -11,7 +11,6 @@
 
 # %%
 import os
-from contextlib import contextmanager
 
 os.environ["TRITON_INTERPRET"] = "1"  # Triton's kernels run in its interpreter here, where their loads can be seen
 
@@ -28,7 +27,7 @@ pallas_kernels, triton_kernels = BACKENDS["pallas"].ops, BACKENDS["triton"].ops
 
 import jforge
 from jforge.core import compare
-from jforge.lessons import EMPTY, KEPT, READ, exercise, picture, plots, reveal
+from jforge.lessons import EMPTY, KEPT, READ, exercise, picture, plots, reveal, traffic
 from pallas_kernels.device import DEVICES
 
 # %% [markdown]
@@ -150,43 +149,19 @@ for rows, splits in ((16, 1), (128, 1), (64, 4), (64, 8)):
 #
 # ## Counted: loads by blocks of heads
 #
-# The interpreter (01B) asks one method for each load and one for each store; they write down the addresses.
+# The interpreter (01B) asks one method for each load and one for each store; they write down the addresses
+# (`traffic`).
+
 
 # %%
-from triton.runtime.interpreter import InterpreterBuilder
-
-
-@contextmanager
-def moves():
-    """What interpreted kernels load and store: a list of (kind, program, addresses that the mask lets through)."""
-    seen, originals = [], {}
-
-    def recording(kind, original):
-        def method(self, pointers, *rest):
-            mask = rest[0] if kind == "load" else rest[1]
-            seen.append((kind, self.grid_idx, np.broadcast_to(pointers.data, mask.data.shape)[mask.data.astype(bool)]))
-            return original(self, pointers, *rest)
-
-        return method
-
-    for kind in ("load", "store"):
-        originals[kind] = getattr(InterpreterBuilder, f"create_masked_{kind}")
-        setattr(InterpreterBuilder, f"create_masked_{kind}", recording(kind, originals[kind]))
-    try:
-        yield seen
-    finally:
-        for kind, original in originals.items():
-            setattr(InterpreterBuilder, f"create_masked_{kind}", original)
-
-
 def inside(addresses, tensor):
     """Which of the addresses lie in a tensor."""
     return addresses[(addresses >= tensor.data_ptr()) & (addresses < tensor.data_ptr() + tensor.nbytes)]
 
 
-def moved(seen, kind, *those):
+def moved(side, *those):
     """Bytes of these tensors that were loaded (or stored), each as often as it was."""
-    return sum(t.element_size() * len(inside(places, t)) for t in those for what, _, places in seen if what == kind)
+    return sum(t.element_size() * len(inside(places, t)) for t in those for _, places in side)
 
 
 # %% [markdown]
@@ -196,14 +171,14 @@ def moved(seen, kind, *those):
 guess = None
 
 # %%
-loads = {}
+counts = {}
 for rows in (16, 32, 64, 128):
-    with moves() as seen:
+    with traffic() as (loads, _):
         decode(rows, 1)
-    loads[rows] = moved(seen, "load", *tensors[1:3])
-reveal(loads[16] // needed, guess)
+    counts[rows] = moved(loads, *tensors[1:3])
+reveal(counts[16] // needed, guess)
 print("heads a program   programs a row   loaded / cost   rows that are real   accumulator")
-for rows, n in loads.items():
+for rows, n in counts.items():
     blocks = -(-N // rows)
     print(f"{rows:>15}{blocks:>17}{n / needed:>16.0f}{N / (blocks * rows):>20.0%}{rows * H * 4 / 1024:>12.0f} KiB")
 
@@ -228,9 +203,9 @@ print(f"registers of an SM of the H100: {h100.registers * 4 // 1024} KiB, for al
 # %%
 print("splits    k and v   parts stored   parts loaded   out   all / cost")
 for splits in (1, 2, 4, 8):
-    with moves() as seen:
+    with traffic() as (loads, stores):
         _, *both = decode(128, splits)
-    kv, stored, again = (moved(seen, *what) for what in (("load", *tensors[1:3]), ("store", *both), ("load", *both)))
+    kv, stored, again = moved(loads, *tensors[1:3]), moved(stores, *both), moved(loads, *both)
     written = 2 * truth.size
     print(f"{splits:>6}{kv:>11,}{stored:>15,}{again:>15,}{written:>8,}{(kv + stored + again) / needed:>10.1f}")
 
@@ -241,13 +216,13 @@ for splits in (1, 2, 4, 8):
 # Which slots each program loads, with two blocks of 64 heads and 4 splits:
 
 # %%
-with moves() as seen:
+with traffic() as (loads, stores):
     _, *both = decode(64, 4)
 used = np.where(np.arange(S) < lengths[:, None], KEPT, EMPTY)
 codes = {f"row {b}, {length} tokens": np.tile(used[b], (8, 1)) for b, length in enumerate(lengths)}
-for kind, (block, split, b), places in seen:
+for (block, split, b), places in loads:
     places = inside(places, tensors[1])
-    if kind == "load" and len(places):
+    if len(places):
         slots = np.unique((places - tensors[1].data_ptr()) // 2 // H % S)
         codes[f"row {b}, {lengths[b]} tokens"][block * 4 + split, slots] = READ
 shown = {name: rows[:, ::4] for name, rows in codes.items()}
@@ -268,7 +243,7 @@ def parts_bytes(splits):
     return 2 * splits * N * (H + 1) * 4
 
 
-counted = moved(seen, "store", *both) + moved(seen, "load", *both)
+counted = moved(stores, *both) + moved(loads, *both)
 print("the formula is what was counted, for 4 splits and 2 rows:", B * parts_bytes(4) == counted)
 context, splits = 4096, np.array([2, 4, 8, 16, 32, 64])
 mha = jforge.get("mha")
@@ -300,14 +275,14 @@ print(f"one split is as many bytes as {parts_bytes(1) / (2 * H * 2):.0f} slots o
 
 # %%
 as_op = [tensors[0][:, None], tensors[1][:, :, None], tensors[2][:, :, None], tensors[3]]
-with moves() as seen:
+with traffic() as (loads, _):
     theirs, _ = triton_kernels.decode_attention(*as_op, scale=H**-0.5)
 last = [jnp.asarray(np.asarray(x[1:])) for x in as_op]  # row 1 alone: its interpreter is slow
 other, _ = pallas_kernels.decode_attention(*last, scale=H**-0.5)
 both_rows = torch.cat([theirs[:1, 0], to_torch(np.asarray(other[:, 0]))])
 print("triton_kernels:", right(theirs), " pallas_kernels:", right(both_rows))
-programs = {program for kind, program, places in seen if kind == "load" and len(inside(places, tensors[1]))}
-print(f"triton_kernels loads {moved(seen, 'load', *tensors[1:3]) / needed:.0f} times cost,", len(programs), "programs")
+programs = {program for program, places in loads if len(inside(places, tensors[1]))}
+print(f"triton_kernels loads {moved(loads, *tensors[1:3]) / needed:.0f} times cost,", len(programs), "programs")
 
 # %% [markdown]
 # Two blocks of at most 64 rows. The Mosaic kernel takes its queries by *TMA*, the unit that copies boxes of an array;

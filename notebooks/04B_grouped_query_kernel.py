@@ -12,7 +12,6 @@
 
 # %%
 import os
-from contextlib import contextmanager
 
 os.environ["TRITON_INTERPRET"] = "1"  # Triton's kernels run in its interpreter here, where their loads can be seen
 
@@ -30,7 +29,7 @@ pallas_kernels, triton_kernels = BACKENDS["pallas"].ops, BACKENDS["triton"].ops
 
 import jforge
 from jforge.core import compare
-from jforge.lessons import exercise, plots, reveal
+from jforge.lessons import exercise, plots, reveal, traffic
 
 # %% [markdown]
 # ## The reference
@@ -127,32 +126,14 @@ for heads in (1, 2, G):
 # %% [markdown]
 # ## What it loads
 #
-# As in 02B, the interpreter's method for loads writes down the addresses.
+# As in 02B, the interpreter's method for loads writes down the addresses (`traffic`).
+
 
 # %%
-from triton.runtime.interpreter import InterpreterBuilder
-
-
-@contextmanager
-def loads():
-    """The loads of interpreted kernels, a list of (program, addresses that the mask lets through)."""
-    seen, original = [], InterpreterBuilder.create_masked_load
-
-    def record(self, pointers, mask, *rest):
-        seen.append((self.grid_idx, np.broadcast_to(pointers.data, mask.data.shape)[mask.data.astype(bool)]))
-        return original(self, pointers, mask, *rest)
-
-    InterpreterBuilder.create_masked_load = record
-    try:
-        yield seen
-    finally:
-        InterpreterBuilder.create_masked_load = original
-
-
-def times_loaded(seen, tensor):
+def times_loaded(loads, tensor):
     """How often each number of a tensor was loaded, in the tensor's shape."""
     start, size = tensor.data_ptr(), tensor.element_size()
-    places = np.concatenate([(addresses.astype(np.int64) - start) // size for _, addresses in seen])
+    places = np.concatenate([(addresses - start) // size for _, addresses in loads])
     places = places[(places >= 0) & (places < tensor.numel())]
     return np.bincount(places, minlength=tensor.numel()).reshape(tensor.shape)
 
@@ -170,10 +151,10 @@ cfg = att.Config(hidden_size=N * H, num_attention_heads=N, num_key_value_heads=K
 needed = sum(sum(att.cost(cfg, context=int(n), dtype=jnp.float16).read.values()) for n in lengths)
 counts, moved = {}, {}
 for heads in (1, 2, G):
-    with loads() as seen:
+    with traffic() as (loads, _):
         decode(heads)
-    counts[heads] = times_loaded(seen, tensors[1])  # of k
-    moved[heads] = 2 * int(sum(times_loaded(seen, tensors[i]).sum() for i in (1, 2)))
+    counts[heads] = times_loaded(loads, tensors[1])  # of k
+    moved[heads] = 2 * int(sum(times_loaded(loads, tensors[i]).sum() for i in (1, 2)))
 reveal(moved[1] // needed, guess)
 print(f"cost: {needed:,} bytes; loaded, by heads in a program:", {heads: f"{n:,}" for heads, n in moved.items()})
 
@@ -228,9 +209,9 @@ for name in ("llama-3.1-8b", "minimax-m2", "gpt-oss-120b", "minimax-m3"):
 # %%
 for T in (1, 4):
     wide = torch.randn(B, T, N, H).half()
-    with loads() as seen:
+    with traffic() as (loads, _):
         triton_kernels.decode_attention(wide, *tensors[1:], scale=H**-0.5)
-    total = 2 * int(sum(times_loaded(seen, tensors[i]).sum() for i in (1, 2)))
+    total = 2 * int(sum(times_loaded(loads, tensors[i]).sum() for i in (1, 2)))
     print(f"T = {T}: {T * G:>2} rows, {total:,} bytes of k and v, {total / needed:.0f} times cost")
 
 # %% [markdown]
@@ -370,11 +351,11 @@ print("races:", compat.races_found())
 # Both packages' kernels on the same inputs (they take B T N H), with what Triton's loads:
 
 # %%
-with loads() as seen:
+with traffic() as (loads, _):
     theirs, _ = triton_kernels.decode_attention(tensors[0][:, None], *tensors[1:], scale=H**-0.5)
 other, _ = pallas_kernels.decode_attention(arrays[0][:, None], *arrays[1:], scale=H**-0.5)
 print("triton_kernels:", right(theirs), " pallas_kernels:", right(other))
-total = 2 * int(sum(times_loaded(seen, tensors[i]).sum() for i in (1, 2)))
+total = 2 * int(sum(times_loaded(loads, tensors[i]).sum() for i in (1, 2)))
 print(f"triton_kernels loads {total:,} bytes of k and v; cost {needed:,}")
 
 # %% [markdown]

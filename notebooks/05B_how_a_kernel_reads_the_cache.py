@@ -15,7 +15,6 @@
 # %%
 import json
 import os
-from contextlib import contextmanager
 from pathlib import Path
 
 os.environ["TRITON_INTERPRET"] = "1"  # Triton's kernels run in its interpreter here, where their loads can be seen
@@ -34,11 +33,10 @@ pallas_kernels, triton_kernels = BACKENDS["pallas"].ops, BACKENDS["triton"].ops
 
 import triton
 import triton.language as tl
-from triton.runtime.interpreter import InterpreterBuilder
 
 import jforge
 from jforge.core import compare
-from jforge.lessons import exercise, plots, reveal
+from jforge.lessons import exercise, plots, reveal, traffic
 from pallas_kernels import compat
 from pallas_kernels.device import DEVICES
 
@@ -132,46 +130,24 @@ print("equal:", close(out[:, 0], want), close(lse[:, 0], want_lse))
 #
 # ## The bytes it asks for
 #
-# The interpreter calls one method for every load and one for every store. We let them write down the addresses.
+# The interpreter calls one method for every load and one for every store. We let them write down the addresses
+# (`traffic`).
 
 
 # %%
-@contextmanager
-def traffic():
-    """{"load": [addresses of a load], "store": ...} of the kernels that are interpreted inside."""
-    seen = {"load": [], "store": []}
-    originals = {kind: getattr(InterpreterBuilder, f"create_masked_{kind}") for kind in seen}
-
-    def recording(kind):
-        def method(self, pointers, *rest):
-            mask = rest[0 if kind == "load" else 1].data
-            seen[kind].append(np.broadcast_to(pointers.data, mask.shape)[mask])
-            return originals[kind](self, pointers, *rest)
-
-        return method
-
-    for kind in seen:
-        setattr(InterpreterBuilder, f"create_masked_{kind}", recording(kind))
-    try:
-        yield seen
-    finally:
-        for kind, method in originals.items():
-            setattr(InterpreterBuilder, f"create_masked_{kind}", method)
-
-
 def of(tensor, loads):
-    """The loads that go to this tensor."""
+    """The addresses of each load that goes to this tensor."""
     low, high = tensor.data_ptr(), tensor.data_ptr() + tensor.numel() * tensor.element_size()
-    return [addresses for addresses in loads if len(addresses) and low <= addresses[0] < high]
+    return [addresses for _, addresses in loads if len(addresses) and low <= addresses[0] < high]
 
 
 att = jforge.get("gqa")
 cfg = att.Config(hidden_size=64, num_attention_heads=N, num_key_value_heads=K, head_dim=H)
 cost = att.cost(cfg, context=length, capacity=S, dtype=jnp.float16)
-with traffic() as seen:
+with traffic() as (loads, _):
     decode(splits=1)
-read = sum(2 * len(addresses) for tensor in (k, v) for addresses in of(tensor, seen["load"]))
-print(f"k and v: {read:,} bytes in {len(of(k, seen['load']) + of(v, seen['load']))} loads", end="; ")
+read = sum(2 * len(addresses) for tensor in (k, v) for addresses in of(tensor, loads))
+print(f"k and v: {read:,} bytes in {len(of(k, loads) + of(v, loads))} loads", end="; ")
 print(f"the package's cost says {sum(cost.read.values()):,}")
 
 # %% [markdown]
@@ -195,7 +171,7 @@ guess = None
 
 # %%
 def delivered(loads):
-    """Bytes of the sectors that a list of loads touches."""
+    """Bytes of the sectors that loads touch, given the addresses of each."""
     return sum(32 * len(np.unique(addresses // 32)) for addresses in loads)
 
 
@@ -203,11 +179,11 @@ def deliveries(K, last):
     """Delivered bytes for each used one, of the loads of k by one program; last: the axis of neighbours."""
     keys = torch.zeros(S, K, H).half() if last == "channel" else torch.zeros(S, H, K).half()
     strides = (K * H, H, 1) if last == "channel" else (K * H, 1, K)
-    with traffic() as seen:
+    with traffic() as (loads, _):
         out, lse = torch.empty(N, 1, H), torch.empty(N, 1)
         launch(decode_kernel, (1, 1), q, keys, keys, out, lse, length, scale, *strides, G=G, H=H, KEYS=32)
-    loads = of(keys, seen["load"])
-    return delivered(loads) / sum(2 * len(addresses) for addresses in loads)
+    of_keys = of(keys, loads)
+    return delivered(of_keys) / sum(2 * len(addresses) for addresses in of_keys)
 
 
 reveal(deliveries(8, "head"), guess)
@@ -249,9 +225,9 @@ def merge(parts: Float[torch.Tensor, "N P H"], lses: Float[torch.Tensor, "N P"])
 
 
 for splits in (1, 2, 4, 6):
-    with traffic() as seen:
+    with traffic() as (_, stores):
         found = merge(*decode(splits))
-    more = sum(4 * len(addresses) for addresses in seen["store"]) - 4 * N * H  # 4 N H: the result itself
+    more = sum(4 * len(addresses) for _, addresses in stores) - 4 * N * H  # 4 N H: the result itself
     print(f"splits {splits}: equal {close(found, want)}, {more:>6,} bytes of parts written and read again")
 
 # %% [markdown]

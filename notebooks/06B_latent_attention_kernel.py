@@ -17,7 +17,6 @@
 # %%
 import json
 import os
-from contextlib import contextmanager
 from pathlib import Path
 
 os.environ["TRITON_INTERPRET"] = "1"  # Triton's kernels run in its interpreter here, where their loads can be seen
@@ -36,11 +35,10 @@ pallas_kernels, triton_kernels = BACKENDS["pallas"].ops, BACKENDS["triton"].ops
 
 import triton
 import triton.language as tl
-from triton.runtime.interpreter import InterpreterBuilder
 
 import jforge
 from jforge.core import compare
-from jforge.lessons import exercise, plots, reveal
+from jforge.lessons import exercise, plots, reveal, traffic
 from pallas_kernels import compat
 from pallas_kernels.device import DEVICES
 
@@ -131,33 +129,17 @@ print("equal:", close(run(32, twice=True)), close(run(32, twice=False)))
 
 # %% [markdown]
 # Triton's interpreter ran this, program after program, in NumPy. Its results can be trusted for float16, its times mean
-# nothing. What it can show is each address that the kernel loads from:
+# nothing. What it can show is each address that the kernel loads from (`traffic` has it write them down):
 
 
 # %%
-@contextmanager
-def loads():
-    """The addresses that the loads of interpreted kernels ask for, a list of arrays."""
-    seen, original = [], InterpreterBuilder.create_masked_load
-
-    def record(self, pointers, mask, *rest):
-        seen.append(np.broadcast_to(pointers.data, mask.data.shape)[mask.data.astype(bool)])
-        return original(self, pointers, mask, *rest)
-
-    InterpreterBuilder.create_masked_load = record
-    try:
-        yield seen
-    finally:
-        InterpreterBuilder.create_masked_load = original
-
-
 def asked(rows, twice):
     """How often each number of [latent | k_rope] is asked for, S x (C + R)."""
-    with loads() as seen:
+    with traffic() as (loads, _):
         run(rows, twice)
-    counts = []
+    every, counts = np.concatenate([addresses for _, addresses in loads]), []
     for tensor in (latent, k_rope):
-        at = (np.concatenate(seen) - np.uint64(tensor.data_ptr())).astype(np.int64) // 2
+        at = (every - tensor.data_ptr()) // 2
         inside = at[(at >= 0) & (at < tensor.numel())]
         counts.append(np.bincount(inside, minlength=tensor.numel()).reshape(tensor.shape))
     return np.concatenate(counts, axis=1)

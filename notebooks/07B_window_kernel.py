@@ -15,7 +15,6 @@
 # %%
 import json
 import os
-from contextlib import contextmanager
 from pathlib import Path
 
 os.environ["TRITON_INTERPRET"] = "1"  # Triton's kernels run in its interpreter here, where their loads can be seen
@@ -33,11 +32,10 @@ pallas_kernels, triton_kernels = BACKENDS["pallas"].ops, BACKENDS["triton"].ops
 
 import triton
 import triton.language as tl
-from triton.runtime.interpreter import InterpreterBuilder
 
 import jforge
 from jforge.core import compare
-from jforge.lessons import exercise, plots, reveal
+from jforge.lessons import exercise, plots, reveal, traffic
 
 launch = triton_kernels.runtime.launch  # kernel[grid](*arguments), without NumPy's warnings in the interpreter
 
@@ -162,33 +160,18 @@ for guard in (False, True):
 # ## What is skipped
 #
 # That version reads keys that it masks. Three starts: "all"; "tile", the first tile that holds a visible key; "exact",
-# the first visible key itself. The interpreter shows which addresses a kernel loads from:
+# the first visible key itself. The interpreter shows which addresses a kernel loads from (`traffic`):
 
 
 # %%
-@contextmanager
-def loads():
-    """The addresses that the loads of interpreted kernels ask for, a list of arrays."""
-    seen, original = [], InterpreterBuilder.create_masked_load
-
-    def record(self, pointers, mask, *rest):
-        seen.append(np.broadcast_to(pointers.data, mask.data.shape)[mask.data.astype(bool)])
-        return original(self, pointers, mask, *rest)
-
-    InterpreterBuilder.create_masked_load = record
-    try:
-        yield seen
-    finally:
-        InterpreterBuilder.create_masked_load = original
-
-
 def asked(*args, k=k, v=v, **options):
     """bool[slots]: the slots of which a number of k or v is asked for; and how many bytes in all."""
-    with loads() as seen:
+    with traffic() as (loads, _):
         run(*args, k=k, v=v, **options)
+    every = np.concatenate([addresses for _, addresses in loads])
     slots, count = np.zeros(len(k), bool), 0
     for tensor in (k, v):
-        at = (np.concatenate(seen) - np.uint64(tensor.data_ptr())).astype(np.int64) // 2
+        at = (every - tensor.data_ptr()) // 2
         at = at[(at >= 0) & (at < tensor.numel())]
         slots[np.unique(at // H)] = True
         count += 2 * len(at)

@@ -17,7 +17,6 @@
 # %%
 import json
 import os
-from contextlib import contextmanager
 from pathlib import Path
 
 os.environ["TRITON_INTERPRET"] = "1"  # Triton's kernels run in its interpreter here, where their loads can be seen
@@ -36,11 +35,10 @@ pallas_kernels, triton_kernels = BACKENDS["pallas"].ops, BACKENDS["triton"].ops
 
 import triton
 import triton.language as tl
-from triton.runtime.interpreter import InterpreterBuilder
 
 import jforge
 from jforge.core import compare
-from jforge.lessons import exercise, plots, reveal
+from jforge.lessons import exercise, plots, reveal, traffic
 from pallas_kernels import compat
 from pallas_kernels.device import DEVICES
 
@@ -161,37 +159,21 @@ print("blocks of 8:", close(attend(small, M=8)[0][0], reference(q, k, v, small, 
 #
 # ## What is read
 #
-# In the interpreter every load can be written down.
+# In the interpreter every load can be written down (`traffic`).
 
 
 # %%
-@contextmanager
-def loads():
-    """(the program's number on each axis, addresses) of each load of interpreted kernels."""
-    seen, original = [], InterpreterBuilder.create_masked_load
-
-    def record(self, pointers, mask, *rest):
-        seen.append((self.grid_idx, np.broadcast_to(pointers.data, mask.data.shape)[mask.data.astype(bool)]))
-        return original(self, pointers, mask, *rest)
-
-    InterpreterBuilder.create_masked_load = record
-    try:
-        yield seen
-    finally:
-        InterpreterBuilder.create_masked_load = original
-
-
 def elements(addresses, tensor):
     """The numbers of a tensor that lie at these addresses."""
-    at = (addresses - np.uint64(tensor.data_ptr())).astype(np.int64) // tensor.element_size()
+    at = (addresses - tensor.data_ptr()) // tensor.element_size()
     return at[(at >= 0) & (at < tensor.numel())]
 
 
 def asked(lists, **options):
     """(bytes of k and v, times that each slot of k was asked for: B S K)"""
-    with loads() as seen:
+    with traffic() as (loads, _):
         attend(lists, **options)
-    every = np.concatenate([addresses for _, addresses in seen])
+    every = np.concatenate([addresses for _, addresses in loads])
     count = np.bincount(elements(every, k), minlength=k.numel()).reshape(k.shape)
     return 2 * (len(elements(every, k)) + len(elements(every, v))), count.max(axis=-1)
 
@@ -257,9 +239,9 @@ plt.show()
 # H numbers further.
 
 # %%
-with loads() as seen:
+with traffic() as (loads, _):
     attend(lists)
-tiles = [elements(addresses, k) for _, addresses in seen]
+tiles = [elements(addresses, k) for _, addresses in loads]
 tile = next(np.sort(t) for t in tiles if len(t) == 32 * H)  # the first full tile of keys
 breaks = np.flatnonzero(np.diff(tile) > 1) + 1
 print(f"a tile of 32 keys: {len(breaks) + 1} pieces of {2 * len(tile) // (len(breaks) + 1)} bytes, "
@@ -274,9 +256,9 @@ print(f"a tile of 32 keys: {len(breaks) + 1} pieces of {2 * len(tile) // (len(br
 # %%
 for M_, what in ((64, "blocks of 64"), (8, "blocks of 8"), (1, "tokens")):
     tokens = torch.arange(256 // M_).int().expand(B, K, -1).contiguous()
-    with loads() as seen:
+    with traffic() as (loads, _):
         attend(tokens, M=M_)
-    read = sum(len(elements(addresses, tokens)) for _, addresses in seen) // (B * K)
+    read = sum(len(elements(addresses, tokens)) for _, addresses in loads) // (B * K)
     copies, boxes = 256 * 2 * H // 16, 256 // min(M_, 64)
     print(f"256 slots as {what:12}: {read:>3} entries loaded; copies of 16 bytes: {copies}, of a box: {boxes}")
 
@@ -308,12 +290,12 @@ for splits in (2, 4, 8):
 # Which slots each program of 4 splits reads, of the lists of head 0:
 
 # %%
-with loads() as seen:
+with traffic() as (loads, _):
     attend(lists, 4)
 figure, axes = plt.subplots(2, 1, figsize=(10, 3.6), sharex=True)
 for b, ax in enumerate(axes):
     for split in range(4):
-        of_it = [elements(a, k) for grid, a in seen if tuple(grid) == (0, split, b)]
+        of_it = [elements(a, k) for program, a in loads if program == (0, split, b)]
         slots = np.unique(np.concatenate(of_it) // (K * H)) - b * S
         ax.bar(slots + 0.5, 1, width=1.0, bottom=split, color=f"C{split}")
         ax.axhline(split, color="#aaaaaa", linewidth=0.6)

@@ -18,7 +18,6 @@
 # %%
 import json
 import os
-from contextlib import contextmanager
 from pathlib import Path
 
 os.environ["TRITON_INTERPRET"] = "1"  # Triton's kernels run in its interpreter here, where their loads can be seen
@@ -37,11 +36,10 @@ pallas_kernels, triton_kernels = BACKENDS["pallas"].ops, BACKENDS["triton"].ops
 
 import triton
 import triton.language as tl
-from triton.runtime.interpreter import InterpreterBuilder
 
 import jforge
 from jforge.core import compare
-from jforge.lessons import exercise, plots, reveal
+from jforge.lessons import exercise, plots, reveal, traffic
 from pallas_kernels import compat
 from pallas_kernels.device import DEVICES
 
@@ -127,29 +125,14 @@ print("the same bits, however many splits:", same)
 # changed in its last bit might change a pick.
 #
 # This ran in Triton's *interpreter*: one program after the other, in NumPy. Results can be trusted (for float16; its
-# bfloat16 products are wrong), times mean nothing. But every load can be written down:
+# bfloat16 products are wrong), times mean nothing. But every load can be written down (`traffic`):
 
 
 # %%
-@contextmanager
-def loads():
-    """The addresses that the loads of interpreted kernels ask for, a list of arrays."""
-    seen, original = [], InterpreterBuilder.create_masked_load
-
-    def record(self, pointers, mask, *rest):
-        seen.append(np.broadcast_to(pointers.data, mask.data.shape)[mask.data.astype(bool)])
-        return original(self, pointers, mask, *rest)
-
-    InterpreterBuilder.create_masked_load = record
-    try:
-        yield seen
-    finally:
-        InterpreterBuilder.create_masked_load = original
-
-
-def times_asked(seen, tensor):
+def times_asked(loads, tensor):
     """How often each number of a tensor was asked for."""
-    at = (np.concatenate(seen) - np.uint64(tensor.data_ptr())).astype(np.int64) // tensor.element_size()
+    every = np.concatenate([addresses for _, addresses in loads])
+    at = (every - tensor.data_ptr()) // tensor.element_size()
     inside = at[(at >= 0) & (at < tensor.numel())]
     return np.bincount(inside, minlength=tensor.numel()).reshape(tensor.shape)
 
@@ -161,12 +144,12 @@ sizes = {
 }  # fmt: skip
 cfg = att.Config(**sizes)
 costs = [att.cost(cfg, context=int(n), dtype=jnp.float16).read for n in lengths]
-with loads() as seen:
+with traffic() as (loads, _):
     score(splits=3)
-asked = times_asked(seen, k_index)
+asked = times_asked(loads, k_index)
 print(f"index keys: {2 * asked.sum():,} bytes asked for; cost: {sum(cost['k_index'] for cost in costs):,}")
 print("each number of a used slot once:", all((asked[b, :n] == 1).all() for b, n in enumerate(lengths)))
-print(f"queries: {times_asked(seen, q_index).sum() // q_index.numel()} times, once a split")
+print(f"queries: {times_asked(loads, q_index).sum() // q_index.numel()} times, once a split")
 
 # %% [markdown]
 # A key is read once for all heads. Its flops for each byte follow: 2 I J products and sums on 2 J bytes.
@@ -368,9 +351,9 @@ print("with holes:", compare.relative(gather(short, 2), gather_reference(short))
 # All loads of a step: the index keys on the left, the latent cache on the right, of row 0.
 
 # %%
-with loads() as seen:
+with traffic() as (loads, _):
     gather(pick(score(splits=3), L), splits=3)
-of_keys, of_rows = times_asked(seen, k_index), times_asked(seen, rows)
+of_keys, of_rows = times_asked(loads, k_index), times_asked(loads, rows)
 print(f"index keys: {2 * of_keys.sum():>7,} bytes, cost {sum(cost['k_index'] for cost in costs):>7,}")
 both = sum(cost["latent"] + cost["k_rope"] for cost in costs)
 print(f"latents:    {2 * of_rows.sum():>7,} bytes, cost {both:>7,}")

@@ -20,7 +20,6 @@
 # %%
 import json
 import os
-from contextlib import contextmanager
 from pathlib import Path
 
 os.environ["TRITON_INTERPRET"] = "1"  # Triton's kernels run in its interpreter here, where their loads can be seen
@@ -39,11 +38,10 @@ pallas_kernels, triton_kernels = BACKENDS["pallas"].ops, BACKENDS["triton"].ops
 
 import triton
 import triton.language as tl
-from triton.runtime.interpreter import InterpreterBuilder
 
 import jforge
 from jforge.core import compare
-from jforge.lessons import exercise, plots, reveal
+from jforge.lessons import exercise, plots, reveal, traffic
 from pallas_kernels import compat
 from pallas_kernels.device import DEVICES
 
@@ -264,36 +262,14 @@ print("equal:", close(both()))
 # ## Loads and stores
 #
 # All this ran in Triton's *interpreter*: one program after the other, in NumPy. Results can be trusted for float16,
-# times mean nothing. But each load and store can be written down:
+# times mean nothing. But each load and store can be written down (`traffic`):
 
 
 # %%
-@contextmanager
-def traffic():
-    """The addresses of each load and of each store of interpreted kernels, two lists."""
-    seen = {"create_masked_load": [], "create_masked_store": []}
-    original = {name: getattr(InterpreterBuilder, name) for name in seen}
-
-    def recorder(name):
-        def record(self, pointers, *rest):
-            mask = rest[0] if name == "create_masked_load" else rest[1]
-            seen[name].append(np.broadcast_to(pointers.data, mask.data.shape)[mask.data.astype(bool)])
-            return original[name](self, pointers, *rest)
-
-        return record
-
-    for name in seen:
-        setattr(InterpreterBuilder, name, recorder(name))
-    try:
-        yield tuple(seen.values())
-    finally:
-        for name, method in original.items():
-            setattr(InterpreterBuilder, name, method)
-
-
 def times(found, tensor):
-    """How often each number of a tensor is among the addresses."""
-    at = (np.concatenate(found) - np.uint64(tensor.data_ptr())).astype(np.int64) // tensor.element_size()
+    """How often each number of a tensor is among the addresses of these loads or stores."""
+    every = np.concatenate([addresses for _, addresses in found])
+    at = (every - tensor.data_ptr()) // tensor.element_size()
     at = at[(at >= 0) & (at < tensor.numel())]
     return np.bincount(at, minlength=tensor.numel()).reshape(tensor.shape)
 
@@ -301,12 +277,12 @@ def times(found, tensor):
 with traffic() as (loads, stores):
     both()
 fused = {"ring": times(loads, ring), "entries": times(loads, entries)}
-fused_stored = 4 * sum(map(len, stores))
+fused_stored = 4 * sum(len(addresses) for _, addresses in stores)
 with traffic() as (loads, stores):
     outs, lses = parts()
     merge(outs, lses)
 apart = {"ring": times(loads, ring), "entries": times(loads, entries)}
-apart_stored = 4 * sum(map(len, stores))
+apart_stored = 4 * sum(len(addresses) for _, addresses in stores)
 
 att = jforge.get("csa")
 sizes = {

@@ -19,7 +19,6 @@
 # %%
 import json
 import os
-from contextlib import contextmanager
 from pathlib import Path
 
 os.environ["TRITON_INTERPRET"] = "1"  # Triton's kernels run in its interpreter here, where their loads can be seen
@@ -38,11 +37,10 @@ pallas_kernels, triton_kernels = BACKENDS["pallas"].ops, BACKENDS["triton"].ops
 
 import triton
 import triton.language as tl
-from triton.runtime.interpreter import InterpreterBuilder
 
 import jforge
 from jforge.core import compare
-from jforge.lessons import exercise, plots, reveal
+from jforge.lessons import exercise, plots, reveal, traffic
 from pallas_kernels import compat
 from pallas_kernels.device import DEVICES
 
@@ -136,37 +134,13 @@ for columns in (64, 16):
 #
 # ## Loads and stores
 #
-# The interpreter asks a method for each load and store. Writing down the addresses, we can count.
+# The interpreter asks a method for each load and store. Writing down the addresses (`traffic`), we can count.
 
 
 # %%
-@contextmanager
-def traffic():
-    """([(program, addresses) of each load], the same of each store) of interpreted kernels."""
-    seen = {"create_masked_load": [], "create_masked_store": []}
-    original = {name: getattr(InterpreterBuilder, name) for name in seen}
-
-    def recorder(name):
-        def record(self, pointers, *rest):
-            mask = rest[0] if name == "create_masked_load" else rest[1]
-            addresses = np.broadcast_to(pointers.data, mask.data.shape)[mask.data.astype(bool)]
-            seen[name].append((self.grid_idx[0], addresses))
-            return original[name](self, pointers, *rest)
-
-        return record
-
-    for name in seen:
-        setattr(InterpreterBuilder, name, recorder(name))
-    try:
-        yield tuple(seen.values())
-    finally:
-        for name, method in original.items():
-            setattr(InterpreterBuilder, name, method)
-
-
 def inside(addresses, tensor):
     """Byte offsets of those addresses that lie in a tensor."""
-    at = (addresses - np.uint64(tensor.data_ptr())).astype(np.int64)
+    at = addresses - tensor.data_ptr()
     return at[(at >= 0) & (at < tensor.numel() * tensor.element_size())]
 
 
@@ -176,7 +150,7 @@ def count(columns):
     with traffic() as (loads, stores):
         launch(step_kernel, (triton.cdiv(V, columns), B * N), q, k, v, after, decay, out, N, H=H, V=V, COLUMNS=columns)
     owner, sectors = np.full(H * V, -1), 0
-    for program, addresses in loads:
+    for (program, *_), addresses in loads:
         at = inside(addresses, after)
         sectors += len(np.unique(at // 32))
         owner[at[at < H * V * 4] // 4] = program

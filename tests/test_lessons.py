@@ -5,6 +5,9 @@ import math
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
+import triton
+import triton.language as tl
 from judges import compiled, tokens, weights
 
 import jforge
@@ -136,6 +139,33 @@ def test_an_exercise_without_an_answer_or_a_digest(capsys):
     lessons.exercise(2, 4, lessons.digest(1, 4))  # another number, another digest
     lines = "Exercise 1: not answered yet", f"Exercise 1: no digest; that of 4 is {lessons.digest(1, 4)}"
     assert capsys.readouterr().out.splitlines() == [*lines, "Exercise 2: wrong"]
+
+
+@triton.jit
+def double(x, out, n, TILE: tl.constexpr):
+    at = tl.program_id(0) * TILE + tl.arange(0, TILE)
+    tl.store(out + at, 2 * tl.load(x + at, mask=at < n, other=0), mask=(at < n) & (at != 1))
+    if tl.program_id(0) == 1:
+        tl.store(out + n, tl.load(x))  # one address, no mask
+
+
+def test_traffic_is_what_the_masks_let_through():
+    """5 numbers of 4 bytes in tiles of 4, of which number 1 is not stored; the same again leaves no trace outside."""
+    x, out = torch.arange(8, dtype=torch.int32), torch.full((8,), -1, dtype=torch.int32)
+    with pytest.raises(ZeroDivisionError), lessons.traffic() as (loads, stores):
+        double[(2,)](x, out, 5, TILE=4)
+        raise ZeroDivisionError
+    double[(2,)](x, out, 5, TILE=4)
+    assert out.tolist() == [0, -1, 4, 6, 8, 0, -1, -1]
+    first, second = (0, 0, 0), (1, 0, 0)
+    assert numbers(loads, x) == [(first, [0, 1, 2, 3]), (second, [4]), (second, [0])]
+    assert numbers(stores, out) == [(first, [0, 2, 3]), (second, [4]), (second, [5])]
+    assert {addresses.dtype for _, addresses in loads + stores} == {np.dtype(np.int64)}
+
+
+def numbers(found, tensor) -> list[tuple]:
+    """Addresses as the numbers of a tensor of 4 bytes each."""
+    return [(program, ((addresses - tensor.data_ptr()) / 4).tolist()) for program, addresses in found]
 
 
 def test_reveal(capsys):
