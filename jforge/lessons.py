@@ -200,11 +200,12 @@ def picture(
         same.append(name) if same else panels.append(([name], codes))
     heights = [0.34 * len(codes) + 0.5 for _, codes in panels]
     figure, axes = plt.subplots(len(panels), figsize=(10, sum(heights) + 1.7), height_ratios=heights, squeeze=False)
+    width = max(14, *(codes.shape[1] for _, codes in panels))
     for (names, codes), ax in zip(panels, axes[:, 0], strict=True):
-        _grid(ax, codes, width=max(14, *(other.shape[1] for _, other in panels)), first=first)
+        _grid(ax, codes, width, first)
         ax.set_title(", ".join(names), loc="left", fontsize=14)
         ax.set_ylabel(down)
-    axes[-1, 0].set_xlabel(across)
+    axes[-1, 0].set_xlabel(across, x=panels[-1][1].shape[1] / width / 2)  # below its slots, which may be few
     present = [code for code in KINDS if any((codes == code).any() for _, codes in panels)]
     marks = [Patch(facecolor=KINDS[code][2], edgecolor="#666666") for code in present]
     words = [f"{KINDS[code][1]}  {KINDS[code][0]}".strip() for code in present]
