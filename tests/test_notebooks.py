@@ -33,9 +33,8 @@ def test_notebook_has_its_parts(source):
     for number, at in enumerate(checks, 1):
         blank, solution, check = (cell.source for cell in code[at - 2 : at + 1])
         assert blank == f"answer_{number} = None" and build.tagged(code[at - 1], "solution"), number
-        assert f"answer_{number}" in solution and re.match(rf"exercise\(\s*{number},\s+answer_{number},\s", check), (
-            number
-        )
+        called = re.search(rf"^exercise\(\s*{number},\s+answer_{number},\s", check, flags=re.MULTILINE)
+        assert f"answer_{number}" in solution and called, number
     for at, cell in enumerate(code):
         if build.tagged(cell, "predict"):
             assert cell.source == "guess = None" and "reveal(" in code[at + 1].source
