@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 import pytest
+from matplotlib.image import imread
 
 import jforge
 import pallas_kernels
@@ -44,6 +45,13 @@ def test_tables_of_mechanisms_are_those_of_the_code(script):
 def test_a_wrong_number_in_a_table_is_noticed(script):
     wrong = MECHANISMS.replace("| `k_index` | B S J=128 | bfloat16 | 256 B a token |", "| `k_index` | 0 B a token |")
     assert wrong != MECHANISMS and script.render(wrong) == MECHANISMS
+
+
+def test_the_picture_of_readme_is_that_of_the_code(script, tmp_path):
+    """Nearly all of its pixels; an edge may be drawn otherwise by another machine."""
+    script.picture(tmp_path / "now.png")
+    now, stored = (imread(path) for path in (tmp_path / "now.png", ROOT / "docs" / "figures" / "mechanisms.png"))
+    assert now.shape == stored.shape and (abs(now - stored) > 0.1).mean() < 1e-3
 
 
 def test_every_mechanism_has_a_section(script):

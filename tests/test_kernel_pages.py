@@ -109,7 +109,8 @@ def figures():
 
 def test_the_pages_show_the_figures_that_the_script_makes(figures):
     shown = {name for text in TEXTS.values() for name in re.findall(r"\]\(figures/(\w+)\.png\)", text)}
-    assert shown == set(figures.FIGURES) == {path.stem for path in (ROOT / "docs" / "figures").glob("*.png")}
+    assert shown == set(figures.FIGURES)
+    assert shown <= {path.stem for path in (ROOT / "docs" / "figures").glob("*.png")}
 
 
 @pytest.mark.parametrize("name", ["triton_grid", "mosaic_pipeline"])

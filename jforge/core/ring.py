@@ -33,7 +33,7 @@ class Recent(NamedTuple):
 
     def around(self, order: Int[Array, "B t"], window: int) -> tuple[Int[Array, "B u"], *tuple[Array, ...]]:
         """(positions, *arrays) of no more than the windows of consecutive queries at `order` can hold."""
-        first = order[:, 0] - self.first - window
+        first = order.min(axis=1, initial=NEVER) - self.first - window  # order may be empty
         return attend.nearby((self.positions, *self.arrays), first, window + order.shape[1])
 
     def numbers(self, heads: int, window: int) -> int:

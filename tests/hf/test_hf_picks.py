@@ -62,7 +62,9 @@ def exact_scores(cfg, params, x) -> np.ndarray:
         wide = {name: jnp.asarray(p, jnp.float64) for name, p in params.items()}
         x = jnp.asarray(x, jnp.float64)
         B, T, _ = x.shape
-        q, k, w = dsa.project_index(wide, cfg, x, jnp.broadcast_to(jnp.arange(T), (B, T)))
+        order = jnp.broadcast_to(jnp.arange(T), (B, T))
+        q, w = dsa.index_queries(wide, cfg, x, order, x.dtype)
+        k = dsa.index_keys(wide, cfg, x, order, x.dtype)["k_index"]
         return np.asarray(jforge.ops.index_scores(q, k, w, jnp.full(B, T, jnp.int32)))
 
 
