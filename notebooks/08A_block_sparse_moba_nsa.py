@@ -180,12 +180,12 @@ print({M: round(share, 2) for M, share in shares.items()})
 # %%
 @jaxtyped(typechecker=beartype)
 def compress(rows: Float[Array, "S H"], pe: Float[Array, "l H"], d: int) -> Float[Array, "E H"]:
-    l = pe.shape[0]  # noqa: E741
+    l = pe.shape[0]
     at = jnp.arange(max(0, (rows.shape[0] - l) // d + 1))[:, None] * d + jnp.arange(l)  # E l
     return (rows[at] + pe).mean(axis=1)
 
 
-def shared(S, E, l, d, M):  # noqa: E741
+def shared(S, E, l, d, M):
     """float32 E x blocks: the tokens that an entry and a block have in common, divided by d."""
     first, s = jnp.arange(E)[:, None] * d, jnp.arange(S)
     entry = (s >= first) & (s < first + l)  # E S
@@ -199,7 +199,7 @@ def nsa(
     pe_v: Float[Array, "l V"], gates: Float[Array, "N T 3"], d: int, M: int, top: int, w: int,
 ) -> tuple[Float[Array, "N T V"], Int[Array, "1 T L"]]:  # fmt: skip
     """(out, lists)"""
-    N, (T, S), l = q.shape[0], (q.shape[1], k.shape[0]), pe_k.shape[0]  # noqa: E741
+    N, (T, S), l = q.shape[0], (q.shape[1], k.shape[0]), pe_k.shape[0]
     t, s = jnp.arange(T)[:, None], jnp.arange(S)
 
     k_cmp, v_cmp = compress(k, pe_k, d), compress(v, pe_v, d)

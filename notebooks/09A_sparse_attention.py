@@ -165,7 +165,7 @@ print("L = S, equal to attention over all:", close(all_of_them, masked(q, rows, 
 
 # %%
 D, TOKENS, HEADS, H = 16, 64, 4, 16  # of the attention
-I, J, L = 8, 4, 8  # noqa: E741
+I, J, L = 8, 4, 8
 before = jnp.tril(jnp.ones((TOKENS, TOKENS), bool))
 keys = jax.random.split(jax.random.key(0), 8)
 main_q = 1.7 * D**-0.5 * jax.random.normal(keys[0], (D, HEADS, H))

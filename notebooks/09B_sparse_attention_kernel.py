@@ -52,7 +52,7 @@ launch = triton_kernels.runtime.launch  # kernel[grid](*arguments), without NumP
 # The loop that the first kernel must equal, in float64. -inf stands for a slot that is not used.
 
 # %%
-B, S, I, J = 2, 320, 16, 64  # noqa: E741
+B, S, I, J = 2, 320, 16, 64
 lengths = torch.tensor([300, 77], dtype=torch.int32)
 torch.manual_seed(0)
 q_index, k_index = torch.randn(B, I, J).half(), torch.randn(B, S, J).half()
@@ -95,7 +95,7 @@ print(f"its {heads} products in float32, written and read once: {2 * heads * 4} 
 
 # %%
 @triton.jit
-def score_kernel(q, k, w, lengths, out, S, I: tl.constexpr, J: tl.constexpr, KEYS: tl.constexpr):  # noqa: E741
+def score_kernel(q, k, w, lengths, out, S, I: tl.constexpr, J: tl.constexpr, KEYS: tl.constexpr):
     split, b = tl.program_id(0), tl.program_id(1)
     length = tl.load(lengths + b)
     i, j = tl.arange(0, I), tl.arange(0, J)

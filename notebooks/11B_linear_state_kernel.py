@@ -354,7 +354,7 @@ def block_kernel(q, k, lengths, out, S, BLOCKS, HEADS: tl.constexpr, J: tl.const
     tl.store(out + (b * HEADS + i) * BLOCKS + block, best, mask=i < HEADS)
 
 
-I, J, M, S = 4, 64, 32, 300  # noqa: E741
+I, J, M, S = 4, 64, 32, 300
 q_index, k_index = torch.randn(B, I, J).half(), torch.randn(B, S, J).half()
 lengths = torch.tensor([300, 130], dtype=torch.int32)
 blocks = triton.cdiv(S, M)

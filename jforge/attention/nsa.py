@@ -313,7 +313,7 @@ def work(cfg: Config, context: int, capacity: int, new: int, closing: bool) -> W
 
     A prefill masks all slots.
     """
-    buffer, d, l = cache_spec(cfg)["k_cmp"], cfg.kernel_stride, cfg.kernel_size  # noqa: E741
+    buffer, rows = cache_spec(cfg)["k_cmp"], cfg.kernel_size
     entries, made = buffer.slots(context), buffer.entries(context) - buffer.entries(context - new)
     made, window = (made if new > 1 else int(closing)), min(cfg.window_size, context)
     listed = min(cfg.topk, -(-capacity // cfg.block_size)) * cfg.block_size
@@ -321,14 +321,18 @@ def work(cfg: Config, context: int, capacity: int, new: int, closing: bool) -> W
     slots, read, written = (min(context, listed + near) if new == 1 else context), {}, {}
     for x in "kv":
         read |= {x: slots, f"{x}_cmp": entries}
-        written |= {x: new, f"tail_{x}": min(new, l)}
+        written |= {x: new, f"tail_{x}": min(new, rows)}
         if cfg.separate_branches:
             read[f"{x}_win"] = window
             written[f"{x}_win"] = min(new, cfg.window_size)
         if made:
-            read[f"tail_{x}"] = min(l, capacity)
+            read[f"tail_{x}"] = min(rows, capacity)
             written[f"{x}_cmp"] = made
-    pairs = seen(context, new, every=d, first=l) + seen(context, new, listed) + seen(context, new, cfg.window_size)
+    pairs = (
+        seen(context, new, every=cfg.kernel_stride, first=rows)
+        + seen(context, new, listed)
+        + seen(context, new, cfg.window_size)
+    )
     attended = entries + min(context, listed) + window if new == 1 else entries + slots + window * cfg.separate_branches
     return Work(read, written, dense.flops(cfg, pairs), attended)
 
