@@ -95,10 +95,10 @@ def call_cost(
         raise ValueError(f"new is {new}; of a context of {context} no more tokens are new")
     if closing and new > 1:
         raise ValueError(f"closing is True; it is asked of one token, and of new={new} it follows from the context")
-    dtype, row = jnp.dtype(dtype), work(context, capacity, new, closing)
+    dtype, row, every = jnp.dtype(dtype), work(context, capacity, new, closing), {**spec.borrowed, **spec}
 
     def count(slots: Mapping[str, int | Fraction]) -> dict[str, int]:
-        return {name: int(batch * n * spec[name].slot_bytes(dtype)) for name, n in slots.items()}
+        return {name: int(batch * n * every[name].slot_bytes(dtype)) for name, n in slots.items()}
 
     stored = spec.stored(batch, capacity, dtype)
     per_token = spec.per_token(batch, capacity, dtype)

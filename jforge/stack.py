@@ -4,6 +4,11 @@
 
 `layers` is what hf.layers(config) returns: (mechanism name or Attention, Config) of every layer; as a tuple it is
 hashable, so static under jit. `params` holds the layers' parameters, the cache is the tuple of their caches.
+
+A layer may name an earlier one, its source, by its index: (mechanism, Config, source). With `kv_shared` in its Config
+it has no keys of its own and reads those of its source, to which nothing is written (Gemma 3n and 4); with
+`index_shared` it takes the picks of its source (GLM-5.2).
+
 What stands around the attention belongs to the block, any function that calls `attend` once: norms, a residual, an MLP.
 Its own weights are bound to it where it is traced:
 
@@ -16,9 +21,10 @@ have taken its tokens all the same, so it stays NaN. With concrete lengths it ra
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import reduce
 from operator import add
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jaxtyping import Array
@@ -27,10 +33,11 @@ import jforge
 from jforge.core import guard
 from jforge.core.attention import Attention
 from jforge.core.norm import rms_norm
-from jforge.core.step import Step, Tokens, end, few_tokens, place
+from jforge.core.share import Source
+from jforge.core.step import Queries, Step, Tokens, all_of, end, few_tokens, place
 from jforge.cost import Cost
 
-Layers = Sequence[tuple[str | Attention, Any]]
+Layers = Sequence[tuple[str | Attention, Any] | tuple[str | Attention, Any, int]]
 Attend = Callable[[Array], Array]
 Scales = Sequence[tuple[float, float]]
 Block = Callable[[Array, int, Attend], Array]
@@ -58,16 +65,18 @@ def scaled_post_norm(
 
 def init_cache(layers: Layers, batch: int, capacity: int, dtype=jnp.bfloat16) -> tuple:
     """The empty caches of all layers, each for `capacity` tokens."""
-    return tuple(att.init_cache(cfg, batch, capacity, dtype) for att, cfg in _resolve(layers))
+    return tuple(att.init_cache(cfg, batch, capacity, dtype) for att, cfg, _ in _resolve(layers))
 
 
 def forward(params: Sequence, layers: Layers, x: Tokens, block: Block, positions=None) -> Tokens:
     """The definition, without a cache. `positions` (int B T) feed RoPE only."""
+    (_, first, _), *_ = _resolve(layers)
+    rows = all_of(first, x, positions)
 
-    def call(att, params, cfg, h, _):
-        return att.forward(params, cfg, h, positions), None
+    def call(att, params, cfg, h, _, picks):
+        return att.forward(params, cfg, h, positions, **picks), None
 
-    return _run(layers, params, x, [None] * len(layers), block, call)[0].astype(x.dtype)
+    return _run(layers, params, x, [None] * len(layers), block, _Call(call, rows, None))[0].astype(x.dtype)
 
 
 def prefill(
@@ -75,10 +84,10 @@ def prefill(
 ) -> tuple[Tokens, tuple]:
     """Append T tokens (row b its first lengths[b]) in every layer; at pads the result is 0 and x may be anything."""
 
-    def call(att, params, cfg, h, cache):
-        return att.prefill(params, cfg, h, cache, lengths=lengths)
+    def call(att, params, cfg, h, cache, picks):
+        return att.prefill(params, cfg, h, cache, lengths=lengths, **picks)
 
-    return _step(params, layers, x, cache, block, lengths, call)
+    return _step(params, layers, x, cache, block, lengths, call, None)
 
 
 def decode(
@@ -86,37 +95,75 @@ def decode(
 ) -> tuple[Tokens, tuple]:
     """Append 1 to 16 tokens a row in every layer, each through `ops`."""
 
-    def call(att, params, cfg, h, cache):
-        return att.decode(params, cfg, h, cache, ops=ops)
+    def call(att, params, cfg, h, cache, picks):
+        return att.decode(params, cfg, h, cache, ops=ops, **picks)
 
-    return _step(params, layers, few_tokens(x), cache, block, None, call)
+    return _step(params, layers, few_tokens(x), cache, block, None, call, ops)
 
 
 def cost(layers: Layers, *, context: int, **sizes) -> Cost:
-    """The sum of the layers' costs, of the sizes that `Attention.cost` takes; buffers of one name add up."""
-    return reduce(add, (att.cost(cfg, context=context, **sizes) for att, cfg in _resolve(layers)))
+    """The sum of the layers' costs, of the sizes that `Attention.cost` takes; buffers of one name add up. A layer that
+    reads another's keys stores and writes nothing.
+    """
+    return reduce(add, (att.cost(cfg, context=context, **sizes) for att, cfg, _ in _resolve(layers)))
 
 
-def _resolve(layers: Layers) -> list[tuple[Attention, Any]]:
-    """Names replaced by their Attention, Configs checked."""
+def _resolve(layers: Layers) -> list[tuple[Attention, Any, int | None]]:
+    """Names replaced by their Attention, Configs and sources checked."""
     if not layers:
         raise ValueError("layers is empty; a stack has at least one")
-    out = []
-    for index, (att, cfg) in enumerate(layers):
+    out: list[tuple[Attention, Any, int | None]] = []
+    for index, (att, cfg, *source) in enumerate(layers):
         att = jforge.get(att) if isinstance(att, str) else att
         if not guard.fits(cfg, att.Config):
             got, want = guard.called(type(cfg)), guard.called(att.Config)
             raise TypeError(f"layers[{index}] has a {got}; its mechanism takes a {want}")
-        out.append((att, cfg))
+        out.append((att, cfg, source[0] if source else None))
+        _check_source(out, index)
     return out
 
 
-def _step(params, layers: Layers, x, cache: tuple, block: Block, lengths, call: Callable) -> tuple[Array, tuple]:
+def _check_source(layers: list, index: int) -> None:
+    """The layer and its source must fit: keys of the same shape in the same slots, or picks."""
+    att, cfg, source = layers[index]
+    shares = [name for name in ("kv_shared", "index_shared") if getattr(cfg, name, False)]
+    if source is None:
+        if shares:
+            raise ValueError(f"layers[{index}] has {shares[0]}; it must name its source: (mechanism, Config, source)")
+        return
+    if isinstance(source, bool) or not isinstance(source, int) or not 0 <= source < index:
+        raise ValueError(f"layers[{index}] has the source {source!r}; it must be an earlier layer, 0..{index - 1}")
+    if not shares:
+        raise ValueError(f"layers[{index}] has the source {source}; its Config must have kv_shared or index_shared")
+    lender, own, _ = layers[source]
+    if lender.lend is None or getattr(own, shares[0], False) or (shares == ["kv_shared"]) != (lender.read is not None):
+        raise ValueError(f"layers[{index}] has the source {source}; that layer has nothing to lend for {shares[0]}")
+    if shares == ["kv_shared"] and not _alike(att.cache_spec(cfg).borrowed, lender.cache_spec(own)):
+        raise ValueError(
+            f"layers[{index}] has the source {source}; its keys and values are not laid out as those there"
+        )
+
+
+def _alike(borrowed, spec) -> bool:
+    """Whether these buffers are those of the spec."""
+    shapes = [{name: (b.shape, b.limit, b.every) for name, b in buffers.items()} for buffers in (borrowed, spec)]
+    return shapes[0] == shapes[1]
+
+
+class _Call(NamedTuple):
+    """How layers are called: call(att, params, cfg, h, cache, picks) -> (y, cache), of these tokens, through ops."""
+
+    call: Callable
+    rows: Queries
+    ops: Any
+
+
+def _step(params, layers: Layers, x, cache: tuple, block: Block, lengths, call, ops) -> tuple[Array, tuple]:
     """A prefill or decode: pads are blank inside, so that no norm or MLP ever sees their NaN."""
-    (_, first), *_ = _resolve(layers)
+    (_, first, _), *_ = _resolve(layers)
     _one_each("cache", cache, layers)
     step = place(x, cache[0].length, lengths, first.hidden_size, None)
-    y, after = _run(layers, params, step.x, cache, block, call)
+    y, after = _run(layers, params, step.x, cache, block, _Call(call, step.queries, ops))
     return end(_refused(step, after), y, x.dtype), after
 
 
@@ -126,26 +173,39 @@ def _refused(step: Step, after: tuple) -> Step:
     return step._replace(fits=step.fits & taken)
 
 
-def _run(layers: Layers, params: Sequence, x, caches: Sequence, block: Block, call: Callable) -> tuple[Array, tuple]:
-    """(x after all blocks, the caches): call(att, params, cfg, h, cache) -> (y, cache) is the attention of a layer."""
+def _run(layers: Layers, params: Sequence, x, caches: Sequence, block: Block, how: _Call) -> tuple[Array, tuple]:
+    """(x after all blocks, the caches)."""
     _one_each("params", params, layers)
-    after: list = []
-    for index, ((att, cfg), own, cache) in enumerate(zip(_resolve(layers), params, caches, strict=True)):
-        x = block(x, index, _recording(after, call, att, own, cfg, cache))
+    resolved, after, lent = _resolve(layers), [], {}
+    lenders = {source for _, _, source in resolved if source is not None}
+    for index, (layer, own, cache) in enumerate(zip(resolved, params, caches, strict=True)):
+
+        def attend(h: Array, index=index, layer=layer, own=own, cache=cache) -> Array:
+            y, new = _layer(layer, own, h, cache, index in lenders, lent, index, how)
+            after.append(new)
+            return y
+
+        x = block(x, index, attend)
         if len(after) != index + 1:
             raise ValueError(f"block calls attend {len(after) - index} times in layer {index}; it must call it once")
     return x, tuple(after)
 
 
-def _recording(after: list, call: Callable, att: Attention, params, cfg, cache) -> Attend:
-    """The `attend` of a layer; it leaves the new cache in `after`."""
-
-    def attend(h: Array) -> Array:
-        y, new = call(att, params, cfg, h, cache)
-        after.append(new)
-        return y
-
-    return attend
+def _layer(layer, params, h: Array, cache, lends: bool, lent: dict, index: int, how: _Call) -> tuple[Array, Any]:
+    """(y, the cache after) of one layer. lent: {a layer that others share with: its Source}, which it adds to."""
+    att, cfg, source = layer
+    if source is not None and getattr(cfg, "kv_shared", False):
+        y = att.read(params, cfg, h, lent[source], how.ops)
+        rows = how.rows
+        return y, None if cache is None else replace(
+            cache, length=cache.length + rows.keep.sum(axis=1, dtype=jnp.int32)
+        )
+    new = att.lend(params, cfg, how.rows._replace(x=h), cache, how.ops) if lends else None
+    picks = new if source is None else lent[source].new
+    y, after = how.call(att, params, cfg, h, cache, {} if picks is None or att.read is not None else {"indices": picks})
+    if lends:
+        lent[index] = Source(how.rows._replace(x=h), cache, after, new)
+    return y, after
 
 
 def _one_each(name: str, value: Sequence, layers: Layers) -> None:

@@ -19,16 +19,27 @@ from pallas_kernels import limits, ring, softmax
 from pallas_kernels.compat import TILE_T, jnp, pl, plgpu, spread, swizzled
 from pallas_kernels.merge_states import merged
 from pallas_kernels.plan import Config, Tunable, default_config, fill_splits, programs_per_sm, walk
-from pallas_kernels.tiles import BOX, Facts, boxes_of, launch_programs, load_boxes, matmul, store_rows, two_warpgroups
+from pallas_kernels.tiles import (
+    BOX,
+    Facts,
+    boxes_of,
+    launch_programs,
+    load_boxes,
+    load_heads,
+    matmul,
+    store_rows,
+    two_warpgroups,
+)
 
 
 def decode_attention(q, k, v, lengths, *, scale, window=None, sinks=None, softcap=None, page_table=None,
-                     k_scale=None, v_scale=None, chunk=None, out_dtype=None):  # fmt: skip
-    """out_t = sum_s softmax_s(cap(scale * q_t . k_s)) v_s over s < lengths[b]-T+t+1, the last `window` of them.
+                     k_scale=None, v_scale=None, chunk=None, out_dtype=None, alibi=None):  # fmt: skip
+    """out_t = sum_s softmax_s(cap(scale * q_t . k_s) + alibi_n (s - p)) v_s over s <= p, the last `window` of them; the
+    query's own slot is p = lengths[b] - T + t.
 
     q: B T N H, k: B S K H, v: B S K V (or pools `pages page K H` with page_table: int32 B P) in float16 or bfloat16,
-    lengths: int32 B, sinks: N. Returns out B T N V in `out_dtype` (default q's) and float32 lse B T N. Everything means
-    what it means in jforge.ops.decode_attention.
+    lengths: int32 B, sinks: N, alibi: float32 N. Returns out B T N V in `out_dtype` (default q's) and float32 lse
+    B T N. Everything means what it means in jforge.ops.decode_attention.
 
     The number of splits follows from the shapes alone, and each row's tiles are shared evenly among them on the device.
     `chunk` fixes the split size instead (rounded up to a multiple of 64 keys): then a row's result is bitwise the same
@@ -40,7 +51,7 @@ def decode_attention(q, k, v, lengths, *, scale, window=None, sinks=None, softca
     """
     sizes = check.decode_attention(
         q, k, v, lengths, scale=scale, window=window, sinks=sinks, softcap=softcap, page_table=page_table,
-        k_scale=k_scale, v_scale=v_scale, chunk=chunk, out_dtype=out_dtype,
+        k_scale=k_scale, v_scale=v_scale, chunk=chunk, out_dtype=out_dtype, alibi=alibi,
     )  # fmt: skip
     limits.need(k_scale is None, "k_scale is given; the kernel reads float16 and bfloat16 caches only")
     if page_table is not None:
@@ -52,8 +63,9 @@ def decode_attention(q, k, v, lengths, *, scale, window=None, sinks=None, softca
     limits.width("q", "H", sizes["H"], 16, 256)
     limits.width("v", "V", sizes["V"], 16, 256)
     limits.grid("q", "B", {axis: sizes[axis] for axis in "BTNS"})
-    facts = make_facts(sizes, q.dtype, out_dtype, scale=scale, window=window, softcap=softcap, chunk=chunk)
-    return run(q, k, v, lengths, page_table, sinks, facts)
+    options = dict(scale=scale, window=window, softcap=softcap, chunk=chunk, biased=alibi is not None)
+    facts = make_facts(sizes, q.dtype, out_dtype, **options)
+    return run(q, k, v, lengths, page_table, sinks, facts, alibi if alibi is None else alibi.astype(jnp.float32))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,10 +75,11 @@ class KvFacts(Facts):
     K: int
     H: int
     softcap: float | None
+    biased: bool = False  # by ALiBi
 
     @property
     def unit(self):
-        return super().unit if self.softcap is None else 1.0
+        return 1.0 if self.biased or self.softcap is not None else super().unit
 
     @property
     def width(self):
@@ -74,7 +87,8 @@ class KvFacts(Facts):
         return -(-self.V // 64) * 64
 
 
-def make_facts(sizes, dtype, out_dtype, *, scale, window=None, softcap=None, chunk=None, config=None) -> KvFacts:
+def make_facts(sizes, dtype, out_dtype, *, scale, window=None, softcap=None, chunk=None, biased=False,
+               config=None) -> KvFacts:  # fmt: skip
     """The plan of a call: query boxes of a program, tiles and splits. `config` overrides the table (for tuning)."""
     B, T, S, N, K, H, V = (sizes[x] for x in "BTSNKHV")
     heads, units = boxes_of(N // K)
@@ -91,17 +105,17 @@ def make_facts(sizes, dtype, out_dtype, *, scale, window=None, softcap=None, chu
     plan = walk("decode_attention", key, default_config(*shape), model, S=S, T=T, window=window, chunk=chunk,
                 config=config)  # fmt: skip
     return KvFacts(**plan, T=T, K=K, H=H, V=V, heads=heads, units=units, boxes=boxes, page=sizes.get("page"),
-                   softcap=softcap and float(softcap), scale=float(scale), final=chunk is None,
+                   softcap=softcap and float(softcap), biased=biased, scale=float(scale), final=chunk is None,
                    out_dtype=jnp.dtype(out_dtype or dtype))  # fmt: skip
 
 
 @functools.partial(jax.jit, static_argnames="facts")
-def run(q, k, v, lengths, page_table, sinks, facts):
+def run(q, k, v, lengths, page_table, sinks, facts, alibi=None):
     """The decode kernel, and the merge kernel when there are splits. Reshapes only relabel; nothing is moved."""
     f, (B, T, N, _) = facts, q.shape
     operands = dict(
         q=q.reshape(B, T, -1, f.heads, f.H), k=k, v=v, lengths=lengths, pages=page_table,
-        sinks=sinks if f.alone else None,
+        sinks=sinks if f.alone else None, alibi=alibi,
     )  # fmt: skip
     copies, body = f.block // f.piece, two_warpgroups(consume, copy_in)
     return launch_kv(body, f, operands, (B, T, N), sinks, copies, "decode_attention")
@@ -144,24 +158,30 @@ def copy_in(f, where, given, *, k, v, q_s, q_full, **_):
 def consume(f, where, out, lse, *, k, v, q_s, p_s, q_full, **smem):
     """O^T [width, rows] of the tiles of a program, and its rows of out and lse."""
     result = f.width, f.rows
+    slopes = load_heads(where, where.alibi, smem["row_s"]) if f.biased else None
     plgpu.barrier_wait(q_full)
 
-    def scores(slot, seen):
+    def scores(at, seen):
+        slot, tile = at
         plgpu.barrier_wait(k.full.at[slot])
         x = matmul(k.tiles.at[slot], q_s.transpose((1, 0)), (f.block, f.rows))
         plgpu.barrier_arrive(k.free.at[slot])
-        return jnp.where(seen(), _scores(f, x), -jnp.inf)
+        visible, x = seen(), _scores(f, x)
+        if f.biased:
+            x = _biased(where, x, slopes, (where.first + tile) * f.block)
+        return jnp.where(visible, x, -jnp.inf)
 
-    def values(slot):
-        plgpu.barrier_wait(v.full.at[slot])
-        return v.tiles.at[slot]
+    def values(at):
+        plgpu.barrier_wait(v.full.at[at[0]])
+        return v.tiles.at[at[0]]
 
-    def add(slot, acc, shrink):
+    def add(at, acc, shrink):
+        slot, _ = at
         more = matmul(v.tiles.at[slot].transpose((1, 0)), p_s.transpose((1, 0)), result)
         plgpu.barrier_arrive(v.free.at[slot])
         return acc * spread(shrink, result, 1) + more
 
-    carry = softmax.attend(where, p_s, result, lambda i: ring.slot_of(f, i), scores, values, add)
+    carry = softmax.attend(where, p_s, result, lambda i: (ring.slot_of(f, i), i), scores, values, add)
     _finish(where, *carry, out, lse, **smem)
 
 
@@ -171,11 +191,17 @@ def _scores(f, x):
     quotient may be 0.
     """
     if f.softcap is None:
-        return f.signed(x)
+        return x * f.scale if f.biased else f.signed(x)
     y = x * min(f.scale / f.softcap, softmax.LARGEST)
     square = y * y
     small = x * f.scale * (1 + square * (square * (2 / 15) - 1 / 3))
     return jnp.where(square < 0.0625**2, small, f.softcap * (1 - 2 / (softmax.power(y, 2) + 1)))
+
+
+def _biased(where, x, slopes, start):
+    """Logits [block, rows] of the tile at `start`, with the biases of ALiBi."""
+    key, limit = where.keys_and_limits(start)
+    return x + spread(slopes, x.shape, 1) * (key - (limit - 1)).astype(jnp.float32)
 
 
 def _finish(where, acc, top, mass, out, lse, *, out_s, row_s):

@@ -1,6 +1,6 @@
 """One step of linear attention on a matrix state: decay, write, read, in one pass over the state.
 
-A program owns one head of one row of the batch and up to 128 value columns of its state: the columns do not depend on
+A program owns one head of one row of the batch and about 64 value columns of its state: the columns do not depend on
 each other. TMA brings the tile in as pieces of 32 key channels, and each piece goes back as soon as it is updated, so
 that several tiles of an SM are on their way in both directions. The state is read and written once, in place; the delta
 rule, which needs S^T k before it can write, reads the tile a second time from shared memory.
@@ -21,8 +21,6 @@ from pallas_kernels.plan import card, planned
 from pallas_kernels.tiles import launch_programs
 
 PIECE = 32  # key channels that one TMA copy brings in
-WIDTHS = (128, 64, 32)  # value columns of one program
-TILE_BYTES = 64 * 1024  # of which an SM holds three
 
 
 def decode_linear(q, k, v, state, decay, *, beta=None):
@@ -33,9 +31,10 @@ def decode_linear(q, k, v, state, decay, *, beta=None):
     state). The state is updated in place where XLA may do so: under a jit that donates it there is no copy of it.
 
     Raises ValueError and TypeError from jforge.ops.check, and NotImplementedError for what has no kernel: float64, H
-    that is not a multiple of 8 or above 256, V that is a multiple of neither 32 nor, below 32, of 8 (TMA). Lightning
-    attention is from MiniMax-01 (arXiv 2501.08313), the delta rule from DeltaNet (arXiv 2102.11174, 2406.06484), a
-    decay for every key channel from KDA (arXiv 2510.26692).
+    that is not a multiple of 8 or above 256, V that is a multiple of neither 16 nor, below 32, of 8 (TMA), such as
+    Mamba's V = 1. Lightning attention is from MiniMax-01 (arXiv 2501.08313), the delta rule from DeltaNet (arXiv
+    2102.11174, 2406.06484), a decay for every key channel from KDA (arXiv 2510.26692), Mamba-2 as linear attention from
+    arXiv 2405.21060.
     """
     check.decode_linear(q, k, v, state, decay, beta=beta)
     _refuse(q, state, decay, beta)
@@ -49,8 +48,8 @@ def _refuse(q, state, decay, beta) -> None:
         need(not wide, f"{name} has dtype float64; Mosaic GPU kernels compute in float32")
     (B, N, H), V = q.shape, state.shape[-1]
     need(H % 8 == 0 and H <= 256, f"q has H={H}; the kernel takes multiples of 8 up to 256")
-    whole = V % 32 == 0 or (V % 8 == 0 and V < 32)
-    need(whole, f"v has V={V}; the kernel takes multiples of 32, and of 8 below that")
+    whole = V % 16 == 0 or (V % 8 == 0 and V < 32)
+    need(whole, f"v has V={V}; the kernel takes multiples of 16, and of 8 below 32")
     fits = min(B, N, H, V) > 0 and max(B, N) <= MOST_ROWS
     need(fits, f"state has B={B}, N={N}, H={H}, V={V}; none may be 0, B and N at most {MOST_ROWS}")
 
@@ -75,29 +74,34 @@ class Facts:
 
     @property
     def tile(self):
-        """Register layout of a piece: a warp has one of every 4 key channels, a lane adjacent columns."""
+        """Register layout of a piece: a warp has one of every 4 key channels, a lane adjacent columns; of columns that
+        are no thirty-twos a warp has two channels and 16 at a time.
+        """
+        if self.width % 32:
+            return plgpu.Layout.TILED(plgpu.Tiling(((8, 16), (2, 16), (1,))), (-5,), (-3, -2), -1)
         return plgpu.Layout.TILED(plgpu.Tiling(((4, self.width), (self.width // 32,))), (-3,), (-2,), -1)
 
 
 def make_facts(shape, V, decay_axes, delta) -> Facts:
-    """The plan of a call: the widest tiles of which every SM gets two and holds three."""
+    """The plan of a call: the widest tiles of which every SM gets two."""
     B, N, H = shape
-    fit = [w for w in WIDTHS if V % w == 0 and B * N * (V // w) >= 2 * card().sms and 4 * H * w <= TILE_BYTES]
-    width = planned("width", lambda: max(fit, default=WIDTHS[-1]))
-    return Facts(H, V, width, decay_axes, delta)
+    fit = [w for w in (64, 32) if V % w == 0 and B * N * (V // w) >= 2 * card().sms]
+    if V > 32 and V % 32:
+        fit = [max(w for w in range(16, 128, 16) if V % w == 0)]
+    return Facts(H, V, planned("width", lambda: max(fit, default=32)), decay_axes, delta)
 
 
 @functools.partial(jax.jit, static_argnames="facts")
 def run(q, k, v, state, decay, beta, facts):
     """The kernel on a mutable reference to the state, to which XLA gives the donated buffer."""
-    f, (B, N, _) = facts, q.shape
+    f, (B, N, _), dtype = facts, q.shape, q.dtype
     channels = f.pieces * PIECE
     scratch = dict(
         state_s=plgpu.SMEM((f.pieces, PIECE, f.width), jnp.float32, transforms=swizzled(f.width, 4)),
-        q_s=plgpu.SMEM((channels,), q.dtype),
-        k_s=plgpu.SMEM((channels,), q.dtype),
-        v_s=plgpu.SMEM((f.width,), q.dtype),
-        out_s=plgpu.SMEM((f.width,), q.dtype),
+        q_s=plgpu.SMEM((channels,), dtype),
+        k_s=plgpu.SMEM((channels,), dtype),
+        v_s=plgpu.SMEM((f.width,), dtype),
+        out_s=plgpu.SMEM((f.width,), dtype),
         full=plgpu.Barrier(num_barriers=f.pieces),
         rows_full=plgpu.Barrier(num_arrivals=4 if f.by_channel else 3),
     )
@@ -105,7 +109,7 @@ def run(q, k, v, state, decay, beta, facts):
         scratch |= dict(decay_s=plgpu.SMEM((channels,), jnp.float32))
     cell = jax.new_ref(state)
     operands = dict(q=q, k=k, v=v, decay=decay, beta=beta, state=cell)
-    out_type, grid = jax.ShapeDtypeStruct((B, N, f.V), q.dtype), (B, N, -(-f.V // f.width))
+    out_type, grid = jax.ShapeDtypeStruct((B, N, f.V), dtype), (B, N, -(-f.V // f.width))
     axes = "b", "head", "column"
     out = launch_programs(_kernel, f, operands, out_type, scratch, grid, "decode_linear", axes=axes, warpgroups=None)
     return out, jax.freeze(cell)

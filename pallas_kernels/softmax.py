@@ -15,7 +15,7 @@ import math
 import numpy as np
 
 from pallas_kernels.compat import BY_COLUMN, BY_ROW, TILE, jnp, lax, plgpu, spread
-from pallas_kernels.tiles import load_sinks
+from pallas_kernels.tiles import load_heads
 
 LOG2E = math.log2(math.e)
 LOWEST, LARGEST = (float(end) for end in (np.finfo(np.float32).min, np.finfo(np.float32).max))
@@ -78,7 +78,7 @@ def finish(where, acc, top, mass, axis: int, row_s):
     # The clamp keeps the product finite, and out of the difference to the sink, into which it would be fused.
     top = jnp.where(mass > 0, jnp.maximum(top * where.f.unit, LOWEST), LOWEST)
     if where.sinks is not None:
-        sink = load_sinks(where, row_s, (BY_ROW, BY_COLUMN)[axis])
+        sink = load_heads(where, where.sinks, row_s, (BY_ROW, BY_COLUMN)[axis])
         acc, top, mass = fold_sink(acc, top, mass, sink, widen)
     return normalised(acc, mass, widen), top, mass
 

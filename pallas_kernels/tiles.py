@@ -128,7 +128,7 @@ class Place:
     """
 
     def __init__(self, f, given):
-        self.f, self.pages, self.sinks = f, given.get("pages"), given.get("sinks")
+        self.f, self.pages, self.sinks, self.alibi = f, *(given.get(name) for name in ("pages", "sinks", "alibi"))
         self.b, self.split, head = (lax.axis_index(name) for name in ("b", "split", "head"))
         self.kv, self.row_block = lax.div(head, jnp.int32(f.row_blocks)), lax.rem(head, jnp.int32(f.row_blocks))
         self.n = given["lengths"][self.b]
@@ -174,6 +174,12 @@ class Place:
 
     def visible(self, start, keys_first=True):
         """Which keys of the tile at `start` each query row sees: [block, rows], or [rows, block]."""
+        key, limit = self.keys_and_limits(start, keys_first)
+        seen = key < limit
+        return seen if self.f.window is None else jnp.logical_and(seen, key >= limit - self.f.window)
+
+    def keys_and_limits(self, start, keys_first=True):
+        """The keys of the tile at `start`, and of each query row the one after its own: it sees those before."""
         f = self.f
         axis, shape = (0, (f.block, f.rows)) if keys_first else (1, (f.rows, f.block))
         key = plgpu.broadcasted_iota(jnp.int32, shape, axis, layout=TILE) + start
@@ -182,8 +188,7 @@ class Place:
             row = plgpu.broadcasted_iota(jnp.int32, shape, 1 - axis, layout=TILE)
             number = self.row_block * f.boxes + lax.div(row, jnp.full(shape, BOX, jnp.int32))
             limit = self.n - (f.T - 1) + lax.div(number, jnp.full(shape, f.units, jnp.int32))
-        seen = key < limit
-        return seen if f.window is None else jnp.logical_and(seen, key >= limit - f.window)
+        return key, limit
 
     def tile(self, i):
         """Of the i-th tile: seen(), the mask of its scores [block, rows], and blank(values), which zeroes the value
@@ -270,13 +275,13 @@ def matmul(a, b, shape):
     return pl.run_scoped(run, plgpu.ACC(shape, jnp.float32))
 
 
-def load_sinks(where, row_s, layout=BY_COLUMN):
-    """The sink of every query row, through shared memory, since the heads of a box need not fill it."""
+def load_heads(where, of_heads, row_s, layout=BY_COLUMN):
+    """A number of every head for every query row, through shared memory, since the heads of a box need not fill it."""
     f = where.f
     for j in range(f.boxes):
         _, unit, _ = where.box(j)
         for i in range(BOX):
-            row_s[j * BOX + i] = where.sinks[unit * f.heads + min(i, f.heads - 1)].astype(jnp.float32)
+            row_s[j * BOX + i] = of_heads[unit * f.heads + min(i, f.heads - 1)].astype(jnp.float32)
     plgpu.commit_smem()
     return plgpu.load(row_s, layout=layout)
 

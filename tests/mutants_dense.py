@@ -15,7 +15,7 @@ from jforge.core import masks, rope, step
 
 op_module = importlib.import_module("jforge.ops.decode_attention")
 GQA = jforge.get("gqa")
-ROPED, NORMED, FLAT = GQA.examples
+ROPED, NORMED, FLAT, _ = GQA.examples
 
 
 def _op_with(**changes):
@@ -51,7 +51,7 @@ def _append_late(cache, at, **new):
     return step.append(cache, at._replace(positions=at.positions + 1), **new)
 
 
-def _attend_unblanked(q, k, v, visible, *, scale, softcap=None, sinks=None):
+def _attend_unblanked(q, k, v, visible, *, scale, softcap=None, sinks=None, distance=None):
     """Masked scores, but values as they are: 0 * NaN."""
     B, T, N, H = q.shape
     K = k.shape[2]
@@ -76,12 +76,16 @@ def _interleave_heads(attend, q, k, v, visible, **options):
     return out[:, :, back], lse[:, :, back]
 
 
-def _cap_unscaled(attend, q, k, v, visible, *, scale, softcap=None, sinks=None):
-    return attend(q, k, v, visible, scale=scale, softcap=softcap / scale if softcap else None, sinks=sinks)
+def _cap_unscaled(attend, q, k, v, visible, *, scale, softcap=None, **more):
+    return attend(q, k, v, visible, scale=scale, softcap=softcap / scale if softcap else None, **more)
 
 
-def _sinks_scaled(attend, q, k, v, visible, *, scale, softcap=None, sinks=None):
-    return attend(q, k, v, visible, scale=scale, softcap=softcap, sinks=None if sinks is None else sinks * scale)
+def _sinks_scaled(attend, q, k, v, visible, *, scale, sinks=None, **more):
+    return attend(q, k, v, visible, scale=scale, sinks=None if sinks is None else sinks * scale, **more)
+
+
+def _bias_scaled(attend, *args, scale, alibi=None, **options):
+    return attend(*args, scale=scale, alibi=None if alibi is None else alibi * scale, **options)
 
 
 def _lse_base_2(attend, *args, **options):
@@ -180,6 +184,7 @@ MUTANTS = {
     "a window of W + 1": (
         patch(GQA, masks, "window", lambda q, k, size: (k <= q) & (k >= q - size)), case("window")),
     "the sink is scaled": (patch(GQA, op_module, "attend", _attend(_sinks_scaled)), case("sinks")),
+    "ALiBi is added before the scale": (patch(GQA, op_module, "attend", _attend(_bias_scaled)), case("alibi")),
     "the LSE is in base 2": (patch(GQA, op_module, "attend", _attend(_lse_base_2)), case("llama")),
     "an empty part has weight in a merge": (patch(GQA, jforge.ops, "merge_states", _merge_counts_empty_parts),
                                             case("merge_many")),
@@ -188,6 +193,6 @@ MUTANTS = {
 JUDGES = {
     "laws": lambda: jforge.check(GQA, ROPED, laws=("L1", "L2", "L4", "L5", "L6", "L7", "L8", "L9", "L10")).ok,
     "torch_ref": lambda: not any(torch_forward("gqa", cfg)(GQA) for cfg in GQA.examples),
-    "cases": lambda: not any(case(n)(GQA) for n in ("window", "sinks", "llama", "merge_many")),
+    "cases": lambda: not any(case(n)(GQA) for n in ("window", "sinks", "alibi", "llama", "merge_many")),
 }
 """What notices a mutant notices nothing in the unchanged code."""

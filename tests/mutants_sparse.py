@@ -10,7 +10,7 @@ from judges import case, law, patch, replaced, torch_forward, unread, walks
 
 import jforge
 from jforge import caches
-from jforge.attention import block_sparse, dense, moba, nsa, sliding_window, streaming
+from jforge.attention import block_sparse, chunked_local, dense, moba, nsa, sliding_window, streaming
 from jforge.core import masks, ring
 from jforge.core.spec import Buffer
 from jforge.core.step import begin, end
@@ -19,9 +19,12 @@ op_module = importlib.import_module("jforge.ops.decode_block_sparse")
 WINDOW, SINKS, STREAMING, SPARSE, MOBA, NSA, LIGHTNING = (
     jforge.get(name) for name in ("sliding_window", "sinks", "streaming", "block_sparse", "moba", "nsa", "lightning")
 )
+CHUNKED = jforge.get("chunked_local")
 ROPE = {"rope_type": "default", "rope_theta": 1e4}
 SMALL = {"hidden_size": 8, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 4, "rope_parameters": ROPE}
 RING = WINDOW.Config(**SMALL, sliding_window=4)
+CHUNKS = CHUNKED.Config(**SMALL, attention_chunk_size=4)
+TURNED = WINDOW.Config(**SMALL | {"rope_parameters": None}, sliding_window=4, alibi=True)
 SUNK = SINKS.Config(**SMALL)
 KEPT = STREAMING.Config(**SMALL, start_size=2, recent_size=3)
 # of which one is listed twice in block 2; the table is cached, so no other test may have this seed
@@ -53,7 +56,13 @@ def _write_then_attend(params, cfg, x, cache, lengths=None):
     cache = ring.write(cache, step, k=k, v=v)
     nothing = step._replace(keep=jnp.zeros_like(step.keep))
     recent = ring.beside(nothing, step.length, (cache.k, k), (cache.v, v))
-    return end(step, sliding_window._attend(params, cfg, step.queries, recent), x.dtype), cache
+    y = sliding_window.attend_recent(params, cfg, step.queries, recent, sliding_window.visible, cfg.sliding_window)
+    return end(step, y, x.dtype), cache
+
+
+def _chunk_by_slot(cfg, q_pos, k_pos):
+    """Slots up to the query's own, whatever chunk left its tokens there."""
+    return (k_pos <= q_pos) & (k_pos % cfg.attention_chunk_size <= q_pos % cfg.attention_chunk_size)
 
 
 def _one_query(params, cfg, rows):
@@ -156,6 +165,14 @@ MUTANTS = {
     "pads are written into a ring": (patch(WINDOW, ring, "write", _write_with_pads), walks(RING)),
     "prefill writes the ring before it attends": (
         replaced(WINDOW, prefill=_write_then_attend), walks(RING)),
+    "ALiBi counts from the slots of a turned ring": (
+        patch(WINDOW, sliding_window, "_oldest_first", lambda buffer, length: buffer), walks(TURNED)),
+    "a chunk's mask is taken from slots": (patch(CHUNKED, chunked_local, "visible", _chunk_by_slot), walks(CHUNKS)),
+    "a chunk's cache is full for ever": (
+        patch(CHUNKED, chunked_local, "filled", lambda cfg, n: jnp.minimum(n, cfg.attention_chunk_size)),
+        walks(CHUNKS)),
+    "a rewind into the chunk before": (
+        patch(CHUNKED, chunked_local, "_chunk", lambda cfg, n: n * 0), law("L12", CHUNKS)),
     "StreamingLLM turns one query for both groups": (
         patch(STREAMING, streaming, "queries", _one_query), torch_forward("streaming", KEPT)),
     "the sink enters both parts of a split": (lambda monkeypatch: split_in_two({0, 1}), walks(SUNK)),
@@ -188,13 +205,14 @@ MUTANTS = {
 }  # fmt: skip
 
 TWINS = (("sliding_window", RING), ("streaming", KEPT), ("sinks", SUNK), ("moba", PICKED), ("nsa", ENTRIES))
+RINGS = (WINDOW, RING), (WINDOW, TURNED), (CHUNKED, CHUNKS), (STREAMING, KEPT)
 JUDGES = {
-    "walks of rings": lambda: not walks(RING)(WINDOW) and not walks(KEPT)(STREAMING),
+    "walks of rings": lambda: not any(walks(cfg)(att) for att, cfg in RINGS),
     "a walk of a split": lambda: not walks(SUNK)(split_in_two({1})),
     "walks of blocks": lambda: not walks(replace(PATTERN, seed=990))(SPARSE) and not walks(PICKED)(MOBA),
     "torch_ref on windows and blocks": lambda: not any(torch_forward(n, cfg)(jforge.get(n)) for n, cfg in TWINS),
     "cases of blocks": lambda: not any(case(n)(SPARSE) for n in ("blocks_of_64", "blocks_of_16")),
-    "L12": lambda: not any(law("L12", cfg)(att) for att, cfg in ((MOBA, PICKED), (WINDOW, RING))),
+    "L12": lambda: not any(law("L12", cfg)(att) for att, cfg in ((MOBA, PICKED), (WINDOW, RING), (CHUNKED, CHUNKS))),
     "L8 of MoBA": lambda: not law("L8", PICKED)(MOBA),
 }
 """What notices a mutant notices nothing in the unchanged code."""

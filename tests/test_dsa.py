@@ -15,6 +15,7 @@ import torch_ref
 from jforge.attention import dsa, mla
 from jforge.core import compare, quant, rope
 from jforge.core.norm import rms_norm
+from jforge.core.step import all_of
 from jforge.harness.backends import to_torch
 
 DSA, MLA, TWIN = jforge.get("dsa"), jforge.get("mla"), torch_ref.get("dsa")
@@ -189,15 +190,26 @@ def test_e4m3_scores_are_near_the_exact_ones():
 
 
 def test_indices_go_with_index_shared():
-    shared, picks = replace(SMALL, index_shared=True), jnp.zeros((2, 1, 3), jnp.int32)
+    shared = replace(SMALL, index_shared=True)
     x = jnp.zeros((2, 1, SMALL.hidden_size))
-    for cfg, given, message in ((shared, None, "^indices is None; "), (SMALL, picks, "^indices is given; ")):
-        cache = DSA.init_cache(cfg, 2, 4, jnp.float32)
-        with pytest.raises(ValueError, match=message):
-            DSA.forward({}, cfg, x, indices=given)
-        for step in (DSA.prefill, DSA.decode):
-            with pytest.raises(ValueError, match=message):
-                step({}, cfg, x, cache, indices=given)
+    cache = DSA.init_cache(shared, 2, 4, jnp.float32)
+    with pytest.raises(ValueError, match="^indices is None; "):
+        DSA.forward({}, shared, x)
+    for step in (DSA.prefill, DSA.decode):
+        with pytest.raises(ValueError, match="^indices is None; "):
+            step({}, shared, x, cache)
+
+
+def test_its_own_picks_may_be_given():
+    """What `lend` gives before the layer is called is what it would pick; other picks are obeyed."""
+    with jax.enable_x64(True):
+        params, x = jax.tree.map(jnp.asarray, (weights(DSA, SMALL), tokens(SMALL, 2, 9)))
+        rows, cache = all_of(SMALL, x, None), DSA.init_cache(SMALL, 2, 9, jnp.float64)
+        for own, call in ((DSA.lend(params, SMALL, rows, None), lambda **more: DSA.forward(params, SMALL, x, **more)),
+                          (DSA.lend(params, SMALL, rows, cache),
+                           lambda **more: DSA.prefill(params, SMALL, x, cache, **more)[0])):  # fmt: skip
+            np.testing.assert_array_equal(call(indices=own), call())
+            assert compare.relative(call(indices=jnp.zeros_like(own)), call()) > 1e-3
 
 
 def test_given_indices_must_fit_x(untyped):

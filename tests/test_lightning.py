@@ -12,7 +12,7 @@ from judges import case, compiled, patch, tokens, torch_forward, walks, weights
 
 import jforge
 from jforge.attention import lightning
-from jforge.core import compare
+from jforge.core import compare, linear
 
 ATT = jforge.get("lightning")
 SMALL = ATT.Config(hidden_size=8, num_attention_heads=4, head_dim=3, layer_index=2, num_hidden_layers=6, block_size=5)
@@ -66,7 +66,7 @@ def blockwise(q, k, v, slope, state, size):
         out, state = lightning.one_block(*rows, slope, state)
         return state, out
 
-    return lightning.blockwise(block, state, size, q, k, v, jnp.ones(q.shape[:2], bool))
+    return linear.blockwise(block, state, size, q, k, v, jnp.ones(q.shape[:2], bool))
 
 
 @pytest.mark.parametrize("T,size", _draw(4), ids=str)

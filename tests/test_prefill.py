@@ -22,6 +22,8 @@ MLA = {**DENSE, "q_lora_rank": 128, "kv_lora_rank": 128, "qk_nope_head_dim": 64,
        "v_head_dim": 64}  # fmt: skip
 V4 = {**DENSE, "head_dim": 64, "qk_rope_head_dim": 16, "q_lora_rank": 128, "o_groups": 2, "o_lora_rank": 64,
       "sliding_window": 128}  # fmt: skip
+BLOCKS = ("lightning", "gated_deltanet", "kda", "mamba2")
+"""Whose prefill has products within blocks of tokens."""
 LAYERS = {
     "single_head": {**DENSE, "num_attention_heads": 1, "head_dim": 64},
     "mha": DENSE,
@@ -29,6 +31,7 @@ LAYERS = {
     "gqa": TWO,
     "mla": MLA,
     "sliding_window": {**DENSE, "sliding_window": 1024},
+    "chunked_local": {**DENSE, "attention_chunk_size": 1024},
     "sinks": DENSE,
     "streaming": {**DENSE, "recent_size": 1020},
     "block_sparse": {**DENSE, "block_size": 64, "num_global_blocks": 1, "num_local_blocks": 2, "num_random_blocks": 2},
@@ -40,6 +43,17 @@ LAYERS = {
     "v4_window": V4,
     "csa": {**V4, "compress_rate": 4, "index_n_heads": 8, "index_head_dim": 32, "index_topk": 128},
     "hca": {**V4, "compress_rate": 128},
+    "gated_deltanet": {
+        "hidden_size": 512,
+        "linear_num_key_heads": 4,
+        "linear_num_value_heads": 8,
+        "linear_key_head_dim": 64,
+        "linear_value_head_dim": 64,
+    },
+    "kda": {"hidden_size": 512, "linear_num_heads": 8, "linear_head_dim": 64},
+    "mamba1": {"hidden_size": 512, "intermediate_size": 1024, "state_size": 16, "time_step_rank": 32},
+    "mamba2": {"hidden_size": 512, "num_heads": 8, "head_dim": 64, "state_size": 64, "n_groups": 2},
+    "short_conv": {"hidden_size": 512},
 }
 
 
@@ -129,7 +143,7 @@ def test_cost_of_a_prefill_is_what_its_program_touches(name, index):
         assert (cost.read, cost.written) == (moved.read, moved.written)
         assert cost.stored == att.cost(cfg, context=context, dtype=dtype).stored
         steps = [att.cost(cfg, context=n, capacity=context).flops for n in range(context - new + 1, context + 1)]
-        if name not in ("mla", "dsa", "lightning"):  # whose prefill has another form than their steps
+        if name not in ("mla", "dsa", *BLOCKS):  # whose prefill has another form than their steps
             assert cost.flops == sum(steps)
 
 
@@ -145,6 +159,18 @@ def test_flops_of_the_forms_that_only_prefill_has():
     pairs = 2 * (256 * 257 // 2) + 100 * 101 // 2
     states = 4 * 128 * 612 + 3 * 128
     assert lightning.cost(cfg, context=700, new=612).flops == 64 * 128 * (states + 4 * pairs)
+
+
+def test_flops_of_the_delta_rule_in_blocks():
+    """Of a token the keys and the queries meet the state, and it gains the token's; of pairs both meet keys, and weigh
+    values; a token's key meets none of its own. Beside that the convolution.
+    """
+    delta = jforge.get("gated_deltanet")
+    cfg = delta.models["Qwen3-Next-80B-A3B"]  # blocks of 64 tokens
+    pairs, own = 2 * (64 * 65 // 2) + 10 * 11 // 2, 138
+    state, met = 128 * 128 * (6 * 138 + 3), 2 * 256 * (2 * pairs - own)
+    assert delta.cost(cfg, context=138, new=138).flops == 32 * (state + met) + 2 * 4 * 8192 * 138
+    assert delta.cost(cfg, context=138).flops == 7 * 32 * 128 * 128 + 2 * 4 * 8192
 
 
 @pytest.mark.parametrize("limit", [None, 1, 3, 50])

@@ -7,15 +7,21 @@ tensors, cfg is any object with the fields that the mechanism's file lists, and 
 from . import ops
 from .attention import (
     block_sparse,
+    chunked_local,
     csa,
     dense,
     dsa,
+    gated_deltanet,
     hca,
+    kda,
     lightning,
+    mamba1,
+    mamba2,
     mla,
     moba,
     msa,
     nsa,
+    short_conv,
     sinks,
     sliding_window,
     streaming,
@@ -29,6 +35,7 @@ REGISTRY = {
     "gqa": dense,
     "sliding_window": sliding_window,
     "sinks": sinks,
+    "chunked_local": chunked_local,
     "streaming": streaming,
     "block_sparse": block_sparse,
     "moba": moba,
@@ -40,6 +47,11 @@ REGISTRY = {
     "hca": hca,
     "lightning": lightning,
     "msa": msa,
+    "gated_deltanet": gated_deltanet,
+    "kda": kda,
+    "mamba2": mamba2,
+    "mamba1": mamba1,
+    "short_conv": short_conv,
 }
 
 __all__ = ["get", "names", "ops"]

@@ -1,6 +1,6 @@
 """Split-KV decode attention for MHA, GQA and MQA over a contiguous cache.
 
-    s_tj = scale * q_t . k_j, softcap * tanh(s_tj / softcap) if capped;   query t of row b sees
+    s_tj = scale * q_t . k_j, softcap * tanh(s_tj / softcap) if capped, plus alibi_n (j - p);   query t of row b sees
     max(0, p + 1 - window) <= j <= p  with its position  p = lengths[b] - T + t
     out_t = sum_j exp(s_tj) v_j / (sum_j exp(s_tj) + exp(sink));   lse_t = log of that denominator
 
@@ -28,13 +28,14 @@ MAX_HEAD_DIM = 256
 
 @triton.jit(do_not_specialize=["window", "chunk"])
 def decode_kernel(
-    q, k, v, lengths, sinks, out, lse,
+    q, k, v, lengths, alibi, sinks, out, lse,
     q_stride_b, q_stride_t, q_stride_n, k_stride_b, k_stride_s, k_stride_k, v_stride_b, v_stride_s, v_stride_k,
     scale, softcap, inverse, window, chunk,
     T: tl.constexpr, G: tl.constexpr, HEADS: tl.constexpr, H: tl.constexpr, V: tl.constexpr,
     H1: tl.constexpr, H2: tl.constexpr, V1: tl.constexpr, V2: tl.constexpr,
     ROWS: tl.constexpr, BLOCKS: tl.constexpr, BLOCK_N: tl.constexpr,
-    HAS_WINDOW: tl.constexpr, HAS_SINK: tl.constexpr, HAS_CAP: tl.constexpr, FIXED: tl.constexpr, SPLIT: tl.constexpr,
+    HAS_WINDOW: tl.constexpr, HAS_SINK: tl.constexpr, HAS_CAP: tl.constexpr, HAS_ALIBI: tl.constexpr,
+    FIXED: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
     # Row blocks of one head are neighbours in the grid: the second reads K and V from L2.
     head = tl.program_id(0) // BLOCKS
@@ -49,6 +50,8 @@ def decode_kernel(
     real = row < T * G
     length = tl.load(lengths + batch)
     seen = length - T + t + 1
+    if HAS_ALIBI:
+        slope = tl.load(alibi + n, mask=real, other=0.0)
     start, end = key_range(length, block, split, n_splits, chunk, window, T, G, ROWS, BLOCK_N, HAS_WINDOW, FIXED)
 
     q_base = q + batch.to(tl.int64) * q_stride_b
@@ -79,6 +82,8 @@ def decode_kernel(
         x = x * scale
         if HAS_CAP:
             x = cap_logits(x, softcap, inverse)
+        if HAS_ALIBI:
+            x += slope[:, None] * (key[None, :] - (seen - 1)[:, None]).to(tl.float32)
         visible = inside[None, :]
         if T > 1:  # a single query sees all of [start, end)
             visible = visible & (key[None, :] < seen[:, None])
@@ -113,7 +118,7 @@ def site(q, k, v, lengths, *, chunk=None, **options):
     return None if chunk else key, default_config(q.element_size(), head_dim, value_dim, block_rows(rows))
 
 
-def run(q, k, v, lengths, *, scale, softcap=None, chunk=None, config=None, **options):
+def run(q, k, v, lengths, *, scale, softcap=None, chunk=None, alibi=None, config=None, **options):
     """`decode_attention` on arguments that were checked; `config` overrides the plan (for tuning)."""
     tokens, heads, head_dim = q.shape[1:]
     slots, kv_heads, value_dim = v.shape[1:]
@@ -124,22 +129,25 @@ def run(q, k, v, lengths, *, scale, softcap=None, chunk=None, config=None, **opt
     h1, h2 = split_dim(head_dim)
     v1, v2 = value_chunks(value_dim)
     numbers = *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], float(scale), *cap_numbers(softcap)
+    lengths = lengths.contiguous()
+    slopes = lengths if alibi is None else alibi.float().contiguous()  # lengths: a tensor that is not read
     return over_cache(
-        OP.name, decode_kernel, (q, k, v, lengths.contiguous()), numbers,
+        OP.name, decode_kernel, (q, k, v, lengths, slopes), numbers,
         programs=kv_heads * blocks, slots=slots, width=value_dim, config=config, chunk=chunk, **options,
         G=group, HEADS=heads, H=head_dim, V=value_dim, H1=h1, H2=h2, V1=v1, V2=v2,
-        ROWS=rows, BLOCKS=blocks, BLOCK_N=config.block_n, HAS_CAP=softcap is not None,
+        ROWS=rows, BLOCKS=blocks, BLOCK_N=config.block_n, HAS_CAP=softcap is not None, HAS_ALIBI=alibi is not None,
     )  # fmt: skip
 
 
 def decode_attention(q, k, v, lengths, *, scale, window=None, sinks=None, softcap=None, page_table=None, k_scale=None,
-                     v_scale=None, chunk=None, out_dtype=None):  # fmt: skip
+                     v_scale=None, chunk=None, out_dtype=None, alibi=None):  # fmt: skip
     """Attention of the last T tokens of every row over its cache; the equation is at the top of this file.
 
     q: B T N H, k: B S K H, v: B S K V of one dtype (float16, bfloat16, float32), N a multiple of K, H and V at most
     256; any strides, the last dimension contiguous. lengths: int32 B, keys with the T new ones included, 0 to
     S (a CUDA tensor's values are not looked at).
     window: keys that a query sees, its own included. sinks: N, natural-log units, unscaled. softcap: 1e-30 to 1e38.
+    alibi: float32 N, slopes in natural-log units; the logit of slot j grows by alibi_n (j - p), after scale and cap.
     chunk: keys of one split; results are then bitwise the same whatever else is in the batch. By default the number of
     splits follows from the shapes and the card.
     Returns out: B T N V in out_dtype (default q's dtype) and lse: float32 B T N, natural log, sink included.
@@ -148,7 +156,8 @@ def decode_attention(q, k, v, lengths, *, scale, window=None, sinks=None, softca
     Inf. Raises ValueError for shapes, ranges, strides and devices, TypeError for dtypes and for CPU tensors outside the
     interpreter, NotImplementedError for page_table, k_scale, v_scale and wider heads; always before any launch.
     """
-    options = dict(scale=scale, window=window, sinks=sinks, softcap=softcap, chunk=chunk, out_dtype=out_dtype)
+    options = dict(scale=scale, window=window, sinks=sinks, softcap=softcap, chunk=chunk, out_dtype=out_dtype,
+                   alibi=alibi)  # fmt: skip
     unwritten = dict(page_table=page_table, k_scale=k_scale, v_scale=v_scale)
     check.decode_attention(q, k, v, lengths, **options, **unwritten)
     if page_table is not None:
@@ -163,11 +172,12 @@ def decode_attention(q, k, v, lengths, *, scale, window=None, sinks=None, softca
     return run(q, k, v, lengths, **options)
 
 
-def calls(device, *, B=1, T=1, N=32, K=8, S=4096, H=128, V=128, dtype="bfloat16", sinks=False, **options):
+def calls(device, *, B=1, T=1, N=32, K=8, S=4096, H=128, V=128, dtype="bfloat16", sinks=False, alibi=False, **options):
     """Arguments of `run` for full rows."""
     kind = dict(dtype=getattr(torch, dtype), device=device)
     lengths = torch.full((B,), S, dtype=torch.int32, device=device)
-    options |= dict(scale=H**-0.5, sinks=torch.zeros(N, device=device) if sinks else None)
+    zeros = torch.zeros(N, device=device)
+    options |= dict(scale=H**-0.5, sinks=zeros if sinks else None, alibi=zeros if alibi else None)
     while True:
         q, k, v = (torch.randn(shape, **kind) for shape in ((B, T, N, H), (B, S, K, H), (B, S, K, V)))
         yield (q, k, v, lengths), options
@@ -186,6 +196,7 @@ OP = Record(
         dict(dtype="float32"), dict(T=4, N=128, dtype="float32"),
         dict(T=4, N=64, H=96, V=96, dtype="float32", softcap=9.0, window=2048),
         dict(N=64, H=256, V=256, dtype="float32"), dict(T=4, N=128, H=256, V=256, dtype="float32"),
+        dict(alibi=True), dict(T=4, N=64, alibi=True, softcap=9.0, window=2048),
     ),
     shapes=(
         dict(B=1, S=1024), dict(B=1, S=4096), dict(B=1, S=131072), dict(B=8, S=32768), dict(B=16, S=1024),

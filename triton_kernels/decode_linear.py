@@ -22,6 +22,7 @@ from triton_kernels import runtime
 from triton_kernels.plan import Key, Record, pow2_ceil
 
 MAX_KEY_DIM = 1024
+PROGRAMS = 264  # two an SM
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ def linear_kernel(
     q_stride_b, q_stride_n, k_stride_b, k_stride_n, v_stride_b, v_stride_n,
     state_stride_b, state_stride_n, state_stride_h, decay_b, decay_n, decay_h, beta_b, beta_n,
     N: tl.constexpr, H: tl.constexpr, V: tl.constexpr, H_PAD: tl.constexpr, BLOCK_V: tl.constexpr,
-    CHANNEL: tl.constexpr, DELTA: tl.constexpr,
+    CHANNEL: tl.constexpr, DELTA: tl.constexpr, POLICY: tl.constexpr,
 ):  # fmt: skip
     # The column blocks of a state are neighbours in the grid, so that together they read whole rows of memory.
     blocks: tl.constexpr = (V + BLOCK_V - 1) // BLOCK_V
@@ -52,7 +53,7 @@ def linear_kernel(
     mask = row[:, None] & column[None, :]
     places = state + batch * state_stride_b + n.to(tl.int64) * state_stride_n
     places = places + h[:, None] * state_stride_h + c[None, :]
-    s = tl.load(places, mask=mask, other=0.0)
+    s = tl.load(places, mask=mask, other=0.0, eviction_policy=POLICY)
     k_row = tl.load(k + batch * k_stride_b + n * k_stride_n + h, mask=row, other=0.0).to(tl.float32)
     q_row = tl.load(q + batch * q_stride_b + n * q_stride_n + h, mask=row, other=0.0).to(tl.float32)
     u = tl.load(v + batch * v_stride_b + n * v_stride_n + c, mask=column, other=0.0).to(tl.float32)
@@ -62,23 +63,30 @@ def linear_kernel(
         s = s * tl.load(factor + h * decay_h, mask=row, other=0.0)[:, None]
     else:
         s = s * tl.load(factor)
-    if DELTA:
+    if DELTA:  # both sums before the write: S^T q, to which k u^T then adds (k . q) u
+        o = tl.sum(s * q_row[:, None], 0)
         u = tl.load(beta + batch * beta_b + n * beta_n) * (u - tl.sum(s * k_row[:, None], 0))
+        o += tl.sum(k_row * q_row, 0) * u
     s = s + k_row[:, None] * u[None, :]
     if H < H_PAD:
         s = tl.where(row[:, None], s, 0.0)  # 0 * u is NaN where u is Inf
-    tl.store(places, s, mask=mask)
-    o = tl.sum(s * q_row[:, None], 0)
+    tl.store(places, s, mask=mask, eviction_policy=POLICY)
+    if not DELTA:
+        o = tl.sum(s * q_row[:, None], 0)
     tl.store(out + (batch * N + n) * V + c, o.to(out.dtype.element_ty), mask=column)
 
 
-def default_linear_config(key_dim):
-    """A configuration for any state of H = key_dim <= 1024: a tile of 4096 numbers, 32 of them a thread.
+def default_linear_config(key_dim, value_dim, rows, delta):
+    """A configuration for any state of H = key_dim <= 1024: 64 columns, fewer of tall states and where programs would
+    not fill the card; few threads for the delta rule, which waits for sums twice.
 
     It is at least 8 columns wide, because memory is read in sectors of 32 bytes.
     """
-    columns = max(8, 4096 // max(32, pow2_ceil(key_dim)))
-    return LinearConfig(columns, 8 if pow2_ceil(key_dim) * columns > 4096 else 4)
+    columns = min(64 if -value_dim % 64 < 32 else 32, 16384 // max(32, pow2_ceil(key_dim)))
+    while columns > 8 and rows * triton.cdiv(value_dim, columns) < PROGRAMS:
+        columns //= 2
+    warps = pow2_ceil(key_dim) * columns // (2048 if delta else 1024)
+    return LinearConfig(columns, min(8, max(1, warps)))
 
 
 def sweep_columns(key):
@@ -92,7 +100,7 @@ def site(q, k, v, state, decay, **options):
     """(Key, default) of a call."""
     batch, heads, key_dim = q.shape
     key = Key(runtime.FLOAT_DTYPES[q.dtype], key_dim, v.shape[-1], 1, batch * heads, 1)
-    return key, default_linear_config(key_dim)
+    return key, default_linear_config(key_dim, v.shape[-1], batch * heads, options.get("beta") is not None)
 
 
 def run(q, k, v, state, decay, *, beta=None, config=None):
@@ -102,7 +110,7 @@ def run(q, k, v, state, decay, *, beta=None, config=None):
     out = torch.empty((batch, heads, value_dim), dtype=q.dtype, device=q.device)
     if not out.numel():
         return out, state
-    config = config or OP.config(q, *site(q, k, v, state, decay))
+    config = config or OP.config(q, *site(q, k, v, state, decay, beta=beta))
     columns = min(config.block_v, pow2_ceil(value_dim))
     factors = decay if decay.ndim > 1 else decay[None].expand(batch, -1)
     factors = factors if factors.ndim == 3 else factors[..., None]
@@ -113,7 +121,7 @@ def run(q, k, v, state, decay, *, beta=None, config=None):
         q, k, v, state, factors, rates, out,
         *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], *state.stride()[:3], *factors.stride(), *beta_strides,
         N=heads, H=key_dim, V=value_dim, H_PAD=pow2_ceil(key_dim), BLOCK_V=columns, CHANNEL=decay.ndim == 3,
-        DELTA=beta is not None, num_warps=config.num_warps,
+        DELTA=beta is not None, POLICY="" if value_dim % 32 else "evict_first", num_warps=config.num_warps,
     )  # fmt: skip
     return out, state
 
@@ -156,7 +164,7 @@ OP = Record(
     "decode_linear", run=run, site=site, calls=calls, kernels=(linear_kernel,), sweep=sweep_columns,
     shapes=(dict(B=64), dict(B=8), dict(B=1)),
     offline=(
-        dict(), dict(channel=True, delta=True), dict(H=256, V=256, delta=True), dict(H=96, V=80, dtype="float32"),
-        dict(H=1024, V=64, channel=True, delta=True),
+        dict(B=64), dict(B=64, channel=True, delta=True), dict(B=64, H=256, V=256, delta=True),
+        dict(H=96, V=80, dtype="float32"), dict(H=1024, V=64, channel=True, delta=True),
     ),
 )  # fmt: skip

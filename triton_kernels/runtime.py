@@ -4,7 +4,7 @@ Triton decides at import between compiling kernels and interpreting them (`TRITO
 once here and is a fact about the process, not about a call.
 """
 
-import warnings
+import functools
 from contextlib import contextmanager
 
 import numpy as np
@@ -14,6 +14,24 @@ import triton
 from torch_ref.ops import check
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
+
+
+@functools.cache
+def loops_are_interpreted():
+    """Triton 3.6's interpreter takes arrays of one element for loop bounds; NumPy refuses that from 2.4 on."""
+    from triton.runtime import interpreter
+
+    patch = interpreter._patch_lang_tensor
+
+    def patched(tensor, scope):
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    interpreter._patch_lang_tensor = patched
+
+
+if INTERPRETED:
+    loops_are_interpreted()
 
 # CUDA's limit for the second and third grid axis.
 MAX_GRID_YZ = 65535
@@ -43,8 +61,7 @@ def recorded():
 def launch(kernel, grid, *args, **options):
     """kernel[grid](*args, **options), on the device of the first argument.
 
-    The interpreter's NumPy warnings are left out there: IEEE arithmetic on NaN and Inf is silent on a GPU, and Triton
-    3.6 turns one-element arrays into loop bounds, which NumPy 2.3 deprecates.
+    The interpreter's NumPy warnings are left out there: IEEE arithmetic on NaN and Inf is silent on a GPU.
     """
     if _record is not None:
         _record.append((kernel, grid, args, options))
@@ -53,8 +70,7 @@ def launch(kernel, grid, *args, **options):
         with torch.cuda.device_of(args[0]):
             kernel[grid](*args, **options)
         return
-    with warnings.catch_warnings(), np.errstate(all="ignore"):
-        warnings.filterwarnings("ignore", "Conversion of an array with ndim > 0", DeprecationWarning)
+    with np.errstate(all="ignore"):
         kernel[grid](*args, **options)
 
 

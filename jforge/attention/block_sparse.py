@@ -24,6 +24,7 @@ from jaxtyping import Array, Bool, Int
 import jforge.ops as jax_ops
 from jforge.attention import dense
 from jforge.attention.dense import LLAMA_8B, PLAIN, KVCache
+from jforge.attention.dense_config import lacks
 from jforge.core import blocks, masks
 from jforge.core.attention import Attention
 from jforge.core.config import FrozenDict, natural, positive_int, positive_ints
@@ -55,6 +56,7 @@ class Config(dense.Config):
 
     def __post_init__(self):
         super().__post_init__()
+        lacks(self, "alibi", "kv_shared")
         positive_ints(self, "block_size", "num_local_blocks")
         for name in ("num_global_blocks", "num_random_blocks", "seed"):
             natural(name, getattr(self, name))

@@ -28,7 +28,7 @@ from jforge.attention import v4_compress, v4_window
 from jforge.attention.dsa import choose
 from jforge.attention.v4_compress import Compressor
 from jforge.attention.v4_window import FLASH, LONG, ODD, PRO, TINY, TINY_YARN
-from jforge.core import blocks, masks, ring
+from jforge.core import blocks, distil, masks, ring
 from jforge.core.attend import einsum, merge
 from jforge.core.attention import Attention
 from jforge.core.config import FrozenDict, positive_ints, reject
@@ -183,6 +183,20 @@ def select(params: Params, cfg: Config, x: Token, cache: CSACache) -> Int[Array,
     return _select(params, cfg, step, latent, cache, jax_ops)
 
 
+def index_loss(params: Params, cfg: Config, x: Tokens) -> Float[Array, ""]:
+    """KL of what the heads attend to among all entries, from the softmax of their index scores (jforge.core.distil)."""
+    main, index = compressors(cfg)
+    others = {*v4_window.shapes(cfg), *main.shapes(cfg.hidden_size)}
+    params, x = distil.apart(params, x, shapes(cfg).keys() - others)
+    rows = all_of(cfg, x, None)
+    q, latent, _ = v4_window.project(params, cfg, x, rows.positions)
+    entries, k_index = (one.compress(params, cfg, rows) for one in (main, index))
+    seen = v4_compress.seen(cfg, rows.order, entries.shape[1])
+    target = distil.mean_weights(q, entries[:, :, None], seen, scale=cfg.scaling)
+    q_index, weights = index_queries(params, cfg, x, latent, rows.positions)
+    return distil.divergence(target, token_scores(q_index, k_index, weights, seen), seen)
+
+
 def tokens_of(cfg: Config, selection, S: int) -> Bool[Array, "B T S"]:
     """The 2m tokens that each picked entry pools, m for the first; with None, those of the window."""
     token = jnp.arange(S)
@@ -217,6 +231,7 @@ csa = Attention(
     traded="m tokens become one entry and an index picks among entries: detail for memory, reach for reads",
     Config=Config, shapes=shapes, cache_spec=cache_spec, work=work,
     forward=forward, prefill=prefill, decode=decode, visible=v4_compress.visible, select=select, tokens_of=tokens_of,
+    index_loss=index_loss,
     models=FrozenDict({
         "DeepSeek-V4-Flash": Config(**FLASH, **_INDEX, rope_parameters=LONG, compress_rate=4, index_topk=512),
         "DeepSeek-V4-Pro": Config(**PRO, **_INDEX, rope_parameters=LONG, compress_rate=4, index_topk=1024),

@@ -1,17 +1,16 @@
 """Dense attention: single head, MHA, MQA and GQA are one code path with G = N / K.
 
     q = x Wq (+bq)   k = x Wk (+bk)   v = x Wv (+bv)          N query heads, K key/value heads
-    q, k <- RMSNorm (per head, or over all heads), then RoPE
-    out_t = sum_{s <= t} softmax_s(cap(scale * q_t . k_s)) v_s       query head n reads KV head n // G
-    y = (out * sigmoid(x Wg)) Wo (+bo)                        the gate only where the model has one
+    q, k <- norm (per head, or over all heads), clip, RoPE; or RoPE, then norm;      q <- q (1 + a ln(1 + ...)) by place
+    out_t = sum_{s <= t} softmax_s(cap(scale * q_t . k_s) + m_n (s - t)) v_s         query head n reads KV head n // G
+    y = (out * sigmoid(x Wg)) Wo (+bo)                        ALiBi, gate and norms only where the model has them
 
 Cache: k and v after norm and RoPE, 2 K H elements a token. A decode step appends one slot and reads them all.
 Sources: Vaswani et al. 2017 (MHA), Shazeer 2019 (MQA), Ainslie et al. 2023 (GQA); options as in the Hugging Face
-modules of llama, qwen2, qwen3, qwen3_next, gemma2, gemma3, olmo2, falcon and minimax_m2.
+modules of dense models, llama, qwen3, gemma3, olmo2, bloom, cohere, persimmon, llama4 and others (dense_config).
 """
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -19,121 +18,18 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jforge import ops as jax_ops
-from jforge.core import masks, rope
+from jforge.attention.dense_config import Config, MHAConfig, MQAConfig, SingleHeadConfig
+from jforge.core import alibi, masks, rope
 from jforge.core.attend import attend, einsum, over_queries
 from jforge.core.attention import Attention
-from jforge.core.config import Derived, FrozenDict, one_of, positive, positive_ints, reject, within
-from jforge.core.norm import rms_norm
+from jforge.core.config import FrozenDict
+from jforge.core.norm import norm
 from jforge.core.params import Drawn, Params
-from jforge.core.softmax import CAPS, common
+from jforge.core.share import NoCache, Source
+from jforge.core.softmax import accumulation_dtype, common
 from jforge.core.spec import Buffer, CacheSpec, cache_class
 from jforge.core.step import Queries, Tokens, all_of, append, begin, end, few_tokens
 from jforge.cost import Work, seen
-
-
-@dataclass(frozen=True, kw_only=True)
-class Config(Derived):
-    """GQA. Names follow Hugging Face; where a default is given after `None:`, None picks it.
-
-    hidden_size: D, of the activations
-    num_attention_heads: N, of the queries
-    num_key_value_heads: K, a divisor of N; None: num_attention_heads
-    head_dim: H, of queries and keys; None: hidden_size // num_attention_heads
-    v_head_dim: V, of values; None: head_dim
-    attention_bias: on q, k and v (Qwen2)
-    attention_output_bias: on o (gpt-oss)
-    qk_norm: "head": one weight for all heads (Qwen3); "flat": over N H and K H channels (OLMo-2); None: no norm
-    norm_offset: 1.0 for Gemma's (1 + w)
-    rms_norm_eps: of the norms of q and k
-    rope_parameters: as in config.json, {"rope_type": "default", "rope_theta": 1e4}; or linear, llama3, yarn, and with
-        partial_rotary_factor if not all channels turn. None: no positions at all (NoPE)
-    rope_layout: "half" pairs channels j and j + r/2 (Hugging Face), "interleaved" 2j and 2j + 1
-    scaling: of the logits; None: head_dim ** -0.5
-    attn_logit_softcapping: c, logits become c tanh(logit / c) (Gemma 2); None: no cap
-    attn_output_gate: a sigmoid gate on the heads' outputs (Qwen3-Next)
-    """
-
-    hidden_size: int
-    num_attention_heads: int
-    num_key_value_heads: int | None = None
-    head_dim: int | None = None
-    v_head_dim: int | None = None
-    attention_bias: bool = False
-    attention_output_bias: bool = False
-    qk_norm: str | None = None
-    norm_offset: float = 0.0
-    rms_norm_eps: float = 1e-6
-    rope_parameters: Mapping[str, Any] | None = None
-    rope_layout: str = "half"
-    scaling: float | None = None
-    attn_logit_softcapping: float | None = None
-    attn_output_gate: bool = False
-
-    def __post_init__(self):
-        positive_ints(self, "hidden_size", "num_attention_heads")
-        heads = self.num_attention_heads
-        self._derive("num_key_value_heads", heads)
-        self._derive("head_dim", None if self.hidden_size % heads else self.hidden_size // heads)
-        if self.head_dim is None:
-            reject(
-                "head_dim", None, f"given: hidden_size={self.hidden_size} is no multiple of num_attention_heads={heads}"
-            )
-        self._derive("v_head_dim", self.head_dim)
-        positive_ints(self, "num_key_value_heads", "head_dim", "v_head_dim")
-        self._derive("scaling", self.head_dim**-0.5)
-        if heads % self.num_key_value_heads:
-            reject("num_attention_heads", heads, f"a multiple of num_key_value_heads={self.num_key_value_heads}")
-        one_of("qk_norm", self.qk_norm, (None, "head", "flat"))
-        one_of("rope_layout", self.rope_layout, rope.LAYOUTS)
-        positive("scaling", self.scaling)
-        positive("rms_norm_eps", self.rms_norm_eps)
-        if self.attn_logit_softcapping is not None:
-            within("attn_logit_softcapping", self.attn_logit_softcapping, *CAPS)
-        object.__setattr__(self, "rope_parameters", rope.freeze(self.rope_parameters))
-        if self.rope_parameters is not None:
-            rope.rotary_dim(self.rope_parameters, self.head_dim)
-
-
-@dataclass(frozen=True, kw_only=True)
-class MHAConfig(Config):
-    """As many key/value heads as query heads.
-
-    num_key_value_heads: num_attention_heads, or None
-    """
-
-    def __post_init__(self):
-        super().__post_init__()
-        if self.num_key_value_heads != self.num_attention_heads:
-            allowed = f"num_attention_heads={self.num_attention_heads} in mha"
-            reject("num_key_value_heads", self.num_key_value_heads, allowed)
-
-
-@dataclass(frozen=True, kw_only=True)
-class MQAConfig(Config):
-    """One key/value head for all query heads.
-
-    num_key_value_heads: 1
-    """
-
-    num_key_value_heads: int | None = 1
-
-    def __post_init__(self):
-        super().__post_init__()
-        one_of("num_key_value_heads", self.num_key_value_heads, (1,))
-
-
-@dataclass(frozen=True, kw_only=True)
-class SingleHeadConfig(MHAConfig):
-    """One query head, one key/value head.
-
-    num_attention_heads: 1
-    """
-
-    num_attention_heads: int = 1
-
-    def __post_init__(self):
-        super().__post_init__()
-        one_of("num_attention_heads", self.num_attention_heads, (1,))
 
 
 @cache_class
@@ -151,15 +47,22 @@ def shapes(cfg: Config) -> dict[str, tuple[int, ...]]:
     out = {"wq": (D, N, H), "wk": (D, K, H), "wv": (D, K, V), "wo": (N, V, D)}
     if cfg.attention_bias:
         out |= {"bq": (N, H), "bk": (K, H), "bv": (K, V)}
+    if cfg.attention_k_eq_v:
+        out = {name: shape for name, shape in out.items() if name not in ("wv", "bv")}
     if cfg.attention_output_bias:
         out |= {"bo": (D,)}
-    if cfg.qk_norm == "head":
-        out |= {"q_norm": norm_weight(cfg, H), "k_norm": norm_weight(cfg, H)}
-    if cfg.qk_norm == "flat":
-        out |= {"q_norm": norm_weight(cfg, N, H), "k_norm": norm_weight(cfg, K, H)}
+    if cfg.qk_norm and cfg.qk_norm_weight:
+        own = {"q_norm": (N, H), "k_norm": (K, H)}
+        weights = dict.fromkeys(own, (H,)) if cfg.qk_norm == "head" else own
+        out |= {name: norm_weight(cfg, *shape) for name, shape in weights.items()}
+        out |= {f"{name}_bias": shape for name, shape in weights.items() if cfg.qk_norm_bias}
     if cfg.attn_output_gate:
-        out |= {"wg": (D, N, V)}
-    return out
+        out |= {"wg": (D, N) if cfg.output_gate_per_head else (D, N, V)}
+    return {name: shape for name, shape in out.items() if not (cfg.kv_shared and name in _OF_KEYS)}
+
+
+_OF_KEYS = ("wk", "wv", "bk", "bv", "k_norm", "k_norm_bias")
+"""What a layer that reads another's keys and values has not."""
 
 
 def norm_weight(cfg: Config, *shape: int) -> Drawn:
@@ -168,15 +71,18 @@ def norm_weight(cfg: Config, *shape: int) -> Drawn:
 
 
 def queries(params: Params, cfg: Config, x: Tokens) -> Float[Array, "B T N H"]:
-    """q of the new tokens, normed, before RoPE."""
-    q = _linear(params, cfg, x, "q")
-    return _normed(params, cfg, q, "q_norm")
+    """q of the new tokens, normed and clipped, before RoPE."""
+    return _unturned(params, cfg, _linear(params, cfg, x, "q"), "q_norm")
 
 
 def keys_values(params: Params, cfg: Config, x: Tokens) -> tuple[Array, Array]:
-    """k: B T K H, v: B T K V of the new tokens, normed, before RoPE."""
-    k, v = (_linear(params, cfg, x, which) for which in "kv")
-    return _normed(params, cfg, k, "k_norm"), v
+    """k: B T K H, v: B T K V of the new tokens, normed and clipped, before RoPE."""
+    if cfg.kv_shared:
+        raise ValueError("kv_shared is True; such a layer has no keys, jforge.stack gives it those of an earlier one")
+    k = _linear(params, cfg, x, "k")
+    v = k if cfg.attention_k_eq_v else _linear(params, cfg, x, "v")
+    v = norm(v, None, eps=cfg.rms_norm_eps) if cfg.v_norm else v
+    return _unturned(params, cfg, k, "k_norm"), _clipped(cfg, v)
 
 
 def _linear(params: Params, cfg: Config, x: Tokens, which: str) -> Array:
@@ -184,14 +90,25 @@ def _linear(params: Params, cfg: Config, x: Tokens, which: str) -> Array:
     return heads + params[f"b{which}"] if cfg.attention_bias else heads
 
 
-def _normed(params: Params, cfg: Config, heads: Array, norm: str) -> Array:
+def _unturned(params: Params, cfg: Config, heads: Array, weight: str) -> Array:
+    """What RoPE is given."""
+    return _clipped(cfg, heads if cfg.qk_norm_after_rope else _normed(params, cfg, heads, weight))
+
+
+def _clipped(cfg: Config, heads: Array) -> Array:
+    return heads if cfg.clip_qkv is None else jnp.clip(heads, -cfg.clip_qkv, cfg.clip_qkv)
+
+
+def _normed(params: Params, cfg: Config, heads: Array, weight: str) -> Array:
     if not cfg.qk_norm:
         return heads
-    return rms_norm(heads, params[norm], eps=cfg.rms_norm_eps, offset=cfg.norm_offset)
+    axes, centred = 2 if cfg.qk_norm == "flat" else 1, cfg.qk_norm_type == "layer"
+    weights = params.get(weight), params.get(f"{weight}_bias")
+    return norm(heads, *weights, axes=axes, eps=cfg.rms_norm_eps, offset=cfg.norm_offset, centred=centred)
 
 
 def qkv(params: Params, cfg: Config, x: Tokens) -> tuple[Array, Array, Array]:
-    """q: B T N H, k: B T K H, v: B T K V of the new tokens, normed, before RoPE."""
+    """q: B T N H, k: B T K H, v: B T K V of the new tokens, normed and clipped, before RoPE."""
     return queries(params, cfg, x), *keys_values(params, cfg, x)
 
 
@@ -200,16 +117,33 @@ def rotate(cfg: Config, x: Float[Array, "B T N H"], positions: Int[Array, "B T"]
     return rope.apply_rope(x, positions, cfg.rope_parameters, cfg.rope_layout)
 
 
+def _turned(params: Params, cfg: Config, heads: Array, positions, weight: str) -> Array:
+    heads = rotate(cfg, heads, positions)
+    return _normed(params, cfg, heads, weight) if cfg.qk_norm_after_rope else heads
+
+
+def project_queries(params: Params, cfg: Config, rows: Queries) -> Float[Array, "B T N H"]:
+    """q as it meets the keys: normed, rotated, and scaled by the place of its token in the row."""
+    q = _turned(params, cfg, queries(params, cfg, rows.x), rows.positions, "q_norm")
+    if cfg.attn_scale is None:
+        return q
+    wide = accumulation_dtype(q)
+    steps = jnp.floor((rows.order.astype(wide) + cfg.attn_scale_from) / cfg.floor_scale)
+    return (q.astype(wide) * (1 + cfg.attn_scale * jnp.log1p(steps))[..., None, None]).astype(q.dtype)
+
+
 def project(params: Params, cfg: Config, x: Tokens, positions) -> tuple[Array, Array, Array]:
-    """q: B T N H, k: B T K H, v: B T K V of the new tokens, normed and rotated."""
-    q, k, v = qkv(params, cfg, x)
-    return rotate(cfg, q, positions), rotate(cfg, k, positions), v
+    """q: B T N H, k: B T K H, v: B T K V of the new tokens, normed and rotated; `positions` are their places too."""
+    rows = Queries(x, positions, positions, jnp.ones(x.shape[:2], bool))
+    return project_queries(params, cfg, rows), *project_keys(params, cfg, rows)
 
 
 def project_out(params: Params, cfg: Config, x: Tokens, out: Float[Array, "B T N V"]) -> Array:
     """Gate, output projection, bias: B T D."""
     if cfg.attn_output_gate:
-        out, gate = common(out, jax.nn.sigmoid(einsum("btd,dnv->btnv", x, params["wg"])))
+        equation = "btd,dn->btn" if cfg.output_gate_per_head else "btd,dnv->btnv"
+        gate = getattr(jax.nn, cfg.output_gate_type)(einsum(equation, x, params["wg"]))
+        out, gate = common(out, gate[..., None] if cfg.output_gate_per_head else gate)
         out = out * gate
     y = einsum("btnv,nvd->btd", out, params["wo"])
     return y + params["bo"].astype(y.dtype) if cfg.attention_output_bias else y
@@ -233,7 +167,7 @@ def _mask(cfg: Config) -> Callable:
 def project_keys(params: Params, cfg: Config, rows: Queries) -> tuple[Array, Array]:
     """k: B T K H, v: B T K V of the new tokens, normed and rotated."""
     k, v = keys_values(params, cfg, rows.x)
-    return rotate(cfg, k, rows.positions), v
+    return _turned(params, cfg, k, rows.positions, "k_norm"), v
 
 
 def attend_over(params: Params, cfg: Config, rows: Queries, k: Array, v: Array, mask: Callable) -> Tokens:
@@ -245,10 +179,10 @@ def attend_over(params: Params, cfg: Config, rows: Queries, k: Array, v: Array, 
 
     def block(rows, keys):
         rows, (k, v) = Queries(*rows), keys
-        q = rotate(cfg, queries(params, cfg, rows.x), rows.positions).astype(k.dtype)
+        q = project_queries(params, cfg, rows).astype(k.dtype)
         seen = mask(q, rows, k.shape[1])
         seen &= jnp.expand_dims(rows.keep, tuple(range(2, seen.ndim)))
-        out, _ = attend(q, k, v, seen, **options(params, cfg))
+        out, _ = attend(q, k, v, seen, distance=distance(rows, jnp.arange(k.shape[1])), **options(params, cfg))
         return project_out(params, cfg, rows.x, out).astype(rows.x.dtype)
 
     numbers = cfg.num_attention_heads * k.shape[0] * k.shape[1]
@@ -257,7 +191,13 @@ def attend_over(params: Params, cfg: Config, rows: Queries, k: Array, v: Array, 
 
 def options(params: Params, cfg: Config) -> dict[str, Any]:
     """What `attend` and the decode ops are told beside their arrays."""
-    return {"scale": cfg.scaling, "softcap": cfg.attn_logit_softcapping, "sinks": params.get("sinks")}
+    told = {"scale": cfg.scaling, "softcap": cfg.attn_logit_softcapping, "sinks": params.get("sinks")}
+    return told | {"alibi": jnp.asarray(alibi.slopes(cfg.num_attention_heads))} if cfg.alibi else told
+
+
+def distance(rows: Queries, places: Int[Array, "*#B S"]) -> Int[Array, "#B t S"]:
+    """The place of each key less that of each query, for the biases of ALiBi."""
+    return places[..., None, :] - rows.order[..., None]
 
 
 def prefill(params: Params, cfg: Config, x: Tokens, cache: KVCache, lengths=None) -> tuple[Tokens, KVCache]:
@@ -279,6 +219,28 @@ def decode(params: Params, cfg: Config, x: Tokens, cache: KVCache, ops=jax_ops) 
     return end(step, project_out(params, cfg, step.x, out), x.dtype), cache
 
 
+def lend(params: Params, cfg: Config, rows: Queries, cache, ops=None) -> dict[str, Array]:
+    """Keys and values of the new tokens, as they are stored."""
+    k, v = project_keys(params, cfg, rows)
+    return {"k": k, "v": v} if cache is None else {"k": k.astype(cache.k.dtype), "v": v.astype(cache.v.dtype)}
+
+
+def read(params: Params, cfg: Config, x: Tokens, source: Source, ops=None) -> Tokens:
+    """Attention over the keys and values of another layer, the new tokens' included, with queries of this one."""
+    rows = source.rows._replace(x=x)
+    k, v = (source.new["k"], source.new["v"]) if source.after is None else (source.after.k, source.after.v)
+    if ops is None:
+        return attend_over(params, cfg, rows, k, v, _mask(cfg))
+    q = project_queries(params, cfg, rows).astype(k.dtype)
+    out, _ = ops.decode_attention(q, k, v, source.after.length, out_dtype=x.dtype, **options(params, cfg))
+    return project_out(params, cfg, x, out).astype(x.dtype)
+
+
+def spec_of(cfg: Config, buffers: dict[str, Buffer]) -> CacheSpec:
+    """These buffers, or another layer's where keys are shared."""
+    return CacheSpec(NoCache, {}, buffers) if cfg.kv_shared else CacheSpec(KVCache, buffers)
+
+
 def kv_buffers(cfg: Config, window: int | None = None) -> dict[str, Buffer]:
     """k and v, with a slot a token or as a ring of `window` slots."""
     K, axis = cfg.num_key_value_heads, "S" if window is None else "W"
@@ -287,7 +249,7 @@ def kv_buffers(cfg: Config, window: int | None = None) -> dict[str, Buffer]:
 
 
 def cache_spec(cfg: Config) -> CacheSpec:
-    return CacheSpec(KVCache, kv_buffers(cfg))
+    return spec_of(cfg, kv_buffers(cfg))
 
 
 def flops(cfg: Config, pairs: int) -> int:
@@ -297,7 +259,8 @@ def flops(cfg: Config, pairs: int) -> int:
 
 def work_on(cfg: Config, slots: int, written: int, pairs: int) -> Work:
     """A call that reads so many slots of k and v and writes so many, in which so many pairs of query and key meet."""
-    return Work({"k": slots, "v": slots}, {"k": written, "v": written}, flops(cfg, pairs), slots)
+    own = {} if cfg.kv_shared else {"k": written, "v": written}
+    return Work({"k": slots, "v": slots}, own, flops(cfg, pairs), slots)
 
 
 def work(cfg: Config, context: int, capacity: int, new: int, closing: bool) -> Work:
@@ -317,7 +280,7 @@ gqa = Attention(
     summary="grouped queries: G query heads share a key/value head (Llama 3, Qwen3, MiniMax-M2)",
     traded="G query heads read the same keys: 1/G of the cache and of its reads, for less variety among keys",
     Config=Config, shapes=shapes, cache_spec=cache_spec, work=work,
-    forward=forward, prefill=prefill, decode=decode, visible=visible,
+    forward=forward, prefill=prefill, decode=decode, visible=visible, lend=lend, read=read,
     models=FrozenDict({
         "Llama-3.1-8B": Config(**LLAMA_8B),
         "Qwen3-235B-A22B": Config(hidden_size=4096, num_attention_heads=64, num_key_value_heads=4, head_dim=128,
@@ -330,6 +293,11 @@ gqa = Attention(
         Config(hidden_size=18, num_attention_heads=6, num_key_value_heads=3, qk_norm="flat", head_dim=8,
                rope_parameters=_HALF, rope_layout="interleaved", attention_bias=True, attention_output_bias=True,
                attn_logit_softcapping=5.0),
+        Config(hidden_size=14, num_attention_heads=6, num_key_value_heads=2, head_dim=10, qk_norm="heads",
+               qk_norm_type="layer", qk_norm_bias=True, clip_qkv=1.2, attention_k_eq_v=True, v_norm=True,
+               attention_bias=True, attn_scale=0.4, floor_scale=3.0, attn_scale_from=0,
+               attn_output_gate=True, output_gate_type="softplus", output_gate_per_head=True,
+               rope_parameters={"rope_type": "proportional", "rope_theta": 1e4, "partial_rotary_factor": 0.5}),
     ),
 )  # fmt: skip
 mha = gqa._replace(
@@ -339,7 +307,11 @@ mha = gqa._replace(
     models=FrozenDict({"Llama-2-7B": MHAConfig(hidden_size=4096, num_attention_heads=32, rms_norm_eps=1e-5,
                                                rope_parameters=PLAIN)}),
     examples=(MHAConfig(hidden_size=21, num_attention_heads=3, head_dim=6,
-                        rope_parameters={**PLAIN, "rope_type": "linear", "factor": 2.0}),),
+                        rope_parameters={**PLAIN, "rope_type": "linear", "factor": 2.0}),
+              MHAConfig(hidden_size=15, num_attention_heads=5, head_dim=8, qk_norm="head", qk_norm_weight=False,
+                        qk_norm_after_rope=True, alibi=True, attn_scale=0.5, floor_scale=2.0,
+                        rope_parameters={"rope_type": "longrope", "rope_theta": 1e4, "partial_rotary_factor": 0.5,
+                                         "factors": (1.5, 4.0), "attention_factor": 1.19})),
 )  # fmt: skip
 mqa = gqa._replace(
     summary="multi-query: all query heads share one key/value head (Shazeer 2019, Falcon-7B)",

@@ -28,7 +28,7 @@ from jaxtyping import Array, Bool, Float, Int
 import jforge.ops as jax_ops
 from jforge.attention import mla
 from jforge.attention.mla import LatentCache
-from jforge.core import blocks, masks, quant, rope
+from jforge.core import blocks, distil, masks, quant, rope
 from jforge.core.attend import einsum, over_queries
 from jforge.core.attention import Attention
 from jforge.core.config import FrozenDict, one_of, positive_ints, reject
@@ -133,9 +133,7 @@ def choose(cfg, scores: Float[Array, "B T S"], ops=jax_ops) -> Int[Array, "B T L
 
 
 def _check_indices(cfg: Config, indices, x: Array) -> None:
-    if not cfg.index_shared:
-        if indices is not None:
-            raise ValueError("indices is given; only a layer with index_shared takes the picks of another")
+    if not cfg.index_shared and indices is None:
         return
     if indices is None:
         raise ValueError("indices is None; a layer with index_shared needs the picks of another layer, int32 B T L")
@@ -148,7 +146,7 @@ def _check_indices(cfg: Config, indices, x: Array) -> None:
 def forward(params: Params, cfg: Config, x: Tokens, positions=None, indices=None) -> Tokens:
     """The definition, MLA's naive form under the mask of the picks. `positions` (int B T) feed RoPE only.
 
-    indices: int32 B T L, for a layer with index_shared alone.
+    indices: int32 B T L, for a layer with index_shared, or the layer's own, if they are known (`lend`).
     """
     rows = all_of(cfg, x, positions)
     _check_indices(cfg, indices, x)
@@ -219,13 +217,21 @@ def _has_indexer(cfg: Config) -> None:
 
 
 def index(params: Params, cfg: Config, x: Tokens, cache, lengths=None) -> Int[Array, "B T L"]:
-    """The picks of the new tokens x (row b its first lengths[b]) given the cache before them, for layers that share
-    them; -1 at pads.
-    """
+    """The picks of the new tokens x (row b its first lengths[b]) given the cache before them; -1 at pads."""
+    return lend(params, cfg, begin(cfg, cache_spec(cfg), x, cache, lengths).queries, cache)
+
+
+def lend(params: Params, cfg: Config, rows: Queries, cache, ops=None) -> Int[Array, "B T L"]:
+    """The picks of the new tokens, for layers with index_shared and for this one itself."""
     _has_indexer(cfg)
-    step = begin(cfg, cache_spec(cfg), x, cache, lengths)
+    if cache is None:
+        return picks(params, cfg, rows, index_keys(params, cfg, rows.x, rows.positions, rows.x.dtype), rows.x.dtype)
+    count = rows.keep.sum(axis=1, dtype=jnp.int32)
+    step = Step(rows.x, rows.order, rows.keep, jnp.ones(len(count), bool), cache.length + count)
     cache = _append(params, cfg, step, cache)
-    return picks(params, cfg, step.queries, _index_leaves(cache), cache.latent.dtype)
+    if ops is not None:
+        return _select(params, cfg, step, cache, ops)
+    return picks(params, cfg, rows, _index_leaves(cache), cache.latent.dtype)
 
 
 def select(params: Params, cfg: Config, x: Token, cache) -> Int[Array, "B 1 L"]:
@@ -233,6 +239,24 @@ def select(params: Params, cfg: Config, x: Token, cache) -> Int[Array, "B 1 L"]:
     _has_indexer(cfg)
     step = begin(cfg, cache_spec(cfg), one_token(x), cache)
     return _select(params, cfg, step, _append(params, cfg, step, cache), jax_ops)
+
+
+def index_loss(params: Params, cfg: Config, x: Tokens) -> Float[Array, ""]:
+    """KL of what the heads attend to, without an indexer, from the softmax of the index scores (jforge.core.distil).
+
+    A quantised index has no gradient.
+    """
+    _has_indexer(cfg)
+    params, x = distil.apart(params, x, shapes(cfg).keys() - mla.shapes(cfg).keys())
+    rows = all_of(cfg, x, None)
+    seen = masks.causal(rows.order[..., None], jnp.arange(x.shape[1]))
+    keys, _ = mla.expand(params, *mla.latents(params, cfg, x, rows.positions))
+    queries = jnp.concatenate(mla.queries(params, cfg, x, rows.positions), axis=-1)
+    target = distil.mean_weights(queries, keys, seen, scale=cfg.scaling)
+    q, weights = index_queries(params, cfg, x, rows.positions, x.dtype)
+    index = index_keys(params, cfg, x, rows.positions, x.dtype)
+    scores = token_scores(q, index["k_index"], weights, seen, index.get("k_index_scale"))
+    return distil.divergence(target, scores, seen)
 
 
 def tokens_of(cfg: Config, selection, S: int) -> Bool[Array, "B T S"]:
@@ -277,6 +301,7 @@ dsa = Attention(
     traded="reads of latents for reads of an index: all is kept, and all index keys are scanned",
     Config=Config, shapes=shapes, cache_spec=cache_spec, work=work,
     forward=forward, prefill=prefill, decode=decode, select=select, tokens_of=tokens_of,
+    lend=lend, index_loss=index_loss,
     models=FrozenDict({
         "DeepSeek-V3.2": Config(**_V32_FIELDS),
         "DeepSeek-V3.2, e4m3 index": Config(**_V32_FIELDS, index_quantised=True),

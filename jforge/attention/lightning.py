@@ -15,7 +15,6 @@ between those of two powers, as the original code does. Padding after a row's to
 """
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import jax
@@ -24,6 +23,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 import jforge.ops as jax_ops
+from jforge.core import linear
 from jforge.core.attend import einsum, over_queries
 from jforge.core.attention import Attention
 from jforge.core.config import Derived, FrozenDict, positive, positive_int, positive_ints, reject
@@ -122,35 +122,9 @@ def quadratic(q, k, v, slope: Float[Array, "N"], order: Int[Array, "T"]) -> Floa
 def one_block(
     q, k, v, keep: Bool[Array, "B T"], slope: Float[Array, "N"], state: Float[Array, "B N H V"]
 ) -> tuple[Float[Array, "B T N V"], Float[Array, "B N H V"]]:
-    """(out, state) of a block. With c_i the log decay since it began, token i included:
-
-    out_i = exp(c_i) S^T q_i + sum over j <= i of exp(c_i - c_j) (q_i . k_j) v_j
-    S    <- exp(c_m) S + sum over j of exp(c_m - c_j) k_j v_j^T
-
-    Tokens that are not kept have no decay and no key: they leave the state as it is.
-    """
-    size = q.shape[1]
-    q, k, v = (a.astype(state.dtype) for a in (q, jnp.where(keep[..., None, None], k, 0), v))
-    causal = jnp.tril(jnp.ones((size, size), bool))[None, :, :, None]
-    log = -jnp.cumsum(keep, axis=1, dtype=slope.dtype)[..., None] * slope  # B m N
-    between = jnp.where(causal, log[:, :, None] - log[:, None], -jnp.inf)
-    inside = einsum("binh,bjnh,bijn,bjnv->binv", q, k, jnp.exp(between), v)
-    out = inside + einsum("binh,bin,bnhv->binv", q, jnp.exp(log), state)
-    last = log[:, -1:]
-    state = jnp.exp(last[:, 0])[..., None, None] * state
-    return out, state + einsum("bjnh,bjn,bjnv->bnhv", k, jnp.exp(last - log), v)
-
-
-def blockwise(block: Callable, state: Array, size: int, *rows: Array) -> tuple[Array, Array]:
-    """(out, state) of block(state, *rows) -> (state, out), over blocks of `size` of the tokens in rows, B T ..."""
-    B, T = rows[0].shape[:2]
-
-    def split(a):  # blocks first, as scan wants them
-        a = jnp.pad(a, [(0, 0), (0, -T % size)] + [(0, 0)] * (a.ndim - 2))
-        return jnp.moveaxis(a.reshape(B, -1, size, *a.shape[2:]), 1, 0)
-
-    state, outs = jax.lax.scan(jax.checkpoint(lambda state, rows: block(state, *rows)), state, tuple(map(split, rows)))
-    return jnp.moveaxis(outs, 0, 1).reshape(B, -1, *outs.shape[3:])[:, :T], state
+    """(out, state) of a block. Tokens that are not kept have no decay and no key: they leave the state as it is."""
+    log = jnp.where(keep[..., None], -slope, 0)
+    return linear.block(q, jnp.where(keep[..., None, None], k, 0), v, log, None, state)
 
 
 def forward(params: Params, cfg: Config, x: Tokens, positions=None) -> Tokens:
@@ -176,7 +150,7 @@ def prefill(params: Params, cfg: Config, x: Tokens, cache: State, lengths=None) 
         out, state = one_block(*project(params, x), keep, slope, state)
         return state, project_out(params, cfg, x, out.astype(x.dtype)).astype(x.dtype)
 
-    y, state = blockwise(block, cache.state, max(1, min(cfg.block_size, x.shape[1])), step.x, step.keep)
+    y, state = linear.blockwise(block, cache.state, max(1, min(cfg.block_size, x.shape[1])), step.x, step.keep)
     return end(step, y, x.dtype), State(state, step.length)
 
 
@@ -196,14 +170,9 @@ def cache_spec(cfg: Config) -> CacheSpec:
 
 
 def work(cfg: Config, context: int, capacity: int, new: int, closing: bool) -> Work:
-    """One step reads and writes the whole state: 5 flops an element (decay, k v^T and its sum, S^T q).
-
-    A prefill does so a block, where each token adds k v^T and S^T q and meets those before it in its block.
-    """
-    N, H, m = cfg.num_attention_heads, cfg.head_dim, min(cfg.block_size, new)
-    blocks, rest = divmod(new, m)
-    pairs = blocks * m * (m + 1) // 2 + rest * (rest + 1) // 2
-    flops = 5 * N * H**2 if new == 1 else N * H * (4 * H * new + H * (blocks + (rest > 0)) + 4 * pairs)
+    """One step, or a block of a prefill, reads and writes the whole state."""
+    N, H = cfg.num_attention_heads, cfg.head_dim
+    flops = linear.flops(N, H, H, new, cfg.block_size, delta=False)
     return Work({"state": 1}, {"state": 1}, flops, 1)
 
 

@@ -23,6 +23,7 @@ from jaxtyping import Array, Bool, Float, Int
 import jforge.ops as jax_ops
 from jforge.attention import dense
 from jforge.attention.dense import LLAMA_8B, PLAIN
+from jforge.attention.dense_config import lacks
 from jforge.core import blocks, masks
 from jforge.core.attend import einsum
 from jforge.core.attention import Attention
@@ -49,6 +50,7 @@ class Config(dense.Config):
 
     def __post_init__(self):
         super().__post_init__()
+        lacks(self, "alibi", "kv_shared")
         positive_ints(self, "moba_chunk_size", "moba_topk")
 
 

@@ -25,7 +25,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 import jforge.ops as jax_ops
 from jforge.attention import dense
-from jforge.core import blocks, masks, rope
+from jforge.attention.dense_config import lacks
+from jforge.core import blocks, distil, masks, rope
 from jforge.core.attend import einsum
 from jforge.core.attention import Attention
 from jforge.core.config import FrozenDict, natural, positive_ints, reject
@@ -56,6 +57,7 @@ class Config(dense.Config):
 
     def __post_init__(self):
         super().__post_init__()
+        lacks(self, "alibi", "kv_shared")
         positive_ints(self, "index_head_dim", "index_block_size", "index_topk_blocks", "index_local_blocks")
         natural("index_init_blocks", self.index_init_blocks)
         if self.index_topk_blocks < self.index_init_blocks + self.index_local_blocks:
@@ -147,8 +149,8 @@ def prefill(params: Params, cfg: Config, x: Tokens, cache: MSACache, lengths=Non
 def decode(params: Params, cfg: Config, x: Tokens, cache: MSACache, ops=jax_ops) -> tuple[Tokens, MSACache]:
     """1 to 16 tokens a row: a scan of the index keys, a top-k of blocks, and a gather of the picked ones."""
     step = begin(cfg, cache_spec(cfg), few_tokens(x), cache)
-    cache, q = _append(params, cfg, step, cache), dense.queries(params, cfg, step.x)
-    q = dense.rotate(cfg, q, step.positions).astype(cache.k.dtype)
+    cache, q = _append(params, cfg, step, cache), dense.project_queries(params, cfg, step.queries)
+    q = q.astype(cache.k.dtype)
     lists = _select(params, cfg, step, cache, ops)
     more = {"block_size": cfg.index_block_size, "out_dtype": x.dtype, **dense.options(params, cfg)}
     out, _ = ops.decode_block_sparse(q, cache.k, cache.v, lists, cache.length, **more)
@@ -165,6 +167,24 @@ def select(params: Params, cfg: Config, x: Token, cache: MSACache) -> Int[Array,
     """The blocks that decode would gather for x."""
     step = begin(cfg, cache_spec(cfg), one_token(x), cache)
     return _select(params, cfg, step, _append(params, cfg, step, cache), jax_ops)
+
+
+def index_loss(params: Params, cfg: Config, x: Tokens) -> Float[Array, ""]:
+    """KL of what the heads of each key head attend to, block by block, from the softmax of the blocks' index scores
+    (jforge.core.distil).
+    """
+    params, x = distil.apart(params, x, shapes(cfg).keys() - dense.shapes(cfg).keys())
+    rows, size, S = all_of(cfg, x, None), cfg.index_block_size, x.shape[1]
+    seen = masks.causal(rows.order[..., None], jnp.arange(S))
+    q, (k, _) = dense.project_queries(params, cfg, rows), dense.project_keys(params, cfg, rows)
+    q = q.reshape(*q.shape[:2], k.shape[2], -1, q.shape[-1])
+    more = {"scale": cfg.scaling, "softcap": cfg.attn_logit_softcapping}
+    weights = [distil.mean_weights(q[:, :, n], k[:, :, n : n + 1], seen, **more) for n in range(k.shape[2])]
+    padded = jnp.pad(jnp.stack(weights, axis=2), [(0, 0)] * 3 + [(0, -S % size)])
+    target = padded.reshape(*padded.shape[:3], -1, size).sum(axis=-1)
+    q_index, k_index = (of(params, cfg, x, rows.positions) for of in (index_queries, index_keys))
+    scores = block_maxima(q_index, k_index, seen, size)
+    return distil.divergence(target, scores, scores > -jnp.inf)
 
 
 def tokens_of(cfg: Config, selection, S: int) -> Bool[Array, "B T S"]:
@@ -196,6 +216,7 @@ msa = Attention(
     traded="reads of keys and values for reads of an index: all is kept, and all index keys are scanned",
     Config=Config, shapes=shapes, cache_spec=cache_spec, work=work,
     forward=forward, prefill=prefill, decode=decode, select=select, tokens_of=tokens_of,
+    index_loss=index_loss,
     models=FrozenDict({
         "MiniMax-M3": Config(hidden_size=6144, num_attention_heads=64, num_key_value_heads=4, head_dim=128,
                              qk_norm="head", norm_offset=1.0, rope_parameters=_PLAIN, index_head_dim=128),

@@ -26,6 +26,7 @@ from jaxtyping import Array, Bool, Int
 import jforge.ops as jax_ops
 from jforge.attention import dense, nsa_compress
 from jforge.attention.dense import PLAIN
+from jforge.attention.dense_config import lacks
 from jforge.attention.nsa_select import choose, entry_weights
 from jforge.core import blocks, masks, ring
 from jforge.core.attend import attend, einsum, over_queries
@@ -50,6 +51,12 @@ from jforge.core.step import (
     several,
 )
 from jforge.cost import Work, seen
+
+_OF_OTHERS = (
+    *("qk_norm_type", "qk_norm_weight", "qk_norm_after_rope", "v_norm", "attention_k_eq_v", "clip_qkv"),
+    *("alibi", "attn_scale", "kv_shared"),
+)
+"""Options of the dense family that the branches of NSA, which norm and rotate on their own, do not have."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,6 +88,9 @@ class Config(dense.Config):
 
     def __post_init__(self):
         super().__post_init__()
+        lacks(self, *_OF_OTHERS)
+        if self.qk_norm == "heads":
+            reject("qk_norm", self.qk_norm, "one of None, 'head', 'flat' in nsa")
         positive_ints(self, "kernel_size", "kernel_stride", "block_size", "topk", "window_size", "local_blocks")
         natural("init_blocks", self.init_blocks)
         l, d = self.kernel_size, self.kernel_stride  # noqa: E741

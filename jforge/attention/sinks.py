@@ -18,6 +18,7 @@ from jforge.attention.dense import PLAIN, KVCache
 from jforge.core.attention import Attention
 from jforge.core.config import FrozenDict, positive_int
 from jforge.core.params import Params
+from jforge.core.share import Source
 from jforge.core.spec import CacheSpec
 from jforge.core.step import Tokens
 from jforge.cost import Work
@@ -67,6 +68,11 @@ def decode(params: Params, cfg: Config, x: Tokens, cache: KVCache, ops=jax_ops) 
     return _keys(cfg).decode(params, cfg, x, cache, ops)
 
 
+def read(params: Params, cfg: Config, x: Tokens, source: Source, ops=None) -> Tokens:
+    """Attention over the keys and values of another layer, sinks included."""
+    return _keys(cfg).read(params, cfg, x, source, ops)
+
+
 def cache_spec(cfg: Config) -> CacheSpec:
     return _keys(cfg).cache_spec(cfg)
 
@@ -86,7 +92,7 @@ sinks = Attention(
     summary="one learned logit a head in every softmax, with or without a window (gpt-oss)",
     traded="one number a head: a head may attend to nothing; bytes are those of the cache below it",
     Config=Config, shapes=shapes, cache_spec=cache_spec, work=work,
-    forward=forward, prefill=prefill, decode=decode, visible=visible,
+    forward=forward, prefill=prefill, decode=decode, visible=visible, lend=dense.lend, read=read,
     models=FrozenDict({
         "gpt-oss-120b full": Config(**_GPT_OSS),
         "gpt-oss-120b window": Config(**_GPT_OSS, sliding_window=128),

@@ -22,6 +22,7 @@ from jaxtyping import Array, Int
 import jforge.ops as jax_ops
 from jforge.attention import dense
 from jforge.attention.dense import PLAIN, KVCache
+from jforge.attention.dense_config import lacks
 from jforge.core import masks, ring
 from jforge.core.attend import attend, merge, over_queries
 from jforge.core.attention import Attention
@@ -46,6 +47,7 @@ class Config(dense.Config):
 
     def __post_init__(self):
         super().__post_init__()
+        lacks(self, "alibi", "attn_scale", "kv_shared", "qk_norm_after_rope")
         positive_ints(self, "start_size", "recent_size")
 
     @property

@@ -10,6 +10,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from jforge.core import masks
@@ -40,11 +41,14 @@ def attend(
     scale: float,
     softcap: float | None = None,
     sinks: Float[Array, "N"] | None = None,
+    alibi: Float[Array, "N"] | Float[np.ndarray, "N"] | None = None,
+    distance: Int[Array, "#B T S"] | None = None,
 ) -> tuple[Float[Array, "B T N V"], Float[Array, "B T N"]]:
     """out_t = sum_s softmax_s(cap(scale * q_t . k_s)) v_s over the visible s; returns (out, lse), float32 or wider.
 
     Query head n reads KV head n // (N/K). A key that no query sees may be NaN; a query that sees nothing gives 0.
-    `visible` may differ from head to head.
+    `visible` may differ from head to head. alibi: slopes; alibi_n * distance, the key's place less the query's, joins
+    the capped logits.
     """
     B, T, N, H = q.shape
     K = k.shape[2]
@@ -56,6 +60,9 @@ def attend(
     v = jnp.where(readable, v.astype(wide), 0)
     grouped = q.reshape(B, T, K, N // K, H).astype(wide)
     scores = cap(einsum("btkgh,bskh->btkgs", grouped, k) * scale, softcap)
+    if alibi is not None:
+        slopes = jnp.asarray(alibi).reshape(K, N // K, 1).astype(wide)
+        scores = scores + slopes * distance[:, :, None, None].astype(wide)
     sink = None if sinks is None else sinks.reshape(K, N // K).astype(wide)
     weights, lse = masked_softmax(scores, mask, sink)
     out = einsum("btkgs,bskv->btkgv", weights, v)

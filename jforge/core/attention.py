@@ -47,6 +47,9 @@ class _Fields(NamedTuple):
     init_cache: protocols.InitCache = _DEFAULT
     cost: protocols.CostOf = _DEFAULT
     traded: str = ""
+    lend: protocols.Lend = _DEFAULT
+    read: protocols.Read = _DEFAULT
+    index_loss: protocols.IndexLoss = _DEFAULT
 
 
 _Fields.summary.__doc__ = "One line: what it is and where it comes from."
@@ -130,8 +133,13 @@ def _checked(name: str) -> property:
     return property(read, doc=protocol.__doc__)
 
 
-for _name in ("forward", "prefill", "decode", "select", "cache_spec", "shapes", "work", "visible", "tokens_of"):
+_CHECKED = (
+    "forward", "prefill", "decode", "select", "read", "index_loss", "cache_spec", "shapes", "work", "visible",
+    "tokens_of",
+)  # fmt: skip
+for _name in _CHECKED:
     setattr(Attention, _name, _checked(_name))
 for _name in ("init_params", "init_cache", "cost"):
     _property = vars(Attention)[_name]
     setattr(Attention, _name, property(_property.fget, doc=_Fields.__annotations__[_name].__doc__))
+Attention.lend = property(lambda att: _Fields.lend.__get__(att), doc=protocols.Lend.__doc__)

@@ -8,7 +8,16 @@ from typing import Any, NoReturn
 
 def reject(name: str, value: Any, allowed: str) -> NoReturn:
     """Raise the ValueError that every bad Config field gets."""
-    raise ValueError(f"{name} is {value!r}; it must be {allowed}")
+    raise ValueError(f"{name} is {shown(value)}; it must be {allowed}")
+
+
+def shown(value: Any, most: int = 200) -> str:
+    """A value in a message: its repr, shortened in the middle where it is long."""
+    text = repr(value) if not isinstance(value, (list, tuple)) or len(value) < most else repr(value[:most])
+    if len(text) <= most:
+        return text
+    many = f" ({len(value):,} entries)" if isinstance(value, (list, tuple, Mapping)) else ""
+    return f"{text[: most // 2]} ... {text[-most // 4 :]}{many}"
 
 
 def positive(name: str, value: Any) -> None:

@@ -1,7 +1,7 @@
 """Random parameters for tests and examples, the same rule for every mechanism."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +9,8 @@ from jaxtyping import Array
 
 Params = dict[str, Array]
 """Weights by name, as `Attention.shapes` lists them."""
+
+SMALL = 2**20  # values, of all parameters of a layer
 
 
 class Drawn(tuple[int, ...]):
@@ -26,14 +28,29 @@ class Drawn(tuple[int, ...]):
 
 
 def random_params(key: Array, shapes: Mapping[str, tuple[int, ...]], dtype=jnp.float32) -> Params:
-    """{name: array} of these shapes. Weights w* have variance 1/fan_in: the first axis, for wo all but the last.
+    """{name: array} of these shapes, `drawn` from keys split off `key`.
+
+    Small ones come from one program, since XLA takes a tenth of a second for each that draws: as many values for every
+    key as the largest needs, of which each takes the first, and those are what it would draw alone.
+    """
+    keys, size = jax.random.split(key, len(shapes)), max(map(math.prod, shapes.values()), default=0)
+    if len(shapes) * size <= SMALL:
+        rows = iter(jax.vmap(lambda one: jax.random.normal(one, (size,), dtype))(keys))
+        return drawn(lambda shape: next(rows)[: math.prod(shape)].reshape(shape), shapes, dtype)
+    each = iter(keys)
+    return drawn(lambda shape: jax.random.normal(next(each), shape, dtype), shapes, dtype)
+
+
+def drawn(normal: Callable, shapes: Mapping[str, tuple[int, ...]], dtype=jnp.float32) -> Params:
+    """{name: array} of what normal(shape) gives. Weights w* have variance 1/fan_in: the first axis, for wo all but the
+    last.
 
     The rest deviates by 0.1: norms (names that end in "norm") from 1, biases from 0, off their neutral values, so that
     a test sees whether they are used. A shape that is `Drawn` has a mean of its own, and gains.
     """
     params = {}
-    for (name, shape), k in zip(shapes.items(), jax.random.split(key, len(shapes)), strict=True):
-        value = jax.random.normal(k, tuple(shape), dtype)
+    for name, shape in shapes.items():
+        value = normal(tuple(shape))
         if name.startswith("w"):
             value = value * (math.prod(shape[:-1]) if name == "wo" else shape[0]) ** -0.5
         else:

@@ -54,6 +54,30 @@ class Decode(Protocol):
 
 
 @runtime_checkable
+class Lend(Protocol):
+    """(params, cfg, rows, cache, ops=None) -> what layers that share with this one are given
+
+    Of the new tokens `rows` (jforge.core.step.Queries), given the cache before them, None without one: keys and values
+    as they are stored, for layers that `read`; or picks, int32 B T L, for layers that take them as `indices`, as the
+    layer itself then does. ops: of a decode step. None where nothing is lent.
+    """
+
+    def __call__(self, params: Params, cfg: Any, rows: Any, cache: Any, ops: Any = ...) -> Any: ...
+
+
+@runtime_checkable
+class Read(Protocol):
+    """(params, cfg, x, source, ops=None) -> y
+
+    Attend with queries of its own over the keys of an earlier layer, of a Config with `kv_shared`: source is a
+    jforge.core.share.Source. ops: of a decode step. It returns no cache, as it writes none. None where the mechanism
+    cannot.
+    """
+
+    def __call__(self, params: Params, cfg: Any, x: Activations, source: Any, ops: Any = ...) -> jax.Array: ...
+
+
+@runtime_checkable
 class Spec(Protocol):
     """(cfg) -> CacheSpec
 
@@ -113,6 +137,17 @@ class TokensOf(Protocol):
     """
 
     def __call__(self, cfg: Any, selection: Any, S: int, /) -> Any: ...
+
+
+@runtime_checkable
+class IndexLoss(Protocol):
+    """(params, cfg, x) -> scalar, or None
+
+    What a layer whose picks pass no gradient adds to a model's loss, so that its indexer learns what attention reads
+    (jforge.core.distil). Only the indexer's parameters have a gradient from it. x: B T D, its input.
+    """
+
+    def __call__(self, params: Params, cfg: Any, x: Activations) -> jax.Array: ...
 
 
 @runtime_checkable

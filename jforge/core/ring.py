@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int
 
 from jforge.core import attend
-from jforge.core.step import Step, store
+from jforge.core.step import Queries, Step, store
 
 NEVER = jnp.iinfo(jnp.int32).max
 
@@ -48,7 +48,7 @@ def in_order(order: Int[Array, "B T"], *arrays: Array) -> Recent:
     return Recent(jnp.zeros(len(order), jnp.int32), order, arrays)
 
 
-def beside(step: Step, length: Int[Array, "B"], *pairs: tuple[Array, Array], fixed: int = 0) -> Recent:
+def beside(step: Step | Queries, length: Int[Array, "B"], *pairs: tuple[Array, Array], fixed: int = 0) -> Recent:
     """For each (buffer, new): what the ring holds after `length` tokens, its fixed slots left out, and the new tokens.
 
     A chunk cannot write first: its early queries still need what its late tokens replace.

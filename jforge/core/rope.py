@@ -4,7 +4,10 @@
 
 `half` rotates the pairs (x_j, x_{j+r/2}) as Llama, Qwen and Gemma do in Hugging Face layout; `interleaved` rotates
 (x_2j, x_2j+1) as DeepSeek's MLA and Meta's own checkpoints do. Only the first r = partial_rotary_factor * H channels
-turn. Frequencies are made once in float64; angles are float32 or wider, since bfloat16 loses positions above 256.
+turn; "proportional" (Gemma 4) has a frequency for all H channels instead, 0 from j = partial_rotary_factor * H / 2 on.
+"longrope" (Phi-3) divides theta_j by factors[j], the short or the long list of the model: chosen once, as a key that
+was stored does not turn again. Frequencies are made once in float64; angles are float32 or wider, since bfloat16 loses
+positions above 256.
 """
 
 import math
@@ -18,12 +21,14 @@ from jforge.core.config import FrozenDict, positive, reject
 from jforge.core.softmax import accumulation_dtype
 
 LAYOUTS = ("half", "interleaved")
-TYPES = ("default", "linear", "llama3", "yarn")
+TYPES = ("default", "linear", "llama3", "yarn", "longrope", "proportional")
 _NEEDS = {
     "default": (),
     "linear": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
     "yarn": ("factor", "original_max_position_embeddings"),
+    "longrope": ("attention_factor",),
+    "proportional": (),
 }
 
 
@@ -41,18 +46,30 @@ def freeze(parameters: Mapping | None) -> FrozenDict | None:
         if key not in out:
             raise ValueError(f"rope_parameters has no {key}; rope_type {kind!r} needs it")
         positive(key, out[key])
+    if kind == "longrope":
+        _check_factors(out.get("factors"))
     fraction = out.setdefault("partial_rotary_factor", 1.0)
     if not isinstance(fraction, (int, float)) or not 0 < fraction <= 1:
         reject("partial_rotary_factor", fraction, "in (0, 1]")
     return FrozenDict(out)
 
 
+def _check_factors(factors) -> None:
+    if not isinstance(factors, (list, tuple)):
+        reject("factors", factors, "a list of positive numbers, one for each rotated pair, in rope_type 'longrope'")
+    for factor in factors:
+        positive("factors", factor)
+
+
 def rotary_dim(parameters: Mapping, head_dim: int) -> int:
-    """How many leading channels turn: even, at most head_dim."""
-    dim = int(head_dim * parameters["partial_rotary_factor"])
+    """How many leading channels turn, if only by an angle of 0: even, at most head_dim."""
+    spread = parameters["rope_type"] == "proportional"
+    dim = head_dim if spread else int(head_dim * parameters["partial_rotary_factor"])
     if dim < 2 or dim % 2:
         allowed = f"such that an even number of the {head_dim} channels turns, not {dim}"
         reject("partial_rotary_factor", parameters["partial_rotary_factor"], allowed)
+    if "factors" in parameters and len(parameters["factors"]) != dim // 2:
+        reject("factors", parameters["factors"], f"{dim // 2} numbers, one for each pair of the {dim} rotated channels")
     return dim
 
 
@@ -66,6 +83,11 @@ def frequencies(parameters: Mapping, dim: int) -> tuple[np.ndarray, float]:
             return _llama3(theta, parameters), 1.0
         case "yarn":
             return _yarn(theta, parameters, dim), _yarn_attention_factor(parameters)
+        case "longrope":
+            return theta / np.array(parameters["factors"], float), parameters["attention_factor"]
+        case "proportional":
+            turning = np.arange(dim // 2) < int(dim * parameters["partial_rotary_factor"] / 2)
+            return np.where(turning, theta, 0.0), 1.0
     return theta, 1.0
 
 
@@ -73,7 +95,7 @@ def _llama3(theta: np.ndarray, p: Mapping) -> np.ndarray:
     """Long wavelengths are slowed by `factor`, short ones kept, those between blended (Llama 3.1)."""
     low, high = p["low_freq_factor"], p["high_freq_factor"]
     turns = p["original_max_position_embeddings"] * theta / (2 * math.pi)  # L / wavelength
-    blend = np.clip((turns - low) / (high - low), 0, 1)
+    blend = turns >= low if high == low else np.clip((turns - low) / (high - low), 0, 1)  # equal in Llama 4 Scout
     return (1 - blend) * theta / p["factor"] + blend * theta
 
 

@@ -57,6 +57,9 @@ def masked_softmax(
     if sinks is not None:
         top = jnp.maximum(top, sinks)
     shift = jnp.where(jnp.isneginf(top), 0.0, top)  # exp(-inf - -inf) would be NaN
+    # The results do not depend on it, and the gradient of a maximum divides by how many scores equal it: none of them
+    # where a compiler rounds scores another way when it computes them again.
+    shift = jax.lax.stop_gradient(shift)
     weights = jnp.exp(scores - shift[..., None])
     total = jnp.sum(weights, axis=-1)
     if sinks is not None:

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int
 
+from jforge.core.config import FrozenDict
 from jforge.core.softmax import wider
 
 Lengths = Int[Array, "B"] | Int[np.ndarray, "B"]
@@ -93,9 +94,12 @@ class Buffer:
         return exact | (old <= leaf.shape[1]) if self.has_slots else exact
 
     def dtype_in(self, dtype) -> jnp.dtype:
-        """The dtype of this buffer in a cache of `dtype`."""
+        """The dtype of this buffer in a cache of `dtype`. 8 bits are for slots: states beside them stay bfloat16."""
+        dtype = jnp.dtype(dtype)
+        if dtype.itemsize == 1 and not self.has_slots:
+            dtype = jnp.dtype("bfloat16")
         if self.dtype is None:
-            return jnp.dtype(dtype)
+            return dtype
         return jnp.dtype(self.dtype) if self.dtype.startswith("float8") else wider(self.dtype, dtype)
 
     def slot_bytes(self, dtype) -> int:
@@ -107,10 +111,14 @@ class Buffer:
 
 @dataclass(frozen=True)
 class CacheSpec(Mapping):
-    """{name: Buffer} plus the cache class that they are the leaves of; every cache also has `length: int32[B]`."""
+    """{name: Buffer} plus the cache class that they are the leaves of; every cache also has `length: int32[B]`.
+
+    borrowed: {name: Buffer} of another layer's cache, which a layer without keys of its own reads (jforge.stack).
+    """
 
     cls: type
     buffers: Mapping[str, Buffer]
+    borrowed: Mapping[str, Buffer] = FrozenDict()
 
     def __getitem__(self, name: str) -> Buffer:
         return self.buffers[name]

@@ -1,5 +1,7 @@
 """What judges and times the ops; `judge(function, op)` does it with a function of your own."""
 
+__all__ = ["judge"]
+
 
 def __getattr__(name: str):
     """Imported when it is asked for: most files of this package need nothing of it."""

@@ -34,10 +34,10 @@ class Backend:
     @functools.cached_property
     def ops(self) -> ModuleType:
         """The package. Without a GPU, its interpreter is asked for before the first import."""
-        if self.name in KERNELS and not gpu():
+        if self.name == "triton":
             triton_can_run()
-            if _RUN_ONCE:
-                interpreters.faster(self.name)
+        if self.name in KERNELS and _RUN_ONCE and not gpu():
+            interpreters.faster(self.name)
         return importlib.import_module(self.package)
 
     def call(self, op: str, inputs: Inputs) -> tuple[np.ndarray, ...]:
@@ -88,6 +88,7 @@ def passes(errors: tuple[float, float], dtype: str) -> bool:
 
 
 _RUN_ONCE: list[bool] = []
+_CHEAP = "--xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters"  # those, in MLIR, take half of XLA's time
 
 
 def for_programs_that_run_once() -> None:
@@ -95,6 +96,8 @@ def for_programs_that_run_once() -> None:
     interpreters what takes most of theirs. For a process of our own: both are settings of all that runs in it.
     """
     before_jax_starts()
+    if _CHEAP not in os.environ.get("XLA_FLAGS", ""):
+        os.environ["XLA_FLAGS"] = f"{_CHEAP} {os.environ.get('XLA_FLAGS', '')}"
     _RUN_ONCE.append(True)
     if not gpu():
         jax.config.update("jax_disable_most_optimizations", True)
@@ -109,8 +112,12 @@ def before_jax_starts() -> None:
 
 
 def triton_can_run() -> None:
-    """Without a GPU, ask Triton for its interpreter; in time only before a kernel is defined."""
-    if not gpu():
+    """Without a GPU that torch sees, ask Triton for its interpreter; in time only before a kernel is defined."""
+    try:
+        import torch
+    except ModuleNotFoundError:  # then no kernel of Triton's can be called
+        return
+    if not torch.cuda.is_available():
         os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
@@ -122,7 +129,7 @@ def gpu() -> bool:
 
 def results(function: Callable, framework: str, inputs: Inputs) -> tuple:
     """What `function` returns for arrays of its framework, on a GPU where there is one; a lone result as a tuple."""
-    convert, options = jnp.asarray if framework == "jax" else _on_device, dict(inputs.options)
+    convert, options = jnp.asarray if framework == "jax" else to_device, dict(inputs.options)
     arrays = [a if a is None else convert(a) for a in inputs.arrays.values()]
     options = {name: convert(v) if isinstance(v, np.ndarray) else v for name, v in options.items()}
     if framework == "torch" and isinstance(options.get("out_dtype"), str):
@@ -138,7 +145,8 @@ def to_numpy(result) -> np.ndarray:
     return result.detach().double().cpu().numpy() if hasattr(result, "cpu") else np.asarray(result, np.float64)
 
 
-def _on_device(array: np.ndarray):
+def to_device(array: np.ndarray):
+    """`to_torch`, on a GPU where there is one."""
     import torch
 
     return to_torch(array).to("cuda" if torch.cuda.is_available() else "cpu")

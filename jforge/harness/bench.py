@@ -99,8 +99,8 @@ def bench_gpu(op: Op | Composite, *, samples: int = 50, seed: int = 0, own: Own 
 def _inputs(op: Op | Composite, work: Work, seed: int) -> list:
     """The arguments of a call in bfloat16, on the device."""
     fill = {"lengths": full, **op.fill}
-    keys, arrays, sizes = jax.random.split(jax.random.key(seed), len(op.axes)), [], {"T": 1, **work.sizes}
-    for (name, axes), key in zip(op.axes.items(), keys, strict=True):
+    every, arrays, sizes = {**op.axes, **op.keywords}, [], {"T": 1, **work.sizes}
+    for (name, axes), key in zip(every.items(), jax.random.split(jax.random.key(seed), len(every)), strict=True):
         shape = tuple(sizes[axis] for axis in axes)
         if name in work.absent:
             arrays.append(None)

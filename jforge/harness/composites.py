@@ -19,6 +19,7 @@ class Composite:
     fill: Mapping[str, Callable] = field(default_factory=dict)
     cpu: tuple[Work, ...] = ()
     attends: bool = True
+    keywords: Mapping[str, str] = field(default_factory=dict)
     carry: None = None
     table: str = "parts"
 

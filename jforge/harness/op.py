@@ -116,6 +116,7 @@ class Op:
     bench, cpu: the calls that are benchmarked on a GPU, and on a machine without one.
     fill: {argument: (key, shape, sizes, options) -> jax.Array} of benchmarks; lengths are full, others are normal draws
         in bfloat16.
+    keywords: {keyword argument that is an array: its axes}, which benchmarks give as well.
     carry: the argument that a call consumes and its second result replaces.
     reads: (row of a benchmark) -> what a call reads of a row's cache, in words.
     table: the table of docs/kernels.md that lists its benchmarks.
@@ -138,6 +139,7 @@ class Op:
     attends: bool = True
     moved: Callable[..., int] | None = None
     fill: Mapping[str, Callable] = field(default_factory=dict)
+    keywords: Mapping[str, str] = field(default_factory=dict)
     carry: str | None = None
     bench: tuple[Work, ...] = ()
     cpu: tuple[Work, ...] = ()
@@ -152,7 +154,9 @@ class Op:
 
     def run(self, ops, options: Mapping, *arrays, **more):
         """What a benchmark judges of the op of a namespace: the out of an attention, all results of other ops."""
-        result = getattr(ops, self.name)(*arrays, **options, **more)
+        given = zip(self.keywords, arrays[len(self.axes) :], strict=True)
+        more |= {name: array for name, array in given if array is not None}
+        result = getattr(ops, self.name)(*arrays[: len(self.axes)], **options, **more)
         return result[0] if self.attends else result
 
     def inputs(self, case: Case, dtype: str, seed: int = 0) -> Inputs:

@@ -61,6 +61,22 @@ def _torch_attention() -> Iterator[tuple[str, Callable]]:
     yield "flex", torch.compile(flex_attention, dynamic=False)
 
 
+def copied(work: Work, inputs: Sequence[list]) -> Iterator[Call]:
+    """Of a state that a call reads and writes: torch's copy of it, times one, the floor of what memory takes for both.
+    A kernel, as times are those of kernels: plain copies are none.
+    """
+    import torch
+
+    states = [arrays[3] for arrays in shared_tensors(inputs, carry=3)]
+    there = [torch.empty_like(state) for state in states]
+    want = states[0].flatten(0, 1).cpu().numpy()[None]
+
+    def copy(i: int):
+        return torch.mul(states[i], 1.0, out=there[i]).flatten(0, 1)[None]
+
+    yield Call("copy", copy, torch.cuda.synchronize, want, 2 * states[0].nbytes)
+
+
 EXPANDED_BYTES = 48e9  # of one call that still fits an 80 GB card beside the rest
 
 

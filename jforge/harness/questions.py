@@ -59,9 +59,9 @@ def cache_options(draw, st, sizes: dict[str, int], width: int, out: tuple[str, .
 
 def over_a_cache(draw, st, op: str, sizes: dict[str, int], options: dict, dtypes: tuple[str, ...]) -> Draw:
     view = draw(st.sampled_from(CACHED))
-    if view == "split":  # with more queries or a window, the keys of a part end elsewhere for each query or row
-        sizes = sizes | {"T": 1}
-        options.pop("window", None)
+    if view == "split":  # with more queries or a window, the keys of a part end elsewhere for each query or row, and a
+        sizes = sizes | {"T": 1}  # part takes its own end for the query's place
+        options = {name: value for name, value in options.items() if name not in ("window", "alibi")}
     if view in ("permuted", "alone"):  # with a chunk the bits are compared too; "plain" goes without one
         options.setdefault("chunk", 64)
     B, T, S = (sizes[axis] for axis in "BTS")

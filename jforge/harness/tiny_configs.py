@@ -7,6 +7,8 @@ from typing import Any
 import torch
 import transformers
 
+from jforge.harness import tiny_dense
+
 VOCAB, WINDOW = 97, 4
 LINEAR_FULL = ["linear_attention", "full_attention"] * 2
 LIGHTNING_FULL = ["linear_attention"] * 3 + ["full_attention"]
@@ -74,6 +76,8 @@ MLA = ROUTED | {
     "num_key_value_heads": 4,
 }
 MLA |= {"n_shared_experts": 1, "moe_intermediate_size": 32, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1}
+LONG = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 4, "long_factor": [1.0, 2.0, 4.0, 8.0]}
+LONG = rope(LONG, factor=32.0, attention_factor=1.3) | {"original_max_position_embeddings": 1}
 WHOLE = MLA | {"q_lora_rank": None}  # queries of full rank
 APART = {"k_rope": MLA["qk_rope_head_dim"]}
 DSA = MLA | {"index_topk": 4, "index_n_heads": 8, "index_head_dim": 12}  # 4 of 10 tokens; few heads make ties
@@ -99,14 +103,28 @@ DEEPSEEK_V4 = ROUTED | {
 
 @dataclass(frozen=True, eq=False)  # hashed by identity: what is built from it is kept
 class Model:
-    """A transformers model of 64 dimensions, 4 query and 2 key/value heads of 16 channels, unless `kwargs` differ."""
+    """A transformers model of 64 dimensions, 4 query and 2 key/value heads of 16 channels, unless `kwargs` differ.
 
-    name: str  # prefix of the transformers classes
+    A value of `kwargs` that is `...` leaves the key to its class.
+    """
+
+    name: str  # prefix of the transformers classes, or a model_type
     kwargs: dict = field(default_factory=dict)
     mechanism: str = "gqa"
     layers: tuple[int, ...] = (0, 1)  # those of `mechanism`
     pairs_apart: dict[str, int] = field(default_factory=dict)
-    """Buffers that transformers keeps with their rotated pairs as evens, then odds; and how many channels turn."""
+    """Buffers that transformers keeps with their rotated pairs as evens, then odds; and how many channels turn. A
+    negative number: with so many channels, which are last in ours, first."""
+    whole: bool = False
+    """Whether transformers keeps every token of a layer with a window."""
+    kind: str | None = None
+    """Which mixer of layers with two."""
+    positions: bool = False
+    """Whether the model must be told the positions of tokens after others."""
+    head: str = "ForCausalLM"
+    """The suffix of the class."""
+    wide: bool = False
+    """In float64, with the casts to float32 inside redirected."""
 
     def config(self) -> Any:
         kwargs = {
@@ -122,15 +140,22 @@ class Model:
         }
         if self.name != "Falcon":
             kwargs |= {"num_key_value_heads": 2, "head_dim": 16, "rms_norm_eps": 0.01}  # an eps that shows
-        suffix = "TextConfig" if self.name in ("Gemma3", "MiniMaxM3VL") else "Config"
-        config = getattr(transformers, self.name + suffix)(**(kwargs | self.kwargs))
+        kwargs = {key: value for key, value in (kwargs | self.kwargs).items() if value is not ...}
+        text = ("Emu3", "Gemma3", "Gemma3n", "Gemma4", "MiniMaxM3VL", "Qwen3_5", "Qwen3_5Moe")
+        name, known = self.name + ("TextConfig" if self.name in text else "Config"), transformers.CONFIG_MAPPING
+        config = (known[self.name] if self.name in known else getattr(transformers, name))(**kwargs)
         config._attn_implementation = config._experts_implementation = "eager"
         return config
 
     def build(self) -> Any:
-        model = getattr(transformers, self.name + "ForCausalLM")(self.config()).eval()
+        config = self.config()
+        if self.name in transformers.CONFIG_MAPPING:
+            made = transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+        else:
+            made = getattr(transformers, self.name + self.head)
+        model = made(config).eval()
         randomize(model)
-        return model
+        return model.double() if self.wide else model
 
 
 MODELS = {
@@ -185,6 +210,11 @@ MODELS = {
     "deepseek_v3, halves, yarn in one step": Model(  # Kimi-K2's
         "DeepseekV3", MLA | {"rope_interleave": False} | rope(YARN, beta_fast=1.0, beta_slow=1.0), "mla"
     ),
+    "axk1": Model("axk1", MLA, "mla", pairs_apart=APART),
+    "glm4_moe_lite": Model("glm4_moe_lite", MLA | {"head_dim": ...}, "mla", pairs_apart=APART),
+    "minicpm3": Model("minicpm3", MLA | BIASES, "mla"),
+    "minicpm3, long": Model("minicpm3", MLA | LONG, "mla"),
+    "youtu": Model("youtu", MLA | rope(YARN, mscale=0.7, mscale_all_dim=1.3), "mla", pairs_apart=APART),
     "deepseek_v32": Model("DeepseekV32", DSA, "dsa", pairs_apart=APART),
     "deepseek_v32, yarn, biases": Model("DeepseekV32", DSA | TWO_MSCALES | BIASES, "dsa", pairs_apart=APART),
     "glm_moe_dsa, shared picks": Model("GlmMoeDsa", SHARED_PICKS, "dsa", (0, 1, 2, 3), GLM_APART),
@@ -196,12 +226,20 @@ MODELS = {
 }
 
 
+MODELS |= {name: Model(*entry) for name, entry in tiny_dense.MODELS.items()}
+
+
 def randomize(model: Any) -> None:
-    """Move every parameter off its neutral start: norms by 0.3 about theirs (0 or 1), biases by 0.3."""
+    """Move every parameter off its neutral start: norms by 0.3 about theirs (0 or 1), biases by 0.3.
+
+    Tables of sines that are kept as parameters stay.
+    """
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for name, p in model.named_parameters():
             noise = torch.randn(p.shape, generator=generator)
+            if not p.requires_grad:
+                continue
             if "norm" in name or "ln_" in name or "layernorm" in name or p.ndim == 1:
                 p.add_(0.3 * noise)
             else:

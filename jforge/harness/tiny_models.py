@@ -1,67 +1,74 @@
 """Tiny random transformers models, and what their attention modules saw, returned and cached, step by step."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import torch
-from transformers import DynamicCache
 from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4Attention
-from transformers.models.minimax.modeling_minimax import MiniMaxCache
 
 from jforge import hf
 from jforge.core import compare
 from jforge.core.spec import Buffer
-from jforge.harness import tiny_v4
-from jforge.harness.tiny_configs import MODELS, VOCAB, Model
+from jforge.harness import hf_shim, tiny_states, tiny_v4
+from jforge.harness.tiny_configs import MODELS as SLOTS
+from jforge.harness.tiny_configs import VOCAB, Model
+from jforge.hf.config import read
+from jforge.hf.weights import Weights
 
 BATCH, TOKENS = 2, 10
+MODELS = SLOTS | tiny_states.STATES
 
 
 @dataclass
 class Step:
-    """One call of a layer's attention module, as float32 NumPy arrays of shape B T D."""
+    """One call of a layer's attention module, as NumPy arrays of shape B T D, float32 or float64."""
 
-    x: np.ndarray
-    y: np.ndarray
+    x: np.ndarray | None = None
+    y: np.ndarray | None = None
     stored: tuple[np.ndarray, ...] = ()  # what the layer's cache holds afterwards: B K S H, of a state B N H H
     indices: np.ndarray | None = None  # what an earlier layer picked, int32 B T L
 
 
-def attention_module(model: Any, layer: int) -> Any:
-    base = model.base_model
-    block = (base.h if hasattr(base, "h") else base.layers)[layer]
-    return block.self_attn if hasattr(block, "self_attn") else block.self_attention
+def attention_module(model: Any, layer: int, kind: str | None = None) -> Any:
+    """That of a layer; of one with two that of `kind`, as jforge.hf names it."""
+    found, *_ = read(model.config, layer, kind)
+    return model.get_submodule(Weights(model.state_dict(), layer, found.module).prefix.removesuffix("."))
+
+
+def _ends(model: Any, layer: int, kind: str | None) -> tuple[Any, Any]:
+    """(the module that is given hidden states, the one that returns what the attention makes of them)."""
+    module = attention_module(model, layer, kind)
+    if model.config.model_type == "bloom":  # the module adds the residual
+        return module, module.dense
+    return (module.self, module.output.dense) if hasattr(module, "self") else (module, module)
 
 
 def tokens(count: int) -> torch.Tensor:
     return torch.randint(3, VOCAB, (BATCH, count), generator=torch.Generator().manual_seed(2))
 
 
-def empty_cache(model: Any) -> DynamicCache:
-    return MiniMaxCache() if model.config.model_type == "minimax" else DynamicCache(config=model.config)
-
-
-def contents(store: DynamicCache | None, layer: int, attention: Any = None) -> tuple[torch.Tensor, ...]:
+def contents(store: Any, layer: int, attention: Any = None) -> tuple[torch.Tensor, ...]:
     """What a layer's cache holds, in the order of jforge's buffers: keys, values and index keys, or a state.
 
     attention: the layer's module, which DeepSeek-V4's states need.
     """
     if store is None:
         return ()
-    if isinstance(store, MiniMaxCache) and layer < len(store.linear_cache) and len(store.linear_cache[layer]):
-        return (store.linear_cache[layer],)
-    own = store.layers[layer]
+    if (state := hf_shim.lightning_state(store, layer)) is not None:
+        return (state,)
+    if (own := hf_shim.layer_of(store, layer)) is None:  # it reads another's keys
+        return ()
+    if tiny_states.is_state(attention):
+        return tiny_states.contents(own, attention)
     if isinstance(attention, DeepseekV4Attention):
         return tiny_v4.contents(own, attention)
-    index_keys = getattr(own, "idx_keys", None)
-    if getattr(own, "indexer_keys", None) is not None:
-        index_keys = own.indexer_keys[:, None]
-    return (own.keys, own.values) if index_keys is None else (own.keys, own.values, index_keys)
+    index_keys = hf_shim.index_keys(own)
+    return hf_shim.keys_and_values(own) + (() if index_keys is None else (index_keys,))
 
 
 def positions_and_masks(done: int, count: int) -> dict[str, Any]:
@@ -76,29 +83,49 @@ def positions_and_masks(done: int, count: int) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def run(model: Any, layers: tuple[int, ...], sizes: tuple[int, ...], use_cache: bool) -> list[dict[int, Step]]:
-    """Feed tokens in chunks of these sizes and watch these layers: {layer: Step} of every chunk."""
-    steps: list[dict[int, Step]] = []
-    store = empty_cache(model) if use_cache else None
+def run(
+    model: Any,
+    layers: tuple[int, ...],
+    sizes: tuple[int, ...],
+    use_cache: bool,
+    kind: str | None = None,
+    positions: bool = False,
+) -> list[dict[int, Step]]:
+    """Feed tokens in chunks of these sizes and watch these layers: {layer: Step} of every chunk.
 
-    def hook(index: int):
+    kind: of the mixer, where a layer has two. positions: whether the model must be told them.
+    """
+    steps: list[dict[int, Step]] = []
+    store = hf_shim.empty_cache(model) if use_cache else None
+
+    def given(index: int):
         def save(module, args, kwargs, output):
             x = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-            y = output[0] if isinstance(output, tuple) else output
-            x, y, *cached = (a.numpy().copy() for a in (x, y, *contents(store, index, module)))
-            earlier = kwargs.get("prev_topk_indices")
-            steps[-1][index] = Step(x, y, tuple(cached), None if earlier is None else earlier.numpy().copy())
+            step, earlier = steps[-1].setdefault(index, Step()), kwargs.get("prev_topk_indices")
+            step.x, *cached = (a.numpy().copy() for a in (x, *contents(store, index, module)))
+            step.stored, step.indices = tuple(cached), None if earlier is None else earlier.numpy().copy()
 
         return save
 
-    handles = [attention_module(model, i).register_forward_hook(hook(i), with_kwargs=True) for i in layers]
+    def returned(index: int):
+        def save(module, args, output):
+            y = output[0] if isinstance(output, tuple) else output
+            steps[-1].setdefault(index, Step()).y = y.numpy().copy()
+
+        return save
+
+    handles = []
+    for index, (first, last) in zip(layers, (_ends(model, index, kind) for index in layers), strict=True):
+        handles.append(first.register_forward_hook(given(index), with_kwargs=True))
+        handles.append(last.register_forward_hook(returned(index)))
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # products this small lose 30 ms each to threads where cores are few
     done = 0
     for chunk in torch.split(tokens(sum(sizes)), sizes, dim=1):
         steps.append({})
-        places = positions_and_masks(done, chunk.shape[1]) if isinstance(store, MiniMaxCache) else {}
-        model(input_ids=chunk, past_key_values=store, use_cache=use_cache, **places)
+        places = positions_and_masks(done, chunk.shape[1]) if hf_shim.counts_no_tokens(store) else {}
+        places |= {"position_ids": torch.arange(done, done + chunk.shape[1])[None]} if positions else {}
+        model(input_ids=chunk, **hf_shim.given(model, store), **places)
         done += chunk.shape[1]
     torch.set_num_threads(threads)
     for handle in handles:
@@ -124,13 +151,14 @@ def built(spec: Model) -> Any:
 @cache
 def layer(spec: Model, index: int) -> Layer:
     """The converted layer."""
-    return hf.convert(built(spec).config, built(spec).state_dict(), index)
+    return hf.convert(built(spec).config, built(spec).state_dict(), index, spec.kind)
 
 
 @cache
 def seen(spec: Model, sizes: tuple[int, ...], use_cache: bool = True) -> list[dict[int, Step]]:
     """`run` of the layers that spec names."""
-    return run(built(spec), spec.layers, sizes, use_cache)
+    with tiny_states.in_float64() if spec.wide else nullcontext():
+        return run(built(spec), spec.layers, sizes, use_cache, spec.kind, spec.positions)
 
 
 @cache
@@ -152,6 +180,9 @@ def against_transformers(
     layers: some of those that the model names. change: (Attention, Config, params) -> those to compare instead.
     """
     spec = MODELS[name] if isinstance(name, str) else name
+    if spec.wide and not jax.config.jax_enable_x64:
+        with jax.enable_x64(True):
+            return against_transformers(spec, splits, layers, change)
     errors = dict.fromkeys(("forward", *splits, "cache"), 0.0)
     pad, total = max(map(max, splits.values())), max(map(sum, splits.values()))
     for index in layers or spec.layers:
@@ -160,7 +191,7 @@ def against_transformers(
         for split, sizes in splits.items():
             for step, y, ours in follow(own, [step[index] for step in seen(spec, sizes)], pad, total + 2):
                 errors[split] = max(errors[split], compare.worst_vector(y, step.y))
-                held = cache_error(own[0].cache_spec(own[1]), ours, step.stored, spec.pairs_apart)
+                held = cache_error(own[0].cache_spec(own[1]), ours, step.stored, spec.pairs_apart, spec.whole)
                 errors["cache"] = max(errors["cache"], held)
     return spec.mechanism, errors
 
@@ -186,7 +217,7 @@ def follow(own: Layer, steps: Sequence[Step], pad: int, capacity: int) -> Iterat
     tokens with NaN: all prefills are one program.
     """
     att, cfg, params = own
-    cache = att.init_cache(cfg, BATCH, capacity, jnp.float32)
+    cache = att.init_cache(cfg, BATCH, capacity, steps[0].x.dtype)
     for i, step in enumerate(steps):
         count = step.x.shape[1]
         if i > 0 and count == 1:
@@ -198,17 +229,21 @@ def follow(own: Layer, steps: Sequence[Step], pad: int, capacity: int) -> Iterat
         yield step, np.asarray(y)[:, :count], cache
 
 
-def cache_error(buffers, ours, theirs: tuple[np.ndarray, ...], pairs_apart: Mapping[str, int] = {}) -> float:
+def cache_error(
+    buffers, ours, theirs: tuple[np.ndarray, ...], pairs_apart: Mapping[str, int] = {}, whole: bool = False
+) -> float:
     """Our buffers, in the order of their spec, against `contents`; inf where those are of another number of tokens.
 
-    pairs_apart: {name: n} where the first n channels of theirs are evens, then odds. NaN in a state of theirs stands
-    for a value that transformers does not keep.
+    pairs_apart: {name: n} where the first n channels of theirs are evens, then odds. whole: theirs has all tokens where
+    ours is a ring. NaN in a state of theirs stands for a value that transformers does not keep.
     """
     worst, length = 0.0, int(ours.length[0])
     for name, stored in zip(buffers, theirs, strict=True):
         leaf = np.asarray(getattr(ours, name))
         if buffers[name].has_slots:
             stored = stored.swapaxes(1, 2)
+            if whole and (limit := buffers[name].limit) is not None:
+                stored = stored[:, max(0, length - limit + 1) :]
             leaf = _as_stored(leaf, buffers[name], length, stored.shape[2], pairs_apart.get(name, 0))
         else:  # head by head: a row of a state belongs to one key channel, which may be as good as 0
             leaf, stored = (np.where(np.isnan(stored), 0, a).reshape(*a.shape[:2], -1) for a in (leaf, stored))
@@ -228,5 +263,7 @@ def _as_stored(leaf: np.ndarray, buffer: Buffer, length: int, heads: int, apart:
     leaf = leaf[:, np.arange(total - kept, total) % leaf.shape[1]]
     if leaf.ndim == 3:
         leaf = leaf[:, :, None]
+    if apart < 0:
+        leaf, apart = np.roll(leaf, -apart, axis=-1), 0
     leaf = np.concatenate([leaf[..., :apart:2], leaf[..., 1:apart:2], leaf[..., apart:]], axis=-1)
     return np.repeat(leaf, heads // leaf.shape[2], axis=2)

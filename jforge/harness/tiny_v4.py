@@ -4,15 +4,18 @@ from typing import Any
 
 import torch
 
+from jforge.harness import hf_shim
+
 
 def contents(own: Any, attention: Any) -> tuple[torch.Tensor, ...]:
     """The window, and of each compressor its entries and its rows u and z: `cache_spec` of v4_window, hca and csa.
 
     own: the layer's cache. attention: its self_attn, for the biases. Window and entries: B 1 S H; rows: B M X.
     """
-    parts = [own.keys]
+    parts = [hf_shim.keys_and_values(own)[0]]
     for name, module in _compressors(attention).items():
-        parts += [own.compressed_kv[name][:, None], *_rows(own, name, module.position_bias)]
+        kept = hf_shim.compressed(own, name)
+        parts += [kept.entries[:, None], *_rows(kept, module.position_bias)]
     return tuple(parts)
 
 
@@ -23,22 +26,21 @@ def _compressors(attention: Any) -> dict[str, Any]:
     return {"compressor": main} | ({"indexer": main.indexer} if hasattr(main, "indexer") else {})
 
 
-def _rows(own: Any, name: str, bias: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _rows(kept: hf_shim.Compressed, bias: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """`[last complete block |] open block`, 0 in rows of no token.
 
     transformers adds the bias to a gate when its block is complete. Of the last complete block csa keeps the series
     for the next entry alone; NaN stands for the other one, which nothing reads again.
     """
     m, channels = bias.shape
-    u, z = own.buffer_kv[name], own.buffer_gate[name]
-    r = u.shape[1]
-    behind = m if hasattr(own, "overlap_kv") else 0
+    r = kept.kv.shape[1]
+    behind = m if kept.overlaps else 0
     out = []
-    for rows, overlap in ((u, "overlap_kv"), (z + bias[:r], "overlap_gate")):
+    for rows, last in ((kept.kv, kept.last_kv), (kept.gate + bias[:r], kept.last_gate)):
         state = rows.new_zeros(len(rows), behind + m, channels)
         state[:, behind : behind + r] = rows
-        if behind and (kept := getattr(own, overlap)[name]) is not None:
+        if last is not None:
             state[:, :m] = torch.nan
-            state[:, :m, : kept.shape[-1]] = kept
+            state[:, :m, : last.shape[-1]] = last
         out.append(state)
     return out[0], out[1]

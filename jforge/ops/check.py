@@ -165,6 +165,7 @@ def _checks(positional: str, options: str, *rows):
 
 Q, K, V, SCALES = ("q", "B T N H"), ("k", "B S K H"), ("v", "B S K V"), {"k": "k_scale", "v": "v_scale"}
 LENGTHS, PAGES, SINKS = ("lengths", "B", INT32), ("page_table?", "B P", INT32), ("sinks?", "N", FLOATS)
+ALIBI = ("alibi?", "N", WIDE)
 V_OR_K, LENGTHS_OR_ALL = ("v?", *V[1:]), ("lengths?", *LENGTHS[1:])
 CACHED = PAGES, _stored("q", SCALES, "B S K"), SINKS
 BLOCKS, TOKENS = ("block_indices", "B T X L", INT32), ("indices", "B T L", INT32)
@@ -174,7 +175,7 @@ INDEX = ("q_index", "B T I J"), ("k_index", "B S J"), LENGTHS, _stored("q_index"
 STEP = ("q", "B N H"), ("k", "B N H"), ("v", "B N V"), ("state", "B N H V", WIDE), _stored("q k v", {}, "")
 ATTEND = "scale window chunk out_dtype"
 
-decode_attention = _checks("q k v lengths", ATTEND + " softcap", Q, K, V, LENGTHS, _heads, *CACHED)
+decode_attention = _checks("q k v lengths", ATTEND + " softcap", Q, K, V, LENGTHS, _heads, *CACHED, ALIBI)
 decode_mla = _checks("q_latent q_rope latent k_rope lengths", ATTEND, *LATENTS, LENGTHS, PAGES, SINKS)
 decode_block_sparse = _checks(
     "q k v block_indices lengths",

@@ -25,9 +25,12 @@ def decode_attention(
     v_scale: Array | None = None,
     chunk: int | None = None,
     out_dtype=None,
+    alibi: Float[Array, "N"] | None = None,
 ) -> tuple[Float[Array, "B T N V"], Float[Array, "B T N"]]:
-    """out_t = sum_s softmax_s(cap(scale * q_t . k_s)) v_s over s < lengths[b]-T+t+1, the last `window` of them.
+    """out_t = sum_s softmax_s(cap(scale * q_t . k_s) + alibi_n (s - p)) v_s over s <= p, the last `window` of them.
 
+    p = lengths[b] - T + t is the slot of query t itself. alibi: float32 or wider N, slopes in natural-log units, not
+    scaled and not capped; None: no bias. With pages s is the token's place in its row.
     k: B S K H and v: B S K V in q's dtype; query head n reads KV head n // (N/K). With `page_table` they are pools
     `pages page K H` and slot s of row b lies in page page_table[b, s // page]; entries past ceil(length/page) may
     be anything. With k_scale and v_scale (float32, B S K or pages page K) they are int8 or fp8 and mean
@@ -49,7 +52,9 @@ def decode_attention(
         v = v.astype(wide) * v_scale[..., None]
 
     visible = masks.decode(lengths, q.shape[1], S, window)
-    out, lse = attend(q, k, v, visible, scale=scale, softcap=softcap, sinks=sinks)
+    own = lengths[:, None] - q.shape[1] + jnp.arange(q.shape[1])
+    bias = {} if alibi is None else {"alibi": alibi, "distance": jnp.arange(S) - own[..., None]}
+    out, lse = attend(q, k, v, visible, scale=scale, softcap=softcap, sinks=sinks, **bias)
     return out.astype(out_dtype or q.dtype), lse
 
 

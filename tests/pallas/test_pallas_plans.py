@@ -72,10 +72,20 @@ def test_scores_fill_the_card(B, T, S):
 
 @pytest.mark.parametrize(
     "B, H, V, width",
-    [(64, 128, 128, 128), (3, 128, 128, 64), (1, 128, 128, 32), (64, 256, 256, 64), (64, 64, 96, 32), (64, 8, 8, 32)],
+    [
+        (64, 128, 128, 64),
+        (2, 128, 128, 32),
+        (1, 128, 128, 32),
+        (64, 256, 256, 64),
+        (64, 64, 96, 32),
+        (64, 8, 8, 32),
+        (64, 128, 80, 80),
+        (64, 128, 48, 48),
+        (64, 128, 144, 48),
+    ],
 )
 def test_states_fill_the_card(B, H, V, width):
-    """Wide tiles, but two for every SM and three in shared memory."""
+    """Wide tiles, but two for every SM."""
     assert linear.make_facts((B, 64, H), V, 1, False).width == width
 
 

@@ -5,7 +5,6 @@ from types import SimpleNamespace
 
 import torch
 
-from torch_ref.core.norm import rms_norm
 from torch_ref.core.rope import apply_rope, frequencies
 
 torch.set_num_threads(1)  # handing tensors this small to other threads takes several times the work itself
@@ -31,9 +30,28 @@ def config(n=4, k=2, **fields):
         attn_logit_softcapping=None,
         scaling=None,
         attn_output_gate=False,
+        output_gate_type="sigmoid",
+        output_gate_per_head=False,
+        clip_qkv=None,
+        qk_norm_type="rms",
+        qk_norm_bias=False,
+        qk_norm_weight=True,
+        qk_norm_after_rope=False,
+        v_norm=False,
+        attention_k_eq_v=False,
+        alibi=False,
+        attn_scale=None,
+        floor_scale=8192,
+        attn_scale_from=1,
     )
     return SimpleNamespace(**(defaults | fields))
 
+
+SLOPES = {
+    3: [1 / 16, 1 / 256, 1 / 4],
+    4: [1 / 4, 1 / 16, 1 / 64, 1 / 256],
+    6: [1 / 4, 1 / 16, 1 / 64, 1 / 256, 1 / 2, 1 / 8],
+}
 
 # what the dense part of a config can be; each mechanism is tested on all of them
 DENSE = {
@@ -66,13 +84,16 @@ def init_params(cfg, dtype=torch.float64, **more):
     shapes = {"wq": (d, n, h), "wk": (d, k, h), "wv": (d, k, v), "wo": (n, v, d)}
     if cfg.attention_bias:
         shapes |= {"bq": (n, h), "bk": (k, h), "bv": (k, v)}
+    if cfg.attention_k_eq_v:
+        shapes = {name: shape for name, shape in shapes.items() if name not in ("wv", "bv")}
     if cfg.attention_output_bias:
         shapes["bo"] = (d,)
-    if cfg.qk_norm is not None:
-        flat = cfg.qk_norm == "flat"
-        shapes |= {"q_norm": (n, h) if flat else (h,), "k_norm": (k, h) if flat else (h,)}
+    if cfg.qk_norm is not None and cfg.qk_norm_weight:
+        one = cfg.qk_norm == "head"
+        norms = {"q_norm": (h,) if one else (n, h), "k_norm": (h,) if one else (k, h)}
+        shapes |= norms | ({f"{name}_bias": shape for name, shape in norms.items()} if cfg.qk_norm_bias else {})
     if cfg.attn_output_gate:
-        shapes["wg"] = (d, n, v)
+        shapes["wg"] = (d, n) if cfg.output_gate_per_head else (d, n, v)
     return {name: random(*shape, seed=i, dtype=dtype) / 2 for i, (name, shape) in enumerate((shapes | more).items())}
 
 
@@ -96,12 +117,52 @@ def project_row(params, cfg, x, weights=("wq", "wk", "wv")):
     """[z_q, z_k, z_v] of one row x T D, each T heads width, before RoPE; a name longer than two letters has no bias."""
     out = []
     for name in weights:
-        z = torch.stack([x @ params[name][:, i] for i in range(params[name].shape[1])], 1)
-        z = z + params["b" + name[1]] if cfg.attention_bias and len(name) == 2 else z
-        if cfg.qk_norm is not None and name[1] != "v":
-            z = rms_norm(z, params[name[1] + "_norm"], cfg.rms_norm_eps, cfg.norm_offset)
-        out.append(z)
+        source = "wk" if name == "wv" and cfg.attention_k_eq_v else name
+        z = torch.stack([x @ params[source][:, i] for i in range(params[source].shape[1])], 1)
+        z = z + params["b" + source[1]] if cfg.attention_bias and len(name) == 2 else z
+        if name[1] == "v":
+            z = torch.stack([head_norm(cfg, token, None, None, "rms") for token in z]) if cfg.v_norm else z
+        elif cfg.qk_norm is not None and not cfg.qk_norm_after_rope:
+            z = normed(params, cfg, name[1], z)
+        out.append(z if cfg.clip_qkv is None else torch.minimum(torch.maximum(z, -bound(cfg)), bound(cfg)))
     return out
+
+
+def bound(cfg):
+    return torch.tensor(cfg.clip_qkv, dtype=torch.float64)
+
+
+def head_norm(cfg, heads, weight, bias, kind):
+    """Each of the vectors heads N H under its norm; weight and bias: N H or None."""
+    centred = heads - heads.mean(1, keepdim=True) if kind == "layer" else heads
+    out = centred / torch.sqrt((centred * centred).mean(1, keepdim=True) + cfg.rms_norm_eps)
+    out = out if weight is None else out * (cfg.norm_offset + weight)
+    return out if bias is None else out + bias
+
+
+def normed(params, cfg, side, z):
+    """z T heads H, queries (side "q") or keys, under the norm of the config."""
+    weight, bias = params.get(f"{side}_norm"), params.get(f"{side}_norm_bias")
+    if cfg.qk_norm == "flat" and weight is not None:
+        wide = [w if w is None else w.flatten()[None] for w in (weight, bias)]
+        return torch.stack([head_norm(cfg, token.flatten()[None], *wide, cfg.qk_norm_type) for token in z]).view(
+            z.shape
+        )
+    return torch.stack([head_norm(cfg, token, weight, bias, cfg.qk_norm_type) for token in z])
+
+
+def turned(params, cfg, side, z, positions):
+    """z T heads H after RoPE, at one position a token, and after a norm that comes behind it."""
+    z = rotated(cfg, z, positions)
+    return normed(params, cfg, side, z) if cfg.qk_norm is not None and cfg.qk_norm_after_rope else z
+
+
+def scaled_by_index(cfg, q):
+    """q T N H, each query times the factor of its index."""
+    if cfg.attn_scale is None:
+        return q
+    factors = [1 + cfg.attn_scale * math.log(1 + (t + cfg.attn_scale_from) // cfg.floor_scale) for t in range(len(q))]
+    return q * torch.tensor(factors, dtype=q.dtype)[:, None, None]
 
 
 def rotated(cfg, z, positions):
@@ -132,7 +193,8 @@ def output_row(params, cfg, x, outs):
         for n in range(cfg.num_attention_heads):
             out = outs[t, n]
             if cfg.attn_output_gate:
-                out = out / (1 + torch.exp(-(x[t] @ params["wg"][:, n])))
+                gate = x[t] @ params["wg"][:, n]  # one number with output_gate_per_head
+                out = out * (torch.log1p(gate.exp()) if cfg.output_gate_type == "softplus" else 1 / (1 + (-gate).exp()))
             y[t] += out @ params["wo"][n]
     return y + params["bo"] if cfg.attention_output_bias else y
 
@@ -142,15 +204,15 @@ def loop_over_visible(params, cfg, x, positions, visible, sinks=None):
     ys = []
     for row, p in zip(x, positions, strict=True):
         q, k, v = project_row(params, cfg, row)
-        q, k = rotated(cfg, q, p), rotated(cfg, k, p)
+        q, k = scaled_by_index(cfg, turned(params, cfg, "q", q, p)), turned(params, cfg, "k", k, p)
         outs = torch.zeros(len(row), cfg.num_attention_heads, cfg.v_head_dim, dtype=x.dtype)
         for t in range(len(row)):
             for n in range(cfg.num_attention_heads):
                 kv = n // (cfg.num_attention_heads // cfg.num_key_value_heads)
                 seen = sorted(visible(q, k, t, n))
-                p_seen = probabilities(
-                    [logit(cfg, q[t, n], k[s, kv]) for s in seen], None if sinks is None else sinks[n]
-                )
+                slope = SLOPES[cfg.num_attention_heads][n] if cfg.alibi else 0.0
+                logits = [logit(cfg, q[t, n], k[s, kv]) + slope * (s - t) for s in seen]
+                p_seen = probabilities(logits, None if sinks is None else sinks[n])
                 for s, weight in zip(seen, p_seen, strict=True):
                     outs[t, n] += weight * v[s, kv]
         ys.append(output_row(params, cfg, row, outs))
@@ -172,9 +234,10 @@ def odd_positions(x):
 
 
 def poisoned_cache(att, cfg, batch, capacity, dtype=torch.float64):
-    """An empty cache with NaN in every slot; a running sum and a linear state have no slots, they start at 0."""
+    """An empty cache with NaN in every slot; a running sum, a linear state and the rows of a convolution have no slots,
+    they start at 0."""
     cache = att.init_cache(cfg, batch, capacity, dtype)
-    kept = ("length", "k_sum", "state")
+    kept = ("length", "k_sum", "state", "conv")
     return {name: leaf if name in kept else torch.full_like(leaf, NAN) for name, leaf in cache.items()}
 
 

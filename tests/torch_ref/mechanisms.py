@@ -10,6 +10,7 @@ import dense_family as family
 import dsa_loop
 import lightning_loop
 import nsa_loop
+import state_loops
 import torch
 import v4_loop
 from dense_family import DENSE, YARN, config
@@ -43,6 +44,11 @@ class Case(NamedTuple):
     tokens: int = 17
 
 
+def in_chunk(cfg):
+    size = cfg.attention_chunk_size
+    return lambda q, k, t, n: [s for s in range(t + 1) if s // size == t // size]
+
+
 def under_mask(sees_of):
     """Dense attention, with the sinks that params has, where head n of query t sees the tokens sees_of(cfg) gives."""
 
@@ -66,6 +72,7 @@ def streaming_loop(params, cfg, x, positions):
     ys = []
     for row, where in zip(x, positions.tolist(), strict=True):
         q, k, v = family.project_row(params, cfg, row)
+        q = family.scaled_by_index(cfg, q)
         outs = torch.zeros(len(row), cfg.num_attention_heads, cfg.v_head_dim, dtype=x.dtype)
         kept = []
         for t in range(len(row)):
@@ -78,7 +85,8 @@ def streaming_loop(params, cfg, x, positions):
                 kv = n // (cfg.num_attention_heads // cfg.num_key_value_heads)
                 logits = []
                 for s in kept:
-                    query = family.rope(cfg, q[t, n], where[t] - (dropped if s < cfg.start_size else 0))
+                    at = where[t] - (dropped if s < cfg.start_size else 0)
+                    query = family.rope(cfg, q[t, n], at)
                     logits.append(family.logit(cfg, query, family.rope(cfg, k[s, kv], where[s])))
                 for s, weight in zip(kept, family.probabilities(logits), strict=True):
                     outs[t, n] += weight * v[s, kv]
@@ -99,6 +107,8 @@ def dense_cases():
             cfg = config(**fields, sliding_window=window)
             params = family.init_params(cfg, sinks=(cfg.num_attention_heads,))
             made[f"sinks:{window}_{kind}"] = cfg, params | {"sinks": 4 * params["sinks"]}, under_mask(last)
+        cfg = config(**fields, attention_chunk_size=5)
+        made[f"chunked_local:{kind}"] = cfg, family.init_params(cfg), under_mask(in_chunk)
         cfg = config(**fields, start_size=2, recent_size=5)
         made[f"streaming:{kind}"] = cfg, family.init_params(cfg), streaming_loop
     return made
@@ -134,6 +144,10 @@ def latent_cases():
         made[name] = cfg, v4_loop.init_params(att, cfg), functools.partial(v4_loop.v4_loop, att), 14
     for kind, cfg in lightning_loop.CONFIGS.items():
         made[f"lightning:{kind}"] = cfg, lightning_loop.init_params(cfg), y_of(lightning_loop.lightning_loop)
+    for name, cfg in state_loops.CONFIGS.items():
+        mechanism = name.split(":")[0]
+        params = state_loops.init_params(torch_ref.get(mechanism), cfg)
+        made[name] = cfg, params, y_of(state_loops.LOOPS[mechanism])
     return made
 
 

@@ -124,8 +124,8 @@ def test_rope_angles_are_not_made_in_bfloat16():
     ("rope", "message"),
     [
         (
-            {"rope_type": "longrope", "rope_theta": 1.0},
-            "^rope_type is 'longrope'; allowed: default, linear, llama3, yarn$",
+            {"rope_type": "dynamic", "rope_theta": 1.0},
+            "^rope_type is 'dynamic'; allowed: default, linear, llama3, yarn, longrope, proportional$",
         ),
         ({"rope_theta": 1e4, "partial_rotary_factor": 0.4}, "^partial_rotary_factor is 0.4: 3 of 8 channels"),
     ],

@@ -8,6 +8,7 @@ from mechanisms import CASES, FIRST
 LAYOUTS = {  # of 2 rows and a capacity of 11: {buffer: shape}, "w" behind those that are float32 or wider
     "gqa:plain": {"k": (11, 2, 6), "v": (11, 2, 5)},
     "sliding_window:plain": {"k": (5, 2, 6), "v": (5, 2, 5)},
+    "chunked_local:plain": {"k": (5, 2, 6), "v": (5, 2, 5)},
     "sinks:None_plain": {"k": (11, 2, 6), "v": (11, 2, 5)},
     "sinks:5_plain": {"k": (5, 2, 6), "v": (5, 2, 5)},
     "streaming:plain": {"k": (7, 2, 6), "v": (7, 2, 5)},
@@ -23,6 +24,11 @@ LAYOUTS = {  # of 2 rows and a capacity of 11: {buffer: shape}, "w" behind those
         **{"index_state_kv w": (8, 10), "index_state_score w": (8, 10)},
     },
     "lightning:plain": {"state w": (4, 3, 3)},
+    "gated_deltanet:plain": {"state w": (6, 3, 5), "conv": (3, 42)},
+    "kda:plain": {"state w": (3, 5, 5), "conv": (3, 45)},
+    "mamba2:plain": {"state w": (6, 5, 3), "conv": (3, 38)},
+    "mamba1:plain": {"state w": (7, 3, 1), "conv": (3, 7)},
+    "short_conv:plain": {"conv": (2, 10)},
 }
 
 
@@ -61,6 +67,7 @@ def test_bad_tokens_positions_and_lengths_are_named(case):
 
 
 FREE = ("k", "latent", "kv", "c_kv", "length")  # whose slots say how many tokens the cache is for
+ANY = (*FREE, "conv")  # of any dtype
 WIDE = ("k_mean", "state_kv", "state_score", "index_state_kv", "index_state_score", "state")  # float32 or float64
 
 
@@ -72,7 +79,7 @@ def test_bad_caches_are_named(name):
         bad = {"shape": [leaf[:1]], "dtype": [leaf.to(torch.int16)]}
         if buffer != "length":
             bad["shape"] += [leaf[..., :-1]] + ([] if buffer in FREE else [leaf[:, 1:]])
-            bad["dtype"] += [leaf.bfloat16()] if buffer in WIDE else [] if buffer in FREE else [leaf.float().half()]
+            bad["dtype"] += [leaf.bfloat16()] if buffer in WIDE else [] if buffer in ANY else [leaf.float().half()]
         for what, leaves in bad.items():
             for wrong in leaves:
                 error = ValueError if what == "shape" else TypeError
@@ -85,6 +92,7 @@ CACHES = [  # (case, buffer, its shape and dtype, the error, the rest of the mes
     ("gqa:plain", "v", (2, 8, 2, 4), F64, ValueError, r"has shape \[2, 8, 2, 4\]; allowed: \[B=2 S=8 v0=2 v1=5\]$"),
     ("streaming:plain", "v", (2, 1, 2, 5), F64, ValueError, r"has shape \[2, 1, 2, 5\]; allowed: \[B=2 S=7 "),
     ("streaming:plain", "v", (2, 7, 2, 5), BF16, TypeError, "has dtype torch.bfloat16; allowed: float64$"),
+    ("chunked_local:plain", "v", (2, 4, 2, 5), F64, ValueError, r".* allowed: \[B=2 S=5 v0=2 v1=5\]$"),
     ("moba:plain", "k_mean", (2, 1, 2, 6), F64, ValueError, r"has shape \[2, 1, 2, 6\]; allowed: \[B=2 S=2 K=2 H=6\]$"),
     ("moba:plain", "k_mean", (2, 2, 2, 6), BF16, TypeError, "has dtype torch.bfloat16; allowed: float32, float64$"),
     ("dsa:glm_5", "k_index", (2, 7, 6), F64, ValueError, r"has shape \[2, 7, 6\]; allowed: \[B=2 S=8 J=6\]$"),
@@ -92,6 +100,10 @@ CACHES = [  # (case, buffer, its shape and dtype, the error, the rest of the mes
     ("v4_window", "kv", (2, 6, 7), F64, ValueError, "has S=6 slots; allowed: at most 5, the window$"),
     ("csa", "length", (2,), torch.int64, TypeError, "has dtype torch.int64; allowed: int32$"),
     ("lightning:plain", "state", (2, 4, 3, 2), F64, ValueError, r".* allowed: \[B=2 N=4 H=3 V=3\]$"),
+    ("gated_deltanet:plain", "state", (2, 6, 5, 3), F64, ValueError, r".* allowed: \[B=2 N=6 H=3 V=5\]$"),
+    ("mamba2:plain", "state", (2, 6, 5, 3), BF16, TypeError, "has dtype torch.bfloat16; allowed: float32, float64$"),
+    ("kda:plain", "conv", (2, 4, 45), F64, ValueError, r"has shape \[2, 4, 45\]; allowed: \[B=2 S=3 X=45\]$"),
+    ("short_conv:plain", "conv", (2, 3, 10), F64, ValueError, r"has shape \[2, 3, 10\]; allowed: \[B=2 S=2 X=10\]$"),
 ]  # fmt: skip
 
 
@@ -102,6 +114,10 @@ def test_the_cache_that_is_allowed_is_told(name, buffer, shape, dtype, error, me
     refused(rf'^cache\["{buffer}"\] {message}', error, att.prefill, params, cfg, tokens(cfg), cache)
 
 
+STATES = (
+    *("gated_deltanet:plain", "kda:plain", "kda:one_matrix", "mamba2:norm_first", "mamba1:jamba", "mamba1:falcon"),
+    "short_conv:biases",
+)
 CHECKED = {  # the parameters whose shape would broadcast, or is none of an einsum's business
     "sinks:5_plain": ["sinks"],
     "gqa:gated": ["q_norm", "k_norm"],
@@ -111,6 +127,7 @@ CHECKED = {  # the parameters whose shape would broadcast, or is none of an eins
     "nsa:weighted": ["phi_k", "phi_v"],
     "nsa:linear": ["phi_k", "phi_v"],
     **{name: list(CASES[name].params) for name in ("v4_window", "csa", "hca", "lightning:plain")},
+    **{name: list(CASES[name].params) for name in STATES},
 }
 
 
@@ -130,7 +147,21 @@ INT, NONE, FLOAT = (
     "is a float; allowed: an int",
 )
 FIELDS = [  # (case, a field, its value, the error, the rest of the message)
-    ("gqa:gated", "qk_norm", "layer", ValueError, "is 'layer'; allowed: None, head, flat$"),
+    ("gqa:gated", "qk_norm", "layer", ValueError, "is 'layer'; allowed: None, head, flat, heads$"),
+    ("gqa:gated", "qk_norm_type", "batch", ValueError, "is 'batch'; allowed: rms, layer$"),
+    ("gqa:gated", "qk_norm_bias", True, ValueError, "is True; allowed: True with qk_norm_type 'layer'$"),
+    ("gqa:gated", "output_gate_type", "silu", ValueError, "is 'silu'; allowed: sigmoid, softplus$"),
+    ("gqa:plain", "clip_qkv", 0.0, ValueError, "is 0.0; allowed: a number > 0$"),
+    ("gqa:plain", "clip_qkv", "8", TypeError, "is a str; allowed: a number from"),
+    ("gqa:plain", "attn_scale", True, TypeError, "is a bool; allowed: a number from"),
+    ("gqa:plain", "floor_scale", -1, ValueError, "is -1; allowed: a number > 0$"),
+    ("chunked_local:plain", "attention_chunk_size", 0, ValueError, INT.format(0, 1)),
+    ("chunked_local:plain", "attention_chunk_size", None, TypeError, NONE.format(1)),
+    ("streaming:plain", "alibi", True, ValueError, "is True; allowed: False, because sinks are met at another"),
+    ("streaming:plain", "qk_norm_after_rope", True, ValueError, "is True; allowed: False, because sinks are met at"),
+    *((f"{name}:plain", "alibi", True, ValueError, "is True; allowed: False, because the op over blocks knows no")
+      for name in ("block_sparse", "moba", "nsa", "msa")),
+    ("nsa:plain", "qk_norm_after_rope", True, ValueError, "is True; allowed: False, because keys are compressed"),
     ("sliding_window:plain", "sliding_window", 0, ValueError, INT.format(0, 1)),
     ("sliding_window:plain", "sliding_window", None, TypeError, NONE.format(1)),
     ("sinks:5_plain", "sliding_window", -1, ValueError, INT.format(-1, 1)),
@@ -182,6 +213,26 @@ FIELDS = [  # (case, a field, its value, the error, the rest of the message)
     ("lightning:plain", "block_size", 0, ValueError, INT.format(0, 1)),
     ("lightning:plain", "num_attention_heads", 0, ValueError, INT.format(0, 1)),
     ("lightning:plain", "head_dim", 0, ValueError, INT.format(0, 1)),
+    ("gated_deltanet:plain", "linear_num_value_heads", 5, ValueError, "is 5; allowed: a multiple of linear_num_key_"),
+    ("gated_deltanet:plain", "linear_num_key_heads", 0, ValueError, INT.format(0, 1)),
+    ("gated_deltanet:plain", "linear_conv_kernel_dim", 0, ValueError, INT.format(0, 1)),
+    ("gated_deltanet:plain", "block_size", 0, ValueError, INT.format(0, 1)),
+    ("gated_deltanet:plain", "output_gate_type", "tanh", ValueError, "is 'tanh'; allowed: silu, sigmoid$"),
+    ("kda:plain", "linear_num_heads", None, TypeError, NONE.format(1)),
+    ("kda:plain", "block_size", 2.0, TypeError, FLOAT),
+    ("kda:plain", "linear_lower_bound", 0.0, ValueError, "is 0.0; allowed: None, or a number < 0$"),
+    ("kda:plain", "linear_lower_bound", "-5", TypeError, "is a str; allowed: a number"),
+    ("mamba2:plain", "norm", "rms", ValueError, "is 'rms'; allowed: None, gate_first, norm_first$"),
+    ("mamba2:plain", "time_step_limit", (0.5, 0.1), ValueError, r"is \(0.5, 0.1\); allowed: low <= high$"),
+    ("mamba2:plain", "time_step_limit", (0.5,), ValueError, r"is \(0.5,\); allowed: a pair \(low, high\)$"),
+    ("mamba2:plain", "time_step_limit", (-1.0, 2.0), ValueError, "is -1.0; allowed: a number from 0 to inf$"),
+    ("mamba2:plain", "time_step_limit", (0.0, None), TypeError, "is a NoneType; allowed: a number from 0 to inf$"),
+    ("mamba2:plain", "num_heads", 5, ValueError, "is 5; allowed: a multiple of n_groups 2$"),
+    ("mamba2:plain", "state_size", 0, ValueError, INT.format(0, 1)),
+    ("mamba1:plain", "norm", "rms", ValueError, "is 'rms'; allowed: None, plain, weighted$"),
+    ("mamba1:plain", "time_step_rank", "auto", TypeError, "is a str; allowed: an int >= 1$"),
+    ("mamba1:plain", "block_size", 0, ValueError, INT.format(0, 1)),
+    ("short_conv:plain", "conv_L_cache", 0, ValueError, INT.format(0, 1)),
 ]  # fmt: skip
 
 

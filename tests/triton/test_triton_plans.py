@@ -160,9 +160,13 @@ def test_tables_serve_scores_of_keys_that_are_not_quantised(tables):
 
 def test_tables_serve_states(tables):
     key = plan.Key("bfloat16", 128, 128, 1, 4096, 1)
-    tune.write("decode_linear", key, device.known(H100, 132), replace(default_linear_config(128), block_v=64))
-    for sizes, columns in (({}, 64), ({"V": 64}, 32), ({"dtype": "float16"}, 32)):
+    tune.write(
+        "decode_linear", key, device.known(H100, 132), replace(default_linear_config(128, 128, 4096, False), block_v=16)
+    )
+    for sizes, columns in (({}, 16), ({"B": 64, "V": 64}, 64), ({"B": 64, "dtype": "float16"}, 64)):
         assert launched("decode_linear", **sizes)[1]["BLOCK_V"] == columns
     for dim in (1, 5, 64, 128, 1000):
-        default = default_linear_config(dim)
-        assert default.block_v >= 8 and plan.pow2_ceil(dim) * default.block_v <= 32 * 32 * default.num_warps
+        for rows, delta in ((1, False), (4096, True), (4096, False)):
+            config = default_linear_config(dim, 128, rows, delta)
+            assert config.block_v >= 8 and plan.pow2_ceil(dim) * config.block_v <= 128 * 32 * config.num_warps
+    assert default_linear_config(128, 128, 1, True).block_v == 8

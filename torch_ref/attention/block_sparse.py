@@ -50,7 +50,7 @@ def forward(params, cfg, x, positions=None):
     inputs.check_tokens(x, cfg.hidden_size)
     check_pattern(cfg)
     order, positions = in_order(x, positions)
-    q, k, v = dense.project(params, cfg, x, positions)
+    q, k, v = dense.project(params, cfg, x, positions, order)
     out = blocks.headwise_attention(q, k, v, visible(cfg, order, x.shape[1]), **dense.options(cfg))
     return dense.project_out(params, cfg, x, out)
 
@@ -125,7 +125,8 @@ def visible(cfg, positions, slots):
 
 
 def check_pattern(cfg):
-    """Raise ValueError or TypeError for a field that gives no pattern."""
+    """Raise ValueError or TypeError for a field that gives no pattern, and for slopes."""
+    inputs.check_off(cfg, "the op over blocks knows no slopes", "alibi")
     inputs.check_counts(cfg, 1, "block_size", "num_local_blocks")
     inputs.check_counts(cfg, 0, "num_global_blocks", "num_random_blocks", "seed")
     if cfg.vert_stride is not None:

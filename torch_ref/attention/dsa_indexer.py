@@ -14,8 +14,8 @@ from typing import NamedTuple
 
 import torch
 
-from ..core.dtypes import accumulator, einsum
-from ..core.norm import rms_norm
+from ..core.dtypes import einsum
+from ..core.norm import layer_norm, rms_norm
 from ..core.quant import e4m3, hadamard
 from ..core.rope import LAYOUTS, apply_rope, frequencies
 from . import inputs, mla
@@ -51,7 +51,7 @@ def project(params, cfg, x, positions, dtype):
     c_q = rms_norm(mla.compress(params, cfg, x, "q"), params["q_norm"], cfg.rms_norm_eps)
     q = einsum("btl,lij->btij", c_q, params["wq_index"], out_dtype=x.dtype)
     k = einsum("btd,dj->btj", x, params["wk_index"], out_dtype=x.dtype)
-    k = layer_norm(k, params["k_index_norm"], params["k_index_bias"])
+    k = layer_norm(k, params["k_index_norm"], params["k_index_bias"], LAYER_NORM_EPS)
     if cfg.rope_parameters is not None:
         theta, factor = frequencies(cfg.rope_parameters, cfg.qk_rope_head_dim)
         q = apply_rope(q, positions, theta, factor, cfg.index_rope_layout)
@@ -61,15 +61,6 @@ def project(params, cfg, x, positions, dtype):
         return Indexed(q.to(dtype), k, weights, None)
     (q, q_scale), (k, k_scale) = e4m3(hadamard(q)), e4m3(hadamard(k))
     return Indexed(q.to(dtype), k, weights * q_scale, k_scale)
-
-
-def layer_norm(x, weight, bias):
-    """(x - mean) / sqrt(variance + 1e-6) * weight + bias over the last dimension, in float32 or wider, to x's dtype."""
-    acc = accumulator(x.dtype, weight.dtype, bias.dtype)
-    wide = x.to(acc)
-    centred = wide - wide.mean(-1, keepdim=True)
-    inverse = torch.rsqrt(centred.square().mean(-1, keepdim=True) + LAYER_NORM_EPS)
-    return (centred * inverse * weight.to(acc) + bias.to(acc)).to(x.dtype)
 
 
 def appended(cache, indexed, step):

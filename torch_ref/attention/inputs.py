@@ -51,10 +51,30 @@ def check_counts(cfg, least, *names):
         check.integer(name, getattr(cfg, name), least)
 
 
-def ring_room(name, slots, window):
+def check_choice(cfg, name, *allowed):
+    """cfg.name is one of the allowed values."""
+    value = getattr(cfg, name)
+    if value not in allowed:
+        raise ValueError(f"{name} is {value!r}; allowed: {', '.join(str(choice) for choice in allowed)}")
+
+
+def check_multiple(cfg, name, of):
+    """cfg.name is a multiple of cfg.of."""
+    if getattr(cfg, name) % getattr(cfg, of):
+        raise ValueError(f"{name} is {getattr(cfg, name)}; allowed: a multiple of {of} {getattr(cfg, of)}")
+
+
+def check_off(cfg, reason, *names):
+    """Every cfg.name is False, for the reason given."""
+    for name in names:
+        if getattr(cfg, name):
+            raise ValueError(f"{name} is {getattr(cfg, name)}; allowed: False, because {reason}")
+
+
+def ring_room(name, slots, window, what="the window"):
     """The tokens that a row may have in all in a ring: its slots, or None when it has the window's W of them."""
     if slots > window:
-        raise ValueError(f'cache["{name}"] has S={slots} slots; allowed: at most {window}, the window')
+        raise ValueError(f'cache["{name}"] has S={slots} slots; allowed: at most {window}, {what}')
     return slots if slots < window else None
 
 

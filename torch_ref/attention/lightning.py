@@ -18,6 +18,7 @@ never overflows.
 import torch
 
 from .. import ops as reference_ops
+from ..core import alibi
 from ..core.dtypes import accumulator, einsum
 from ..core.norm import rms_norm
 from ..ops import check
@@ -121,16 +122,8 @@ def powers(decay, exponent, dtype):
 
 def slopes(cfg):
     """float64 [N] on the CPU: -ln of the factor by which each head's state decays per token."""
-    n_heads = cfg.num_attention_heads
-    power = 1 << (n_heads.bit_length() - 1)
-    heads = geometric(power) + geometric(2 * power)[: 2 * (n_heads - power) : 2]
     layer = 1 - cfg.layer_index / (cfg.num_hidden_layers - 1 + 1e-5) + 1e-5
-    return torch.tensor(heads, dtype=torch.float64) * layer
-
-
-def geometric(n_heads):
-    """[2^(-8 (n+1) / N)] for n = 0..N-1."""
-    return [2 ** (-8 * (n + 1) / n_heads) for n in range(n_heads)]
+    return torch.tensor(alibi.slopes(cfg.num_attention_heads), dtype=torch.float64) * layer
 
 
 def decay_of(cfg, dtype, device):

@@ -40,7 +40,7 @@ def forward(params, cfg, x, positions=None):
     inputs.check_tokens(x, cfg.hidden_size)
     check_fields(cfg)
     order, positions = in_order(x, positions)
-    q, k, v = dense.project(params, cfg, x, positions)
+    q, k, v = dense.project(params, cfg, x, positions, order)
     tokens, size = x.shape[1], cfg.moba_chunk_size
     complete = tokens // size
     k_mean = k[:, : complete * size].to(accumulator(k.dtype)).unflatten(1, (complete, size)).mean(2)
@@ -116,7 +116,8 @@ def appended(cfg, cache, k, v, step):
 
 
 def check_fields(cfg):
-    """Raise ValueError or TypeError for a block size or a top-k below 1."""
+    """Raise ValueError or TypeError for a block size or a top-k below 1, and for slopes."""
+    inputs.check_off(cfg, "the op over blocks knows no slopes", "alibi")
     inputs.check_counts(cfg, 1, "moba_chunk_size", "moba_topk")
 
 

@@ -43,7 +43,7 @@ def forward(params, cfg, x, positions=None):
     check(params, cfg)
     inputs.check_tokens(x, cfg.hidden_size)
     order, positions = in_order(x, positions)
-    q, k, v = dense.project(params, cfg, x, positions)
+    q, k, v = dense.project(params, cfg, x, positions, order)
     q_index, k_index = project_index(params, cfg, x, positions)
     mask = visible(cfg, q_index, k_index, order, order[:, None] <= order[..., None])
     out = blocks.headwise_attention(q, k, v, mask, **dense.options(cfg))
@@ -119,6 +119,7 @@ def check_fields(cfg):
     """Raise ValueError or TypeError for fields that do not fit together."""
     inputs.check_counts(cfg, 1, "index_head_dim", "index_block_size", "index_topk_blocks", "index_local_blocks")
     inputs.check_counts(cfg, 0, "index_init_blocks")
+    inputs.check_off(cfg, "the op over blocks knows no slopes", "alibi")
     if cfg.rope_parameters is not None:
         turned = 2 * len(frequencies(cfg.rope_parameters, cfg.head_dim)[0])
         if cfg.index_head_dim < turned:

@@ -67,7 +67,7 @@ def forward(params, cfg, x, positions=None):
     check(params, cfg)
     inputs.check_tokens(x, cfg.hidden_size)
     (order, positions), tokens = in_order(x, positions), x.shape[1]
-    new = project(params, cfg, x, positions)
+    new = project(params, cfg, x, positions, order)
     start = torch.arange(nsa_compress.entry_count(cfg, tokens), device=x.device) * cfg.kernel_stride
     under = start[:, None] + torch.arange(cfg.kernel_size, device=x.device)
     rows_k, rows_v = new.raw_k[:, under], new.raw_v[:, under]
@@ -127,10 +127,11 @@ def decode(params, cfg, x, cache, ops=reference_ops):
     return end(step, mix(params, cfg, x, (o_cmp, o_slc, o_win))), cache
 
 
-def project(params, cfg, x, positions):
+def project(params, cfg, x, positions, order=None):
     """Projected of the new tokens, in x's dtype; the branches share wk and wv unless they are separate."""
     q, raw_k, raw_v = dense.qkv(params, cfg, x)
-    q, k, v = dense.rotate(cfg, q, positions), dense.rotate(cfg, raw_k, positions), raw_v
+    q = dense.rescaled(cfg, dense.rotate(cfg, q, positions), positions if order is None else order)
+    k, v = dense.rotate(cfg, raw_k, positions), raw_v
     k_win, v_win = k, v
     if cfg.separate_branches:
         raw_k, raw_v = branch(params, cfg, x, "cmp")
@@ -140,9 +141,9 @@ def project(params, cfg, x, positions):
 
 
 def branch(params, cfg, x, name):
-    """(k, v) of a branch with weights of its own, k after the norm and before RoPE; no bias."""
+    """(k, v) of a branch with weights of its own, k after norm and clip and before RoPE; no bias."""
     k, v = (einsum("btd,dkh->btkh", x, params[f"w{side}_{name}"], out_dtype=x.dtype) for side in "kv")
-    return (k if cfg.qk_norm is None else dense.normalise(cfg, k, "k_norm", params)), v
+    return dense.settled(params, cfg, k, "k_norm"), dense.values(cfg, v)
 
 
 def entry_probabilities(cfg, q, k_cmp, seen):

@@ -99,6 +99,8 @@ def check_fields(cfg):
     """Raise ValueError or TypeError for fields that do not fit together."""
     inputs.check_counts(cfg, 1, "kernel_size", "kernel_stride", "block_size", "topk", "window_size")
     inputs.check_counts(cfg, 0, "init_blocks", "local_blocks")
+    inputs.check_off(cfg, "the op over blocks knows no slopes", "alibi")
+    inputs.check_off(cfg, "keys are compressed before RoPE, after their norm", "qk_norm_after_rope")
     for name in ("kernel_size", "block_size"):
         if getattr(cfg, name) % cfg.kernel_stride:
             raise ValueError(

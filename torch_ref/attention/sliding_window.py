@@ -1,6 +1,6 @@
 """Sliding-window attention: `dense` in which a query sees the last W tokens, its own included.
 
-    o_t,n = sum over t - W < s <= t of p_s v_s,   p = softmax(cap(scaling q_t,n . k_s)),   KV head n // (N/K)
+    o_t,n = sum over t - W < s <= t of p_s v_s,   p as in `dense`,   KV head n // (N/K)
 
 Mistral 7B v0.1 (2310.06825); the local layers of Gemma 2, Gemma 3 and gpt-oss.
 
@@ -14,7 +14,6 @@ import torch
 
 from .. import ops as reference_ops
 from ..core import ring
-from ..core.softmax import grouped_attention
 from . import dense, inputs
 from .step import begin, end, in_order, token_by_token
 
@@ -30,9 +29,8 @@ def forward(params, cfg, x, positions=None):
     inputs.check_counts(cfg, 1, "sliding_window")
     inputs.check_tokens(x, cfg.hidden_size)
     order, positions = in_order(x, positions)
-    q, k, v = dense.project(params, cfg, x, positions)
-    mask = in_window(order, order, cfg.sliding_window)
-    out, _ = grouped_attention(q, k, v, mask, sinks=params.get("sinks"), **dense.options(cfg))
+    q, k, v = dense.project(params, cfg, x, positions, order)
+    out = dense.attend(params, cfg, q, k, v, in_window(order, order, cfg.sliding_window), order, order)
     return dense.project_out(params, cfg, x, out)
 
 
@@ -45,8 +43,7 @@ def prefill(params, cfg, x, cache, lengths=None):
     q, k, v = dense.project(params, cfg, step.x, step.positions)
     held, keys, values = ring_then_new(step, cache["k"], cache["v"], k, v)
     mask = in_window(step.positions, held, cfg.sliding_window) & (held >= 0)[:, None] & step.keep[..., None]
-    options = dense.options(cfg) | {"sinks": params.get("sinks")}
-    out, _ = grouped_attention(q.to(keys.dtype), keys, values, mask, **options)
+    out = dense.attend(params, cfg, q.to(keys.dtype), keys, values, mask, step.positions, held)
     return end(step, dense.project_out(params, cfg, step.x, out)), step.appended(cache, ring.write, k=k, v=v)
 
 
@@ -57,9 +54,10 @@ def decode(params, cfg, x, cache, ops=reference_ops):
     q, k, v = dense.project(params, cfg, x, step.positions)
     cache = step.appended(cache, ring.write, k=k, v=v)
     k, v = cache["k"], cache["v"]
-    # written first, so that the slots hold the window and nothing else: their order does not matter to a softmax
-    filled, options = cache["length"].clamp(max=k.shape[1]), dense.options(cfg) | {"sinks": params.get("sinks")}
-    out, _ = ops.decode_attention(q.to(k.dtype), k, v, filled, out_dtype=x.dtype, **options)
+    # written first, so that the slots hold the window and nothing else: their order matters to slopes alone
+    if cfg.alibi:
+        k, v = ring.oldest_first(k, cache["length"]), ring.oldest_first(v, cache["length"])
+    out = dense.attend_slots(params, cfg, x, q, k, v, cache["length"].clamp(max=k.shape[1]), ops)
     return end(step, dense.project_out(params, cfg, x, out)), cache
 
 

@@ -30,7 +30,7 @@ from .step import begin, end, in_order, token_by_token
 
 def init_cache(cfg, batch, capacity, dtype=torch.bfloat16):
     """Empty sinks with an empty ring behind them, min(s + R, capacity) slots per row, in dtype."""
-    inputs.check_counts(cfg, 1, "start_size", "recent_size")
+    check_fields(cfg)
     return dense.init_cache(cfg, batch, min(cfg.start_size + cfg.recent_size, capacity), dtype)
 
 
@@ -39,7 +39,7 @@ def forward(params, cfg, x, positions=None):
 
     s, R and e count tokens of the row, whatever their positions: the query meets the sinks at positions - e.
     """
-    inputs.check_counts(cfg, 1, "start_size", "recent_size")
+    check_fields(cfg)
     inputs.check_tokens(x, cfg.hidden_size)
     order, positions = in_order(x, positions)
     q, k, v = dense.qkv(params, cfg, x)
@@ -101,8 +101,10 @@ def visible(cfg, query, key):
 
 
 def both_queries(cfg, q, positions, index):
-    """(q for the window, q for the sinks), B T N H: rotated at positions, and at positions - e."""
+    """(q for the window, q for the sinks), B T N H: rotated at positions, and at positions - e; index: int B T, in the
+    row."""
     evicted = (index + 1 - (cfg.start_size + cfg.recent_size)).clamp(min=0)
+    q = dense.rescaled(cfg, q, index)
     return dense.rotate(cfg, q, positions), dense.rotate(cfg, q, positions - evicted)
 
 
@@ -134,9 +136,16 @@ def parts(cfg, cache):
     return cache["k"][:, :s], cache["v"][:, :s], cache["k"][:, s:], cache["v"][:, s:]
 
 
+def check_fields(cfg):
+    """Raise ValueError or TypeError for fields that do not fit together."""
+    inputs.check_counts(cfg, 1, "start_size", "recent_size")
+    # a rotation tells a distance; slopes count the tokens themselves, and weights behind a rotation see where it ended
+    inputs.check_off(cfg, "sinks are met at another distance than theirs", "alibi", "qk_norm_after_rope")
+
+
 def checked_room(cfg, x, cache, tokens=None):
     """As `dense.checked_room`; None when the buffers are whole, and the row never overflows."""
-    inputs.check_counts(cfg, 1, "start_size", "recent_size")
+    check_fields(cfg)
     slots, whole = dense.checked_room(cfg, x, cache, tokens), cfg.start_size + cfg.recent_size
     if slots > whole:
         raise ValueError(f'cache["k"] has {slots} slots; allowed: at most start_size + recent_size = {whole}')

@@ -15,6 +15,14 @@ def held(length, slots, first=0):
     return last - (last - first - slot) % max(slots, 1)  # a ring without slots has nothing to wrap
 
 
+def oldest_first(buffer, length):
+    """A copy of buffer B W ... with the row's tokens in their order, from slot 0 on; length: int32 B, all tokens."""
+    slots = buffer.shape[1]
+    oldest = (length - slots).clamp(min=0)
+    slot = (oldest[:, None] + torch.arange(slots, device=length.device)) % max(slots, 1)
+    return buffer[torch.arange(len(buffer), device=length.device)[:, None], slot]
+
+
 def write(buffer, fresh, length, new, first=0):
     """A copy of buffer after the tokens length[b] .. length[b] + new[b] - 1, of which the newest W stay.
 

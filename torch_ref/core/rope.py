@@ -11,7 +11,7 @@ import torch
 
 from .dtypes import accumulator
 
-ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+ROPE_TYPES = ("default", "linear", "llama3", "yarn", "longrope", "proportional")
 LAYOUTS = ("half", "interleaved")
 
 
@@ -19,19 +19,24 @@ def frequencies(rope, head_dim):
     """(theta, factor): r/2 angles per position as a float64 CPU tensor, and the number that multiplies cos and sin.
 
     rope: mapping with Hugging Face's `rope_parameters` keys. r = head_dim * partial_rotary_factor. theta is a constant
-    of the config, so it is made in float64 and rounded once by its user.
-    Raises ValueError for an unknown rope_type or an odd r.
+    of the config, so it is made in float64 and rounded once by its user. Of "longrope" it names one of the two sets, as
+    `factors`, and attention_factor. "proportional" has angles for all of head_dim, those of the slow channels 0.
+    Raises ValueError for an unknown rope_type, an odd r, or factors that are not r/2.
     """
     kind = rope.get("rope_type", "default")
     if kind not in ROPE_TYPES:
         raise ValueError(f"rope_type is {kind!r}; allowed: {', '.join(ROPE_TYPES)}")
     partial = rope.get("partial_rotary_factor", 1.0)
+    if kind == "proportional":
+        return _proportional(rope, head_dim, partial), 1.0
     r = int(head_dim * partial)
     if r < 2 or r % 2 or r > head_dim:
         raise ValueError(
             f"partial_rotary_factor is {partial}: {r} of {head_dim} channels; allowed: an even number >= 2"
         )
     theta = float(rope["rope_theta"]) ** (-torch.arange(0, r, 2, dtype=torch.float64) / r)
+    if kind == "longrope":
+        return theta / _long_factors(rope, r), float(rope["attention_factor"])
     if kind == "linear":
         return theta / rope["factor"], 1.0
     if kind == "llama3":
@@ -39,6 +44,26 @@ def frequencies(rope, head_dim):
     if kind == "yarn":
         return _yarn(rope, theta), _yarn_attention_factor(rope)
     return theta, 1.0
+
+
+def _proportional(rope, head_dim, partial):
+    """base^(-2j/H) for the first floor(partial H / 2) pairs, 0 for the others: pair j is the same as without `partial`,
+    so in layout `half` the turned channels lie in both halves (Gemma 4)."""
+    if head_dim % 2 or not 0 < partial <= 1:
+        raise ValueError(
+            f"partial_rotary_factor is {partial} of {head_dim} channels; allowed: above 0 to 1, of an even number"
+        )
+    theta = float(rope["rope_theta"]) ** (-torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
+    theta[math.floor(partial * head_dim / 2) :] = 0.0
+    return theta
+
+
+def _long_factors(rope, r):
+    """What divides each of the r/2 angles (LongRoPE, 2402.13753; Phi-3)."""
+    factors = torch.tensor(rope["factors"], dtype=torch.float64)
+    if factors.shape != (r // 2,):
+        raise ValueError(f"factors has shape {list(factors.shape)}; allowed: {[r // 2]}, one for each pair that turns")
+    return factors
 
 
 def _llama3(rope, theta):

@@ -31,12 +31,12 @@ def masked_softmax(scores, mask, sinks=None):
     return weights / total, lse[..., 0]
 
 
-def grouped_attention(q, k, v, mask, scale, sinks=None, softcap=None):
-    """out = sum over s of p_s v_s, p the masked softmax of z_s = cap(scale q . k_s), cap(z) = c tanh(z / c).
+def grouped_attention(q, k, v, mask, scale, sinks=None, softcap=None, bias=None):
+    """out = sum over s of p_s v_s, p the masked softmax of z_s = cap(scale q . k_s) + bias_s, cap(z) = c tanh(z / c).
 
     q: [B, T, N, H]. k: [B, S, K, H]. v: [B, S, K, V]. Query head n reads KV head n // (N/K). mask: bool [B, T, S].
-    sinks: [N], natural-log units, neither scaled nor capped. Returns out [B, T, N, V] and lse [B, T, N], both in
-    float32 or wider. Keys and values that no query sees may hold NaN or Inf.
+    sinks: [N], natural-log units, neither scaled nor capped. bias: [B, T, N, S], also neither. Returns out
+    [B, T, N, V] and lse [B, T, N], both in float32 or wider. Keys and values that no query sees may hold NaN or Inf.
     """
     batch, new, n_heads, _ = q.shape
     kv_heads = k.shape[2]
@@ -46,6 +46,8 @@ def grouped_attention(q, k, v, mask, scale, sinks=None, softcap=None):
     k, v = k.to(acc).masked_fill(unseen, 0.0), v.to(acc).masked_fill(unseen, 0.0)
     q = q.to(acc).unflatten(2, (kv_heads, n_heads // kv_heads))
     logits = capped(einsum("btkgh,bskh->btkgs", q, k), scale, softcap)
+    if bias is not None:
+        logits = logits + bias.unflatten(2, (kv_heads, n_heads // kv_heads))
     sinks = None if sinks is None else sinks.unflatten(0, (kv_heads, n_heads // kv_heads))
     p, lse = masked_softmax(logits, mask[:, :, None, None, :], sinks)
     out = einsum("btkgs,bskv->btkgv", p, v)

@@ -191,6 +191,7 @@ LIKE_QUERY, SCALE = ("query",), (torch.float32,)
 STORED = LIKE_QUERY + QUANTISED
 Q, K, V = ("q", "B T N H", FLOATS), ("k", "B S K H", STORED), ("v", "B S K V", STORED)
 SCALES = ("k_scale?", "B S K", SCALE), ("v_scale?", "B S K", SCALE)
+ALIBI = ("alibi?", "N", WIDE)
 LENGTHS, PAGES, SINKS = ("lengths", "B", INT32), ("page_table?", "B P", INT32), ("sinks?", "N", FLOATS)
 BLOCKS, TOKENS = ("block_indices", "B T lists L", INT32), ("indices", "B T L", INT32)
 V_OR_K, LENGTHS_OR_ALL = ("v?", *V[1:]), ("lengths?", *LENGTHS[1:])
@@ -201,7 +202,7 @@ KEYS = ("q_index", "B T I J", FLOATS), ("k_index", "B S J", STORED)
 INDEX = *KEYS, _scaled("k_index", "k_scale"), ("k_scale?", "B S", SCALE)
 ROW = ("q", "B N H", FLOATS), ("k", "B N H", LIKE_QUERY), ("v", "B N V", LIKE_QUERY), ("state", "B N H V", WIDE)
 
-decode_attention = _checks("q k v lengths", Q, K, V, _heads, *SCALES, LENGTHS, PAGES, SINKS)
+decode_attention = _checks("q k v lengths", Q, K, V, _heads, *SCALES, LENGTHS, PAGES, SINKS, ALIBI)
 decode_mla = _checks("q_latent q_rope latent k_rope lengths", *MLA, LENGTHS, PAGES, SINKS)
 decode_block_sparse = _checks(
     "q k v block_indices lengths", Q, K, V_OR_K, _heads, *SCALES, BLOCKS, _lists, LENGTHS_OR_ALL, PAGES, SINKS

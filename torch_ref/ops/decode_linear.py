@@ -1,6 +1,6 @@
 """One step of a linear-attention state."""
 
-from ..core.dtypes import accumulator, einsum
+from ..core import delta
 from . import check
 
 
@@ -16,10 +16,5 @@ def decode_linear(q, k, v, state, decay, *, beta=None):
     Gated DeltaNet (2412.06464); decay per channel: Kimi Linear (2510.26692).
     """
     check.decode_linear(**locals())
-    wide = accumulator(q.dtype, state.dtype, decay.dtype)
-    factor = decay[..., None] if decay.ndim == 3 else decay[..., None, None]
-    new, k, u = factor.to(wide) * state, k.to(wide), v.to(wide)
-    if beta is not None:
-        u = beta[..., None] * (u - einsum("bnhv,bnh->bnv", new, k))
-    new = new + einsum("bnh,bnv->bnhv", k, u)
-    return einsum("bnhv,bnh->bnv", new, q, out_dtype=q.dtype), new.to(state.dtype)
+    out, new = delta.step(q, k, v, state, decay, beta)
+    return out.to(q.dtype), new.to(state.dtype)

@@ -1,5 +1,6 @@
 """decode_attention: dense attention of the new queries over a cache, a prefix of it, or a window."""
 
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -11,7 +12,7 @@ NAME = "decode_attention"
 CACHES = ("k", "v")
 
 
-def oracle(q, k, v, lengths, *, scale, window=None, sinks=None, softcap=None, chunk=None, out_dtype=None):
+def oracle(q, k, v, lengths, *, scale, window=None, sinks=None, softcap=None, chunk=None, out_dtype=None, alibi=None):
     """(out, lse) in float64, one query at a time. chunk and out_dtype change nothing here."""
     q, k, v = (np.asarray(a, np.float64) for a in (q, k, v))
     B, T, N, _ = q.shape
@@ -27,6 +28,8 @@ def oracle(q, k, v, lengths, *, scale, window=None, sinks=None, softcap=None, ch
         logits = scale * k[b, start:end, n // group] @ q[b, t, n]
         if softcap is not None:
             logits = softcap * np.tanh(logits / softcap)
+        if alibi is not None:
+            logits = logits + float(alibi[n]) * np.arange(start - end + 1, 1)
         top = max(logits.max(), sink)
         weights = np.exp(logits - top)
         total = weights.sum() + np.exp(sink - top)
@@ -38,7 +41,11 @@ def oracle(q, k, v, lengths, *, scale, window=None, sinks=None, softcap=None, ch
 def draw(case: Case, dtype: np.dtype, rng: np.random.Generator) -> Inputs:
     B, T, N, K, S, H, V = (case.sizes[axis] for axis in "BTNKSHV")
     shapes = {"q": (B, T, N, H), "k": (B, S, K, H), "v": (B, S, K, V)}
-    return draws.over_a_cache(case, dtype, rng, shapes, CACHES, H**-0.5)
+    inputs = draws.over_a_cache(case, dtype, rng, shapes, CACHES, H**-0.5)
+    if not inputs.options.get("alibi"):
+        return inputs
+    slopes = (2.0 ** rng.uniform(-9, 0, N)).astype(np.float32)  # of any heads, in no order
+    return replace(inputs, options={**inputs.options, "alibi": slopes})
 
 
 def _case(name, lengths, S, N=4, K=1, H=64, *tags, T=1, V=None, plan=(), **options) -> Case:
@@ -72,6 +79,9 @@ CASES = (
     _case("head_96_chunked", (256, 131), 256, 8, 2, 96, chunk=64),
     _case("head_192_128", (128, 31), 128, 8, 2, 192, V=128),
     _case("head_256", (128, 31), 128, 8, 2, 256),
+    _case("alibi", (192, 77, 0), 192, 8, 2, 64, alibi=True),
+    _case("alibi_softcap_sinks", (256, 0, 131), 256, 12, 3, 64, alibi=True, softcap=5.0, sinks=True),
+    _case("alibi_window", (256, 2, 130), 256, 8, 2, 64, T=4, alibi=True, window=67, chunk=64),
 )
 
 # --- edges of the kernels' plans
@@ -114,6 +124,12 @@ MOSAIC_EDGES = (
     # Fixed split size.
     _edge((65, 250), 264, 8, chunk=100),
     _edge((250,), 264, chunk=64, window=70),
+    # Biases of ALiBi: boxes to spare, several queries, pages, splits, a negative scale and none.
+    _edge((0, 67, 136), 136, 12, 2, T=2, alibi=True, splits=2),
+    _edge((130,), 136, 71, alibi=True, window=66, sinks=True),
+    _edge((1, 90), 96, page=24, alibi=True, softcap=0.5, H=128, dtype="bfloat16"),
+    _edge((70,), 72, alibi=True, scale=-0.1),
+    _edge((70,), 72, alibi=True, scale=0.0, chunk=64),
 )
 
 AROUND_TILES = {"float16": (0, 1, 63, 64, 65, 127, 129, 150), "float32": (0, 1, 31, 32, 33, 63, 65, 150)}
@@ -139,7 +155,12 @@ TRITON_EDGES = (
       for T, chunk, S in ((1, None, 40), (1, None, 150), (2, 48, 150), (2, None, 150))
       for more in ({"sinks": True, "softcap": 5.0, "scale": 1.0},
                    {"softcap": 0.5, "scale": 1.0, "out_dtype": "float16"}, {"sinks": True, "window": 9})),
+    # Biases of ALiBi: tiles, blocks of rows, windows, splits.
+    *(_edge((0, 1, 64, 150), 150, N, 2, 16, dtype=dtype, T=T, alibi=True, **more)
+      for N, T, dtype in ((6, 1, "float32"), (8, 3, "float16"), (34, 4, "float32"))
+      for more in ({}, {"sinks": True, "softcap": 5.0, "scale": -1.0}, {"window": 65, "chunk": 48})),
     # No slots, and no rows.
+    _edge((0, 0), 0, H=16, alibi=True),
     _edge((0, 0), 0, H=16),
     _edge((), 4, H=16),
 )  # fmt: skip
@@ -162,7 +183,7 @@ MOSAIC = (
 def question(draw, st, sizes, dtypes: tuple[str, ...], out: tuple[str, ...]) -> Draw:
     chosen = dict(zip("BTNKSHV", draw(st.sampled_from(sizes)), strict=True))
     options = questions.cache_options(draw, st, chosen, chosen["H"], out)
-    options |= questions.optional(draw, st, softcap=st.sampled_from(questions.SOFTCAPS))
+    options |= questions.optional(draw, st, softcap=st.sampled_from(questions.SOFTCAPS), alibi=st.just(True))
     return questions.over_a_cache(draw, st, NAME, chosen, options, dtypes)
 
 

@@ -2,11 +2,12 @@
 
 from functools import partial
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jforge.core import compare
-from jforge.harness import draws, questions, views
+from jforge.harness import draws, peers, questions, views
 from jforge.harness.op import Case, Draw, Fuzz, Inputs, Op, Work
 
 NAME = "decode_linear"
@@ -49,6 +50,9 @@ CASES = (
     _case("linear_decay_a_row", 2, 3, 64, V=128, decay=2),
     _case("linear_delta_rule", 2, 2, 64, decay=2, beta=1),
     _case("linear_decay_a_channel", 1, 2, 128, "memcheck", V=64, decay=3, beta=1),
+    _case("linear_olmo_hybrid", 1, 2, 96, V=192, decay=2, beta=1),
+    _case("linear_nemotron_nano", 1, 3, 128, V=80, decay=2),
+    _case("linear_falcon_h1", 2, 1, 256, V=64, decay=2),
 )
 
 # --- edges of the kernels' plans
@@ -60,13 +64,15 @@ def _edge(B, N, H, V, dtype, *, width=0, plan=(), **more) -> Draw:
 
 MOSAIC_EDGES = (
     # Tiles of every width; decays of a head, a row and a channel; with and without delta rule.
-    _edge(2, 3, 128, 128, "bfloat16", width=128),
-    _edge(2, 3, 128, 128, "float32", decay=2, beta=1, width=128),
+    _edge(2, 3, 128, 128, "bfloat16", width=64),
+    _edge(2, 3, 128, 128, "float32", decay=2, beta=1, width=32),
     _edge(1, 2, 64, 128, "float16", decay=3, beta=1, width=64),
     _edge(1, 2, 128, 64, "float32", decay=3, width=64),
     _edge(1, 2, 256, 96, "bfloat16", decay=2, width=32),
     _edge(1, 1, 64, 64, "float32", beta=1),
-    # Key channels that are no whole pieces of 32, fewer value columns than a tile has.
+    # Key channels that are no whole pieces of 32, fewer value columns than a tile has, tiles of 16.
+    _edge(1, 2, 32, 80, "bfloat16", decay=2, beta=1),
+    _edge(2, 1, 24, 48, "float32", decay=3),
     _edge(2, 2, 40, 32, "float16", decay=3, beta=1),
     _edge(2, 3, 8, 8, "bfloat16", decay=2, beta=1),
     _edge(1, 3, 24, 16, "float32"),
@@ -91,11 +97,11 @@ TRITON_EDGES = (
 # kernel or two refuse
 SIZES = (
     (2, 3, 64, 64), (1, 2, 128, 32), (3, 1, 16, 8), (2, 2, 8, 96), (1, 1, 256, 128), (2, 1, 40, 24), (1, 2, 32, 160),
-    (2, 1, 12, 32), (2, 2, 16, 40), (1, 2, 17, 5), (1, 1, 1032, 8),
+    (2, 1, 12, 32), (2, 2, 16, 40), (1, 2, 17, 5), (1, 1, 1032, 8), (2, 2, 96, 192), (1, 3, 128, 80), (1, 2, 16, 1),
 )  # fmt: skip
 MOSAIC = (
     (2, 1, 64, 64), (1, 2, 40, 32), (3, 1, 16, 8), (1, 1, 32, 96), (2, 1, 8, 24), (1, 1, 16, 32), (1, 2, 32, 64),
-    (2, 1, 12, 32),
+    (2, 1, 12, 32), (1, 2, 16, 48),
 )  # fmt: skip
 
 
@@ -140,23 +146,50 @@ def _pallas(draw: Draw) -> str | None:
     B, N, H, V = (draw.case.sizes[axis] for axis in "BNHV")
     return questions.first(
         (H % 8 > 0 or H > 256, "the kernel takes multiples of 8"),
-        (V % 32 > 0 and (V % 8 > 0 or V > 32), "the kernel takes multiples of 32"),
+        (V % 16 > 0 and (V % 8 > 0 or V > 32), "the kernel takes multiples of 16"),
         (min(B, N, H, V) == 0 or max(B, N) > 65535, "none may be 0"),
     )
 
 
+# --- benchmarks: B, N, H, V, axes of the decay, delta rule
+
+BENCH = (
+    (64, 64, 128, 128, 1, 0),  # MiniMax-Text-01
+    (64, 32, 128, 128, 2, 1),  # Qwen3-Next
+    (1, 32, 128, 128, 2, 1),
+    (64, 30, 96, 192, 2, 1),  # Olmo-Hybrid
+    (64, 32, 128, 128, 3, 1),  # Kimi-Linear
+    (64, 128, 128, 64, 2, 0),  # Nemotron-H-8B
+    (64, 128, 128, 80, 2, 0),  # Nemotron-Nano-9B-v2
+    (64, 48, 256, 64, 2, 0),  # Falcon-H1-1.5B
+)
+
+
+def _work(B, N, H, V, decay, beta) -> Work:
+    sizes = {"B": B, "N": N, "H": H, "V": V, "decay": decay, "beta": beta}
+    return Work(sizes, {}, () if beta else ("beta",), peers.copied)
+
+
+def _decays(sizes) -> jax.Array:
+    """From 0.5 to 0.99 over the heads, the same for every row and channel."""
+    heads = jnp.linspace(0.5, 0.99, sizes["N"])
+    B, N, H = (sizes[axis] for axis in "BNH")
+    return jnp.broadcast_to(heads[:, None], (B, N, H))[((0, slice(None), 0), (..., 0), (...,))[sizes["decay"] - 1]]
+
+
 OP = Op(
-    name=NAME, axes={"q": "BNH", "k": "BNH", "v": "BNH", "state": "BNHH", "decay": "N"}, draw=draw, oracle=oracle,
+    name=NAME, axes={"q": "BNH", "k": "BNH", "v": "BNV", "state": "BNHV", "decay": "BN"}, draw=draw, oracle=oracle,
     cases=CASES, fuzz=Fuzz(question, SIZES, MOSAIC, VIEWS, change, same_bits=True),
     results={"out": "BNV", "state": "BNHV"}, metrics=(compare.worst_row, compare.worst_row),
     edges={"pallas": MOSAIC_EDGES, "triton": TRITON_EDGES}, refusals={"triton": _triton, "pallas": _pallas},
     attends=False,
-    moved=lambda B, N, H: B * N * (8 * H * H + 8 * H),
+    moved=lambda B, N, H, V, **_: B * N * (8 * H * V + 4 * H + 4 * V),
     fill={
         "k": lambda key, shape, sizes, options: draws.normal(key, shape) * shape[-1] ** -0.5,
         "state": draws.float32,
-        "decay": lambda key, shape, sizes, options: jnp.linspace(0.5, 0.99, *shape),
+        "decay": lambda key, shape, sizes, options: _decays(sizes),
+        "beta": lambda key, shape, sizes, options: jnp.full(shape, 0.5, jnp.float32),
     },
-    carry="state", bench=(Work({"B": 64, "N": 64, "H": 128}, {}),),
-    reads=lambda row: f"a float32 state of {row['H']} x {row['H']} a head, and writes it",
+    keywords={"beta": "BN"}, carry="state", bench=tuple(_work(*sizes) for sizes in BENCH),
+    table="states", reads=lambda row: f"a float32 state of {row['H']} x {row.get('V', row['H'])} a head, and writes it",
 )  # fmt: skip
