@@ -152,18 +152,20 @@ def show_table(data: dict) -> None:
 
 
 def cost(
-    name: str, source: str, costs: list, context: int, batch: int, dtype: str, mechanisms: list[str] | None = None
-) -> dict:
+    name: str | None, source: str, costs: list, context: int, batch: int, dtype: str,
+    mechanisms: list[str] | None = None,
+) -> dict:  # fmt: skip
     """Bytes by buffer of each kind of layer (one mechanism, one cost), of all layers of `name`, and of the model.
 
-    costs: one a layer of the model. mechanisms: the layers' names, all `name` where not given.
+    name: None for every mechanism of the model. costs: one a layer. mechanisms: the layers' names, all `name` where not
+    given.
     """
     mechanisms = mechanisms or [name] * len(costs)
     kinds: dict[int, list[int]] = {}
     for i in range(len(costs)):
         same = (j for j in kinds if mechanisms[j] == mechanisms[i] and costs[j] == costs[i])
         kinds.setdefault(next(same, i), []).append(i)
-    mine = [c for mechanism, c in zip(mechanisms, costs, strict=True) if mechanism == name]
+    mine = [c for mechanism, c in zip(mechanisms, costs, strict=True) if name in (None, mechanism)]
     return {
         **{"mechanism": name, "source": source, "context": context, "batch": batch, "dtype": dtype},
         "layer": _plain(mine[0]),
@@ -188,10 +190,11 @@ def show_cost(data: dict) -> None:
     def row(label: str, cost: dict, layers: int = 1) -> None:
         out.add_row(label, *(f"{layers * cost[key]:,} B" for key in _MOVED))
 
-    kinds = sorted(data["kinds"], key=lambda kind: kind["mechanism"] != data["mechanism"])
+    every = data["mechanism"] is None
+    kinds = sorted(data["kinds"], key=lambda kind: not every and kind["mechanism"] != data["mechanism"])
     for kind in kinds:
         first, count = f"layer {kind['layers'][0]}", len(kind["layers"])
-        if kind["mechanism"] != data["mechanism"]:
+        if not every and kind["mechanism"] != data["mechanism"]:
             row(f"{_layers(count)}, {kind['mechanism']}", kind, count)
             continue
         for name, buffer in kind["buffers"].items():
@@ -202,9 +205,9 @@ def show_cost(data: dict) -> None:
     row(_layers(model["layers"]), model)
     out.add_row("", *(size(model[key]) for key in _MOVED))
     sizes = f"{data['batch']} x {data['context']:,} tokens, {data['dtype']} cache"
-    show(f"{data['mechanism']} in {data['source']}: {sizes}", out)
+    show(f"{data['mechanism'] or 'All layers'} in {data['source']}: {sizes}", out)
     for kind in kinds:
-        if kind["mechanism"] == data["mechanism"]:
+        if every or kind["mechanism"] == data["mechanism"]:
             adds = f"layer {kind['layers'][0]}: one more token a row adds {exact(kind['bytes_per_token'])} B"
             flops = f"an attend step takes {kind['flops']:,} flops, {kind['flops'] / kind['read']:.1f} a byte read"
             say(f"{adds}; {flops}")
@@ -301,3 +304,11 @@ def show_equiv(data: dict) -> None:
         say()
     show_frameworks(data["frameworks"])
     say(f"on {data['device']}")
+
+
+# explorer
+
+
+def show_explorer(data: dict) -> None:
+    kinds = f"{data['mechanisms']} mechanisms in {data['settings']} sizes, {data['models']} models"
+    say(f"{data['out']}: {kinds}, {size(data['bytes'])}; open it in a browser")

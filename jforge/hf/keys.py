@@ -3,6 +3,7 @@
 Every function raises ValueError naming the key and its value. Source: modeling_rope_utils.py of transformers 5.23.0.
 """
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -27,6 +28,20 @@ def integer(config: Mapping, key: str, *default: int | None) -> int | None:
     return value
 
 
+def number(config: Mapping, key: str) -> float:
+    """config[key], a positive number; it is required."""
+    positive(key, value := need(config, key))
+    return value
+
+
+def indices(config: Mapping, key: str) -> list[int] | None:
+    """config[key], a list of layers; None where it is missing or null."""
+    value = config.get(key)
+    if value is not None and not isinstance(value, (list, tuple)):
+        reject(key, value, "a list of layers or null")
+    return value
+
+
 def section(config: Mapping, key: str) -> Mapping:
     """The object at config[key]; empty where it is missing or null."""
     value = config.get(key)
@@ -35,11 +50,35 @@ def section(config: Mapping, key: str) -> Mapping:
     return value or {}
 
 
-def only(config: Mapping, **values: Any) -> None:
-    """Refuse a file that gives a key another value than the one the mechanism has; a missing key or null is fine."""
+BYTES_ALONE = "_bytes_alone"
+"""Set in a config of which nothing but the cache is asked: what would be computed from it does not matter."""
+
+OWN_ENTRY = "_own_entry"
+"""What per_layer_config says of the layer that a config was made for."""
+
+ENCODER = "_encoder_tokens"
+"""Set where the caches of an encoder's keys are asked for: how many tokens the encoder has."""
+
+
+def lack(config: Mapping, reason: str) -> None:
+    """Refuse what has no mechanism. Its cache is known all the same, so where bytes alone are asked it passes."""
+    if not config.get(BYTES_ALONE):
+        raise NotImplementedError(reason)
+
+
+def only(config: Mapping, part: Mapping | None = None, /, **values: Any) -> None:
+    """`lack` for a config, or a part of it, with another value than the mechanism has; no key or null is fine."""
+    given = config if part is None else part
+    for key, value in values.items():
+        if given.get(key) not in (None, value):
+            lack(config, f"{key} is {given[key]!r}: only {value!r} has a mechanism in this model family")
+
+
+def known(config: Mapping, **values: Any) -> None:
+    """Refuse another value of a key that the cache depends on; no key or null is fine."""
     for key, value in values.items():
         if config.get(key) not in (None, value):
-            raise NotImplementedError(f"{key} is {config[key]!r}: only {value!r} has a mechanism in this model family")
+            raise NotImplementedError(f"{key} is {config[key]!r}: only {value!r} is known in this model family")
 
 
 def rope_of(config: dict, kind: str, *, theta: float = 1e4, partial: float | None = None) -> dict | None:
@@ -49,6 +88,8 @@ def rope_of(config: dict, kind: str, *, theta: float = 1e4, partial: float | Non
     beside it. `partial` is the family's default share of rotated channels; None: the family always turns all.
     """
     given = section(config, "rope_scaling") or section(config, "rope_parameters")
+    if config.get(BYTES_ALONE):
+        return {"rope_type": "default", "rope_theta": theta}
     nested = is_nested(given)
     if nested:
         if kind not in given:
@@ -70,9 +111,29 @@ def rope_of(config: dict, kind: str, *, theta: float = 1e4, partial: float | Non
     for key in ("attention_factor", *_YARN_NUMBERS):
         if key in out:
             positive(key, out[key])
-    if out["rope_type"] in ("llama3", "yarn"):
+    if out["rope_type"] in ("llama3", "yarn", "longrope"):
         _complete_scaled(out, given, config, nested)
+    if out["rope_type"] == "longrope":
+        return _longrope(out, config)
+    if out["rope_type"] == "proportional":
+        only(config, out, factor=1)
     return out
+
+
+def _longrope(given: dict, config: dict) -> dict:
+    """One of the two lists of factors, since a key that was stored does not turn again: the long one where the model is
+    said to take longer rows than it was first trained on. For the other one replace `factors` of the Config.
+    """
+    trained, longest = given["original_max_position_embeddings"], need(config, "max_position_embeddings")
+    name = "long_factor" if longest > trained else "short_factor"
+    if name not in given:
+        raise ValueError(f"rope_parameters has no {name}; rope_type 'longrope' needs it")
+    stretch = given.get("factor", longest / trained)
+    factor = given.get("attention_factor")
+    if factor is None:
+        factor = 1.0 if stretch <= 1 else math.sqrt(1 + math.log(stretch) / math.log(trained))
+    kept = {key: given[key] for key in ("rope_type", "rope_theta", "partial_rotary_factor") if key in given}
+    return kept | {"factors": given[name], "attention_factor": factor}
 
 
 def is_nested(given: Mapping) -> bool:
@@ -81,7 +142,7 @@ def is_nested(given: Mapping) -> bool:
 
 
 def _complete_scaled(out: dict, given: Mapping, config: dict, nested: bool) -> None:
-    """The keys that transformers fills in for llama3 and yarn."""
+    """The keys that transformers fills in for llama3, yarn and longrope."""
     trained = "original_max_position_embeddings"
     if config.get(trained) is not None and not nested:
         out[trained] = config[trained]  # beside the dict it has priority (Phi-3's spelling)

@@ -24,7 +24,9 @@ from families import (
 )
 
 from jforge.attention import REGISTRY
-from jforge.harness.tiny_configs import LLAMA3, MODELS
+from jforge.harness.tiny_configs import LLAMA3
+from jforge.harness.tiny_models import MODELS
+from jforge.harness.tiny_shared import SHARED
 from jforge.hf import FAMILIES, layer, layers
 
 BARE = {"hidden_size": 64, "num_attention_heads": 4, "num_hidden_layers": 6, "max_position_embeddings": 256}
@@ -75,7 +77,7 @@ WINDOW_KEYS = {"use_sliding_window": True, "sliding_window": 8}
         ("gemma3_text", {"sliding_window_pattern": 2}, ["sliding_window", "gqa"] * 3),
         ("gpt_oss", {}, ["sinks"] * 6),
         ("gpt_oss", {"layer_types": [LINEAR] * 6}, [LINEAR] * 6),
-        ("qwen3_next", {}, [LINEAR] * 3 + ["gqa"] + [LINEAR] * 2),
+        ("qwen3_next", {}, ["gated_deltanet"] * 3 + ["gqa"] + ["gated_deltanet"] * 2),
         ("mistral", {}, ["sliding_window"] * 6),
         ("mistral", {"sliding_window": None}, ["gqa"] * 6),
         ("qwen2", {"use_sliding_window": True, "max_window_layers": 4}, ["gqa"] * 4 + ["sliding_window"] * 2),
@@ -105,15 +107,15 @@ def test_layer_kinds(model_type, keys, expected):
 def test_kimi_linear_layers_are_those_of_the_checkpoint():
     theirs = transformers.KimiLinearConfig(**{k: v for k, v in KIMI_LINEAR.items() if k != "rope_scaling"})
     assert [index for index, kind in enumerate(kinds(KIMI_LINEAR)) if kind == "mla"] == [3, 7, 11, 15, 19, 23, 26]
-    assert set(kinds(KIMI_LINEAR)) == {"mla", LINEAR}
-    assert all(layer(KIMI_LINEAR, index) == layer(theirs, index) for index in (3, 7, 11, 15, 19, 23, 26))
+    assert set(kinds(KIMI_LINEAR)) == {"mla", "kda"}
+    assert layers(KIMI_LINEAR) == layers(theirs)
     cfg = config_of(KIMI_LINEAR, 3)
     assert (cfg.rope_parameters, cfg.q_lora_rank, cfg.scaling) == (None, None, 192**-0.5)
 
 
 def shared_of(config) -> str:
     """A letter a layer: S where it takes the picks of another."""
-    return "".join("FS"[cfg.index_shared] for _, cfg in layers(config))
+    return "".join("FS"[cfg.index_shared] for _, cfg, *_ in layers(config))
 
 
 @pytest.mark.parametrize(
@@ -384,6 +386,7 @@ def test_absent_and_null_q_lora_rank_differ():
 
 
 def test_families_are_all_tested():
-    tested = {spec.config().model_type for spec in MODELS.values()}
+    tested = {spec.config().model_type for spec in (*MODELS.values(), *SHARED.values())}
     others = {"gemma3", "kimi_k2", "minimax_m1", "minimax_m3_vl", "minimax_text_01"}  # above
-    assert tested | others == set(FAMILIES)
+    convertible = {name for name, family in FAMILIES.items() if any(layer.split for layer in family.layers.values())}
+    assert tested | others == convertible

@@ -30,8 +30,10 @@ from families import (
     weights,
 )
 
+from jforge import hf
 from jforge.attention import REGISTRY
-from jforge.harness.tiny_configs import MODELS
+from jforge.harness import tiny_models
+from jforge.harness.tiny_models import MODELS
 from jforge.hf import convert
 from jforge.hf.families.deepseek_v4 import RELEASED
 
@@ -348,7 +350,42 @@ def test_layer_outside_the_model(layer):
         convert(LLAMA, weights(1, LLAMA_SHAPES), layer)
 
 
-@pytest.mark.parametrize("name", ["qwen3_next", "kimi_linear"])
-def test_layer_kind_without_a_mechanism(name):
-    with pytest.raises(NotImplementedError, match=f"layer 0 of {name} is linear_attention"):
-        convert(MODELS[name].config(), {}, 0)
+def test_layer_kind_without_a_mechanism():
+    with pytest.raises(
+        NotImplementedError, match="layer 1 of bailing_hybrid is full_attention: its latent layers have a gate"
+    ):
+        convert(MODELS["bailing_hybrid, delta"].config(), {}, 1)
+
+
+def test_layers_that_have_two_mixers_or_none():
+    falcon, nemotron = (MODELS[name].config() for name in ("falcon_h1", "nemotron_h"))
+    assert [name for name, _ in hf.layers(falcon)] == ["mamba2", "gqa"] * 2
+    assert [name for name, _ in hf.layers(nemotron)] == ["mamba2", "gqa", "mamba2"]
+    assert hf.layer(falcon, 1)[0] == "mamba2" and hf.layer(falcon, 1, "full_attention")[0] == "gqa"
+    with pytest.raises(ValueError, match="kind is 'conv'; it must be linear_attention or full_attention in layer 1"):
+        convert(falcon, {}, 1, "conv")
+    with pytest.raises(ValueError, match="layer 1 of nemotron_h is mlp; it has no attention and keeps no cache"):
+        convert(nemotron, {}, 1)
+
+
+def test_gains_keep_the_dtype_of_weights():
+    spec = MODELS["falcon_h1"]
+    state = {key: value.bfloat16() for key, value in tiny_models.built(spec).state_dict().items()}
+    _, _, params = convert(spec.config(), state, 0, "full_attention")
+    assert {str(a.dtype) for a in params.values()} == {"bfloat16"}
+
+
+@pytest.mark.parametrize("name", ["kimi_linear, delta", "olmo_hybrid, delta", "bailing_hybrid, delta"])
+def test_checkpoints_keep_three_convolutions_and_no_gate_module(name):
+    spec = MODELS[name]
+    config, state = spec.config(), dict(tiny_models.built(spec).state_dict())
+    want = convert(config, state, 0)[2]
+    (key,) = [key for key in state if ".layers.0." in key and key.endswith("conv1d.weight")]
+    joined, mixer = state.pop(key), key.removesuffix("conv1d.weight")
+    sizes = [want[w].shape[1] * want[w].shape[2] for w in ("wq", "wk", "wv")]
+    state |= {f"{mixer}{x}_conv1d.weight": part for x, part in zip("qkv", joined.split(sizes), strict=True)}
+    state = {key.replace("forget_gate.", ""): value for key, value in state.items()}
+    if spec.name == "BailingHybrid":
+        state[f"{mixer}dense.weight"] = state.pop(f"{mixer}o_proj.weight")
+    got = convert(config, state, 0)[2]
+    assert want.keys() == got.keys() and all((want[n] == got[n]).all() for n in want)

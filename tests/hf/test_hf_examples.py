@@ -13,11 +13,12 @@ import transformers
 from families import LLAMA
 
 import jforge
-from jforge import cli
+from jforge import cli, stack
 from jforge.attention import REGISTRY, lightning
 from jforge.harness.tiny_configs import LLAMA3
 from jforge.hf import layer, layers, load
 
+STATES = ("gated_deltanet", "kda", "mamba1", "mamba2", "short_conv")
 EXAMPLES = Path(jforge.__file__).parent / "configs"
 
 
@@ -125,6 +126,25 @@ EXPECTED = {  # mechanisms, how many layers differ, fields by layer
     ),
     "minimax-m3": (["gqa"] * 3 + ["msa"] * 57, 2, {}),
     "deepseek-v4-flash": (["v4_window"] * 2 + ["csa", "hca"] * 20 + ["csa"], 3, {}),
+    "qwen3-next-80b-a3b": ((["gated_deltanet"] * 3 + ["gqa"]) * 12, 2, {3: {"rope_parameters": rope(1e7, 0.25)}}),
+    "kimi-linear-48b-a3b": ((["kda"] * 3 + ["mla"]) * 6 + ["kda"] * 2 + ["mla"], 2, {}),
+    "nemotron-h-8b": (["mamba2"] * 4 + (["gqa"] + ["mamba2"] * 5) * 4, 2, {4: {"head_dim": 128}}),
+    "falcon-h1-1.5b": (["mamba2", "gqa"] * 24, 2, {1: shape(2048, 8, 2, **PLAIN, rope_parameters=rope(1e11))}),
+    "lfm2-1.2b": (
+        (["short_conv"] * 2 + ["gqa"]) * 3 + ["short_conv", "gqa"] * 3 + ["short_conv"],
+        2,
+        {2: {"num_key_value_heads": 8, "head_dim": 64, "qk_norm": "head", "rope_parameters": rope(1e6)}},
+    ),
+    "gemma-3n-e4b": (
+        (["sliding_window"] * 4 + ["gqa"]) * 7, 4, {34: {"kv_shared": True, "scaling": 1.0, "v_norm": True}},
+    ),
+    "gemma-4-e4b": ((["sliding_window"] * 5 + ["gqa"]) * 7, 4, {23: {"kv_shared": False, "head_dim": 512}}),
+    "llama-4-scout": (
+        (["chunked_local"] * 3 + ["gqa"]) * 12,
+        2,
+        {0: {"attention_chunk_size": 8192, "qk_norm_after_rope": True},
+         3: {"attn_scale": 0.1, "rope_parameters": None}},
+    ),
     "deepseek-v4-pro": (["hca"] * 2 + ["csa", "hca"] * 29 + ["csa"], 2, {}),
 }  # fmt: skip
 
@@ -137,7 +157,8 @@ def test_every_example_is_expected():
 def test_layers(name):
     mechanisms, different, fields = EXPECTED[name]
     got = layers(example(name))
-    assert [mechanism for mechanism, _ in got] == mechanisms and len(set(got)) == different
+    kinds = {(mechanism, cfg) for mechanism, cfg, *_ in got}
+    assert [mechanism for mechanism, *_ in got] == mechanisms and len(kinds) == different
     for index, expected in fields.items():
         assert {field: getattr(got[index][1], field) for field in expected} == expected
 
@@ -178,6 +199,11 @@ def test_example_reads_the_same_through_transformers(path):
         ("deepseek-v3.2", "DeepSeek-V3.2"),
         ("deepseek-v4-flash", "DeepSeek-V4-Flash"),
         ("deepseek-v4-pro", "DeepSeek-V4-Pro"),
+        ("qwen3-next-80b-a3b", "Qwen3-Next-80B-A3B"),
+        ("nemotron-h-8b", "Nemotron-H-8B"),
+        ("falcon-h1-1.5b", "Falcon-H1-1.5B"),
+        ("lfm2-1.2b", "LFM2-1.2B"),
+        ("llama-4-scout", "Llama-4-Scout"),
     ],
 )
 def test_examples_are_the_models_of_the_mechanisms(name, model):
@@ -193,7 +219,8 @@ def test_examples_are_the_models_of_the_mechanisms(name, model):
 def test_shipped_models_without_positions_are_those_that_have_none():
     nope = {title for att in REGISTRY.values() for title, cfg in att.models.items()
             if getattr(cfg, "rope_parameters", None) is None}  # fmt: skip
-    assert nope == {"Kimi-Linear", "MiniMax-Text-01"}
+    states = {title for name in STATES for title in jforge.get(name).models}
+    assert nope == {"Kimi-Linear", "MiniMax-Text-01"} | states
 
 
 def test_layers_of_one_model_differ_in_what_their_kind_says():
@@ -207,7 +234,7 @@ def test_layers_of_one_model_differ_in_what_their_kind_says():
 
 @pytest.mark.parametrize("name, pattern", [("glm-5", "F" * 78), ("glm-5.2", "FFF" + "SSSF" * 18 + "SSS")])
 def test_which_layers_of_glm_share_picks(name, pattern):
-    assert "".join("FS"[cfg.index_shared] for _, cfg in layers(example(name))) == pattern
+    assert "".join("FS"[cfg.index_shared] for _, cfg, *_ in layers(example(name))) == pattern
 
 
 def test_slopes_of_minimax_text_01():
@@ -249,6 +276,27 @@ BYTES = [  # mechanism, file, context, {key: value} of the report, and of the su
      {"stored": 21 * (128 * 1024 + 2048 * (1024 + 256) + 65536 + 16384)}),
     ("hca", "deepseek-v4-pro", "8k", {"layers": 31}, {"stored": 31 * (128 * 1024 + 64 * 1024 + 524288)}),
 ]  # fmt: skip
+
+
+HYBRIDS = {  # mechanisms2.md A to G: bytes a token, and fixed ones, in MiB
+    "qwen3-next-80b-a3b": (12 * 2048, 36 * (2 + 48 / 1024)),
+    "kimi-linear-48b-a3b": (7 * 1152, 20 * (2 + 72 / 1024)),
+    "nemotron-h-8b": (4 * 4096, 24 * (4 + 60 / 1024)),
+    "falcon-h1-1.5b": (24 * 1024, 24 * (3 + 21 / 1024)),
+    "lfm2-1.2b": (6 * 2048, 10 * 8 / 1024),
+    "gemma-3n-e4b": (8192, 16),
+    "gemma-4-e4b": (16384, 20),
+    "llama-4-scout": (49152, 1.125 * 1024),
+}
+
+
+@pytest.mark.parametrize("name", HYBRIDS)
+def test_golden_bytes_of_hybrids(name):
+    """The whole model at 131,072 tokens, states and convolutions included, of layers that share the owners alone."""
+    a_token, fixed = HYBRIDS[name]
+    cost = stack.cost(layers(example(name)), context=131072)
+    assert (cost.per_token, cost.fixed) == (a_token, fixed * 2**20)
+    assert sum(cost.stored.values()) == a_token * 131072 + fixed * 2**20
 
 
 @pytest.mark.parametrize("mechanism, name, context, own, total", BYTES)

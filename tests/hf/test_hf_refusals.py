@@ -7,6 +7,7 @@ from families import (
     GLM,
     GPT_OSS,
     HEAVY,
+    LINEAR,
     LLAMA,
     M3,
     MINIMAX,
@@ -29,6 +30,7 @@ from families import (
 from jforge.hf import layer, layers
 
 LIST = "it must be num_hidden_layers=3 times 'full' or 'shared' .*, 'full' first$"
+LONG = {"type": "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
 QWEN_WINDOW = {"use_sliding_window": True, "sliding_window": 8}
 
 
@@ -50,6 +52,12 @@ BAD_VALUES = [
         for m in ("qwen3", "gemma2", "gemma3_text", "gpt_oss", "minimax_m2")
     ),
     (rope(LLAMA, type="linear"), "rope_parameters has no factor; rope_type 'linear' needs it"),
+    (rope(LLAMA, type="longrope"), "rope_parameters has no short_factor; rope_type 'longrope' needs it"),
+    (of("llama", rope_scaling=LONG, original_max_position_embeddings=8), "factors is .*; it must be 3 numbers"),
+    (of("laguna", num_attention_heads_per_layer=[4]), "num_attention_heads_per_layer is .*num_hidden_layers=6"),
+    (of("llama4_text", attention_chunk_size=0), "attention_chunk_size is 0; it must be a positive integer"),
+    (of("mpt", attn_config={"softmax_scale": -1.0}), "softmax_scale is -1.0; it must be a positive number"),
+    (of("olmo", clip_qkv=-1.0), "clip_qkv is -1.0; it must be a positive number"),
     (rope(LLAMA, type="yarn", factor=2.0, attention_factor=0), "attention_factor is 0; it must be a"),
     (LLAMA | {"rope_scaling": "linear"}, "rope_scaling is 'linear'; it must be an object or null"),
     (LLAMA | {"rope_parameters": {SLIDING: {}}}, "rope_parameters has no entry for full_attention"),
@@ -73,8 +81,11 @@ BAD_VALUES = [
     (GPT_OSS | {"num_key_value_heads": 3}, "num_attention_heads is 4; it must be a multiple of"),
     (of("qwen3", layer_types=[FULL, SLIDING] * 3), "use_sliding_window is None; it must be true in"),
     (of("qwen2", **QWEN_WINDOW | {"sliding_window": 0}, max_window_layers=0), "sliding_window is 0; it must be a pos"),
-    (of("qwen2", **QWEN_WINDOW, max_window_layers="4"), "max_window_layers is '4'; it must be an integer, 0 or more"),
-    (of("qwen3", **QWEN_WINDOW, max_window_layers=-1), "max_window_layers is -1; it must be an integer, 0 or more"),
+    (
+        of("qwen2", **QWEN_WINDOW, max_window_layers="4"),
+        "max_window_layers is '4'; it must be an integer of at least 0",
+    ),
+    (of("qwen3", **QWEN_WINDOW, max_window_layers=-1), "max_window_layers is -1; it must be an integer of at least 0"),
     # latent
     (MLA | {"num_key_value_heads": 1}, "num_key_value_heads is 1; it must be num_attention_heads=2"),
     (MLA | {"q_lora_rank": 0}, "q_lora_rank is 0; it must be a positive integer"),
@@ -154,9 +165,20 @@ BAD_VALUES = [
     (nested(compress={"attention_factor": None}), "rope_parameters.compress has no attention_factor: transformers w"),
 ]
 NO_MECHANISM = [
-    *((rope(config, type=kind, factor=2.0), f"rope_type is '{kind}': only default, ")
-      for config in (LLAMA, MLA, V4_FLAT) for kind in ("dynamic", "longrope", "proportional")),
-    (LLAMA | {"model_type": "bert"}, "model_type 'bert' is not known; known are deepseek_v2, .*qwen3_next"),
+    *((rope(config, type="dynamic", factor=2.0), "rope_type is 'dynamic': it scales the keys of old tokens again")
+      for config in (LLAMA, MLA, V4_FLAT)),
+    (rope(LLAMA, type="proportional", factor=2.0), "factor is 2.0: only 1 has a mechanism"),
+    (LLAMA | {"model_type": "t5"}, "model_type 't5' is not known; known are afmoe, .*deepseek_v2, .*qwen3_next"),
+    (LLAMA | {"model_type": "diffllama"}, "layer 0 of diffllama is full_attention: differential attention"),
+    (LLAMA | {"model_type": "bert"}, "is_decoder is false: attention that is not causal"),
+    (LLAMA | {"model_type": "roformer", "is_decoder": True, "rotary_value": True}, "rotary_value is true"),
+    (of("gemma", use_bidirectional_attention=True), "use_bidirectional_attention is set"),
+    (of("bert", is_decoder=True, position_embedding_type="relative_key"), "position_embedding_type is 'relative_key'"),
+    (of("hunyuan_v1_moe", use_cla=True), "use_cla is True: only False is known"),
+    (of("mpt", attn_config={"alibi": False}), "alibi is False: only True has a mechanism"),
+    (of("mpt", attn_config={"qk_ln": True}), "qk_ln is True: only False has a mechanism"),
+    (of("dbrx", attn_config={"rope_theta": 5e5}), "rope_theta is 500000.0 in attn_config and 10000.0 in transformers"),
+    (of("phimoe", rope_scaling=LONG), "rope_type is 'longrope': transformers' phimoe never takes its long factors"),
     (V4 | {"model_type": "deepseek_v41"}, "model_type 'deepseek_v41' is not known"),
     (LLAMA | {"layer_types": [FULL] * 5 + [SLIDING]},
      "layer 5 of llama is sliding_attention; only its full_attention layers have a mechanism$"),
@@ -167,17 +189,19 @@ NO_MECHANISM = [
     (LLAMA | {"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
     (MLA | {"model_type": "deepseek_v2", "index_topk": 2048}, "layer 0 of deepseek_v2 is indexed_attention"),
     (MLA | {"partial_rotary_factor": 0.5}, "partial_rotary_factor is given"),
-    (kimi(full_attn_layers=[2], kda_layers=[1]), "layer 0 of kimi_linear is linear_attention"),
+    (kimi(full_attn_layers=[2], kda_layers=[1]) | {"hidden_act": "gelu"}, "hidden_act is 'gelu': only"),
+    (kimi(full_attn_layers=[2], kda_layers=[1]) | {"model_type": "bailing_hybrid", "layer_types": [FULL, LINEAR]},
+     "layer 0 of bailing_hybrid is full_attention: its latent layers have a gate for each head"),
     (kimi(full_attn_layers=[1], kda_layers=[2]) | {"mla_use_nope": False}, "mla_use_nope is false"),
     (kimi(full_attn_layers=[1], kda_layers=[2]) | {"mla_use_output_gate": True}, "mla_use_output_gate is true"),
-    (DSA | {"index_topk_freq": 4}, "index_topk_freq is 4: only 1 has a mechanism"),
-    (DSA | {"index_topk_pattern": "FSF"}, "index_topk_pattern is 'FSF': only None has"),
+    (DSA | {"index_topk_freq": 4}, "index_topk_freq is 4: only 1 is known"),
+    (DSA | {"index_topk_pattern": "FSF"}, "index_topk_pattern is 'FSF': only None is known"),
     (DSA | {"indexer_types": ["full"] * 3}, r"indexer_types is \['full', .*: only None"),
     (DSA | {"indexer_rope_interleave": True}, "indexer_rope_interleave is True: only False"),
     (DSA | {"rope_interleave": False}, "rope_interleave is False: only True has a mech"),
     (DSA | {"layer_types": [FULL] * 3}, "layer 0 of deepseek_v32 is full_atten"),
     (GLM | {"indexer_rope_interleave": False}, "indexer_rope_interleave is False: only"),
-    (MINIMAX | {"sliding_window": 8}, "sliding_window is 8: only None has a mechanism"),
+    (MINIMAX | {"sliding_window": 8}, "sliding_window is 8: only None is known"),
     (MINIMAX | {"hidden_act": "gelu"}, "hidden_act is 'gelu': only 'silu' has a mech"),
     (MINIMAX | {"num_attention_heads": 6}, "num_attention_heads is 6: for a number that is no power of two"),
     (sparse(sparse_score_type="mean"), "sparse_score_type is 'mean': only 'max' has"),

@@ -10,7 +10,7 @@ import torch
 import jforge
 from jforge import hf, stack
 from jforge.core import compare
-from jforge.harness import tiny_models
+from jforge.harness import hf_shim, tiny_models
 from jforge.harness.tiny_configs import MINIMAX, MINIMAX_M3, Model
 
 EPS = 0.01  # of every norm in the tiny models
@@ -75,9 +75,9 @@ class Both:
     @torch.no_grad()
     def theirs(self, x, store=None, done=0):
         places = {}
-        if store is not None and self.model.config.model_type == "minimax":
+        if hf_shim.counts_no_tokens(store):
             places = tiny_models.positions_and_masks(done, x.shape[1])
-        out = self.model(inputs_embeds=x, past_key_values=store, use_cache=store is not None, **places)
+        out = self.model(inputs_embeds=x, **hf_shim.given(self.model, store), **places)
         return out.last_hidden_state.numpy()
 
     def caches(self, cache, store) -> float:
@@ -106,7 +106,7 @@ def test_forward_is_that_of_transformers(both):
 
 @pytest.mark.parametrize("split", SPLITS)
 def test_steps_and_caches_are_those_of_transformers(both, split):
-    store = tiny_models.empty_cache(both.model)
+    store = hf_shim.empty_cache(both.model)
     cache, done = stack.init_cache(both.layers, 2, 12, jnp.float32), 0
     for size in SPLITS[split]:
         x = both.x[:, done : done + size]
@@ -148,9 +148,9 @@ def test_transformers_needs_positions_and_masks():
         want = model(input_ids=ids, use_cache=False).logits[:, -1]
         errors = {}
         for given in (True, False):
-            store = tiny_models.empty_cache(model)
-            model(input_ids=ids[:, :3], past_key_values=store, use_cache=True)
+            store = hf_shim.empty_cache(model)
+            model(input_ids=ids[:, :3], **hf_shim.given(model, store))
             places = tiny_models.positions_and_masks(3, 1) if given else {}
-            got = model(input_ids=ids[:, 3:], past_key_values=store, use_cache=True, **places).logits[:, -1]
+            got = model(input_ids=ids[:, 3:], **hf_shim.given(model, store), **places).logits[:, -1]
             errors[given] = float((got - want).norm() / want.norm())
     assert errors[True] <= compare.OUT["float32"] and errors[False] > 1e-2

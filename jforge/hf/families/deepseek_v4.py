@@ -85,7 +85,7 @@ def _fields(config: dict, kind: str) -> dict:
     head_dim, eps = integer(config, "head_dim", 512), config["rms_norm_eps"]
     positive("rms_norm_eps", eps)
     rope, turning = _rope(config, kind, head_dim)
-    del rope["partial_rotary_factor"]  # of head_dim; jforge counts the channels that turn
+    rope.pop("partial_rotary_factor", None)  # of head_dim; jforge counts the channels that turn
     out = {
         "hidden_size": integer(config, "hidden_size"),
         "num_attention_heads": integer(config, "num_attention_heads"),

@@ -1,4 +1,4 @@
-"""Families of latent attention, with and without an indexer: DeepSeek-V2 to V3.2, Kimi and GLM-5."""
+"""Families of latent attention, with and without an indexer: DeepSeek-V2 to V3.2, Kimi, GLM-5, MiniCPM3 and others."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ import numpy as np
 
 from jforge.core.config import reject
 from jforge.hf.family import FULL, INDEXED, LINEAR, Family, Layer, all_full, listed
-from jforge.hf.keys import integer, need, only, rope_of, section
+from jforge.hf.keys import integer, known, lack, need, only, rope_of, section
 from jforge.hf.weights import Weights
 
 _SHARED = "shared_indexed_attention"  # transformers has no name for it: a layer whose indexer_types entry is "shared"
@@ -27,7 +27,7 @@ def _deepseek_v3(config: dict, kind: str) -> dict:
 
 def _deepseek_v32(config: dict, kind: str) -> dict:
     """Its index heads turn in halves. It shares no picks: files that ask for it are GLM-5.2's."""
-    only(config, indexer_types=None, index_topk_pattern=None, index_topk_freq=1)
+    known(config, indexer_types=None, index_topk_pattern=None, index_topk_freq=1)
     return _mla(config, rope_of(config, INDEXED)) | _indexer(config, kind, heads=64, interleaved=False)
 
 
@@ -37,12 +37,12 @@ def _glm_moe_dsa(config: dict, kind: str) -> dict:
     return fields | _indexer(config, kind, heads=32, interleaved=True)
 
 
-def _kimi_linear(config: dict, kind: str) -> dict:
+def kimi_latent(config: dict, kind: str) -> dict:
     """NoPE: the rope slice exists and is not rotated, whatever rope_theta says."""
     if not config["mla_use_nope"]:
-        raise NotImplementedError("mla_use_nope is false, but the kimi_linear of transformers never rotates")
+        lack(config, "mla_use_nope is false, but the kimi_linear of transformers never rotates")
     if config.get("mla_use_output_gate"):
-        raise NotImplementedError("mla_use_output_gate is true: a gate on the output of MLA is in no Config")
+        lack(config, "mla_use_output_gate is true: a gate on the output of MLA is in no Config")
     return _mla(config, None)
 
 
@@ -89,10 +89,10 @@ def _all_indexed(config: dict, index: int) -> str:
 def _glm_moe_dsa_kind(config: dict, index: int) -> str:
     """Which layers have an indexer is said by a list (GLM-5.2), by a string of letters, or as one in so many."""
     kind = _all_indexed(config, index)
-    return _SHARED if kind == INDEXED and _indexer_types(config)[index] == "shared" else kind
+    return _SHARED if kind == INDEXED and indexer_types(config)[index] == "shared" else kind
 
 
-def _indexer_types(config: dict) -> list[str]:
+def indexer_types(config: dict) -> list[str]:
     """The first of the keys that is there counts. index_skip_topk_offset layers come before the first shared one."""
     count = config["num_hidden_layers"]
     for key in ("indexer_types", "index_topk_pattern"):
@@ -107,7 +107,7 @@ def _indexer_types(config: dict) -> list[str]:
     return ["shared" if max(i - offset + 1, 0) % period else "full" for i in range(count)]
 
 
-def _kimi_linear_kind(config: dict, index: int) -> str:
+def kimi_kind(config: dict, index: int) -> str:
     """Checkpoints list their layers, counted from 1. Without a list there is no telling: see docs/divergences.md."""
     if (kind := listed(config, index)) is not None:
         return kind
@@ -164,15 +164,31 @@ def _with_indexer(w: Weights, cfg: Any) -> dict[str, np.ndarray]:
     }
 
 
-_MLA, _DSA = {FULL: Layer("mla", _latent)}, {INDEXED: Layer("dsa", _with_indexer)}
+LATENT, _DSA = {FULL: Layer("mla", _latent)}, {INDEXED: Layer("dsa", _with_indexer)}
 _V2 = {"q_lora_rank": 1536}
 _V3 = _V2 | {"rope_interleave": True}
 
+
+def _picker(config: dict, index: int) -> int | None:
+    """The layer whose picks a layer without an indexer takes: the last one that has one."""
+    if _glm_moe_dsa_kind(config, index) != _SHARED:
+        return None
+    return max(i for i in range(index) if _glm_moe_dsa_kind(config, i) == INDEXED)
+
+
+_GLM4 = {"q_lora_rank": 768, "qk_nope_head_dim": 192, "v_head_dim": 256, "rope_interleave": True}
+_MINICPM3 = {"q_lora_rank": 768, "kv_lora_rank": 256, "qk_nope_head_dim": 64, "qk_rope_head_dim": 32, "v_head_dim": 64}
+
 FAMILIES: dict[str, Family] = {
-    "deepseek_v2": Family(_deepseek_v2, _deepseek_kind, _MLA, _V2),
-    "deepseek_v3": Family(_deepseek_v3, _deepseek_kind, _MLA | _DSA, _V3),
+    "axk1": Family(_deepseek_v3, all_full, LATENT, _V3),
+    "deepseek_v2": Family(_deepseek_v2, _deepseek_kind, LATENT, _V2),
+    "deepseek_v3": Family(_deepseek_v3, _deepseek_kind, LATENT | _DSA, _V3),
     "deepseek_v32": Family(_deepseek_v32, _all_indexed, _DSA, _V2),
-    "glm_moe_dsa": Family(_glm_moe_dsa, _glm_moe_dsa_kind, _DSA | {_SHARED: _DSA[INDEXED]}, {"q_lora_rank": 2048}),
-    "kimi_k2": Family(_deepseek_v3, _deepseek_kind, _MLA, _V3),
-    "kimi_linear": Family(_kimi_linear, _kimi_linear_kind, _MLA, {"mla_use_nope": True}),
+    "glm4_moe_lite": Family(_deepseek_v3, all_full, LATENT, _GLM4),
+    "glm_moe_dsa": Family(
+        _glm_moe_dsa, _glm_moe_dsa_kind, _DSA | {_SHARED: _DSA[INDEXED]}, {"q_lora_rank": 2048}, source=_picker
+    ),
+    "kimi_k2": Family(_deepseek_v3, _deepseek_kind, LATENT, _V3),
+    "minicpm3": Family(_deepseek_v3, all_full, LATENT, _MINICPM3 | {"rope_interleave": False}),
+    "youtu": Family(_deepseek_v3, all_full, LATENT, _V3),
 }

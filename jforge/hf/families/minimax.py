@@ -7,7 +7,7 @@ import numpy as np
 from jforge.core.config import reject
 from jforge.hf.families.dense import DENSE, base, projections
 from jforge.hf.family import FULL, LINEAR, Family, Layer, all_full, listed
-from jforge.hf.keys import integer, only, rope_of, section
+from jforge.hf.keys import integer, known, lack, only, rope_of, section
 from jforge.hf.weights import Weights
 
 _BLOCKS = "minimax_m3_sparse"  # MSA
@@ -22,17 +22,15 @@ _INDEX_KEYS = {  # transformers' key: the checkpoint's, the default of the class
 
 def _minimax(config: dict, kind: str) -> dict:
     """rms_norm_eps is not lightning's: all code builds that norm with 1e-6 whatever the file says."""
-    only(config, sliding_window=None)
+    known(config, sliding_window=None)
     fields = base(config, None)
     if kind != LINEAR:
         return fields | {"rope_parameters": _rope(config, kind, fields)}
     only(config, hidden_act="silu")
     heads = fields["num_attention_heads"]
     if config["model_type"] == "minimax" and heads & (heads - 1):
-        raise NotImplementedError(
-            f"num_attention_heads is {heads}: for a number that is no power of two the slopes of transformers are "
-            "not those of MiniMax's code"
-        )
+        slopes = "for a number that is no power of two the slopes of transformers are not those of MiniMax's code"
+        lack(config, f"num_attention_heads is {heads}: {slopes}")
     own = {name: fields[name] for name in ("hidden_size", "num_attention_heads", "head_dim")}
     return own | {"num_hidden_layers": config["num_hidden_layers"], "block_size": integer(config, "block_size", 256)}
 
@@ -91,7 +89,8 @@ def _minimax_m3(config: dict, kind: str) -> dict:
 def _index_branch(config: dict, kv_heads: int) -> dict:
     """The checkpoint's section wins over the flat keys of transformers, as there; sparse_init_block only it has."""
     sparse = section(config, "sparse_attention_config")
-    only(sparse, use_sparse_attention=True, sparse_score_type="max")
+    known(sparse, use_sparse_attention=True)
+    only(config, sparse, sparse_score_type="max")
     given = {flat: integer(sparse, key, integer(config, flat, default)) for flat, (key, default) in _INDEX_KEYS.items()}
     if (heads := given.pop("index_n_heads")) != kv_heads:
         reject("index_n_heads", heads, f"num_key_value_heads={kv_heads}: one for each")
