@@ -2,14 +2,30 @@ PYTHON ?= $(shell command -v python3.12 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+NEXT := .venv-hf-next
+NEXT_IS = $(NEXT)/bin/python -c 'import transformers; print("tests/hf against transformers", transformers.__version__)'
 
-.PHONY: demo test lint types fuzz bench docs notebooks clean
+.PHONY: demo test test-browser test-hf-next lint types fuzz bench docs notebooks clean
 
 demo: $(STAMP)
 	@$(BIN)/jforge demo
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -q -n auto --dist worksteal
+
+test-browser: $(STAMP)
+	$(BIN)/python -m pytest -q -m browser tests/browser
+
+# tests/hf alone, against the newest transformers; a package that it wants newer than constraints.txt it gets
+test-hf-next:
+	$(PYTHON) -m venv $(NEXT)
+	grep -viE '^(transformers|huggingface_hub|tokenizers|safetensors)==' constraints.txt > $(NEXT)/constraints.txt
+	$(NEXT)/bin/python -m pip install --quiet --disable-pip-version-check -c $(NEXT)/constraints.txt \
+		-e '.[torch,hf]' pytest pytest-xdist beartype
+	$(NEXT)/bin/python -m pip install --quiet --disable-pip-version-check --upgrade transformers
+	@$(NEXT_IS)
+	$(NEXT)/bin/python -m pytest -q -n auto --dist worksteal -m 'not gpu and not pinned' tests/hf; \
+		status=$$?; $(NEXT_IS); exit $$status
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
@@ -37,4 +53,4 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $@
 
 clean:
-	rm -rf $(VENV)
+	rm -rf $(VENV) $(NEXT)

@@ -22,11 +22,14 @@ from sphinx.cmd.build import main as sphinx
 import jforge
 import jforge.harness
 import jforge.hf
+import jforge.lens
+import jforge.roofline
 import jforge.stack
+import jforge.viz
 import pallas_kernels
 import torch_ref
 import triton_kernels
-from jforge import lessons, traffic
+from jforge import lessons, slots, traffic
 from jforge.attention import dense
 from jforge.core import attend, config, masks, norm, ring, rope, spec, step
 from jforge.report import exact, layout, size
@@ -34,6 +37,7 @@ from jforge.report import exact, layout, size
 ROOT = Path(__file__).parent.parent
 DOCS, NOTEBOOKS = ROOT / "docs", ROOT / "notebooks"
 CONTEXT = 131_072
+EVERY_MECHANISM = "mechanism/*"  # in index.md: their pages, in the order of the registry
 
 OPS = [name for name in jforge.ops.__all__ if name != "mix"]
 
@@ -170,9 +174,10 @@ def _modules() -> dict[str, ModuleType]:
     return {
         module.__name__: module
         for module in (
-            jforge, jforge.ops, jforge.caches, jforge.stack, jforge.hf, jforge.harness, torch_ref, torch_ref.ops,
+            jforge, jforge.ops, jforge.caches, jforge.stack, jforge.hf, jforge.lens, jforge.roofline, jforge.harness,
+            torch_ref, torch_ref.ops,
             triton_kernels, pallas_kernels, step, attend, spec, ring, masks, rope, norm, config, dense, traffic,
-            sys.modules["jforge.cost"], lessons,
+            sys.modules["jforge.cost"], slots, lessons, jforge.viz,
         )
     }  # fmt: skip
 
@@ -197,7 +202,9 @@ def _page(place: str, name: str, member) -> str:
     if inspect.isclass(member):
         documented = [(n, inspect.getdoc(m)) for n, m in vars(member).items() if _documented(n, m)]
         fields = "\n\n".join(f"## {n}\n\n{_literal(text)}" for n, text in documented)
-    parts = (f"# {place}.{name}", f"```python\n{_wrapped(given)}\n```", where, _literal(inspect.getdoc(member)), fields)
+    parts = [f"# {place}.{name}", f"```python\n{_wrapped(given)}\n```", where, _literal(inspect.getdoc(member)), fields]
+    if "top of this file" in (inspect.getdoc(member) or ""):
+        parts += ["## The top of the file", _literal(inspect.getdoc(module))]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
@@ -216,8 +223,9 @@ def _wrapped(signature: str) -> str:
 
 
 def _summary(text: str | None) -> str:
-    first = (text or "").split("\n\n")[0].replace("\n", " ").strip()
-    return re.sub(r"([*_<|\[\]])", r"\\\1", first)
+    """Its first paragraph, outside of code without the characters that markdown would take for its own."""
+    parts = (text or "").split("\n\n")[0].replace("\n", " ").strip().split("`")
+    return "`".join(part if i % 2 else re.sub(r"([*_<|\[\]])", r"\\\1", part) for i, part in enumerate(parts))
 
 
 # --- the tree
@@ -229,9 +237,12 @@ def sources(folder: Path) -> None:
     for name in ("mechanism", "api", "notebooks"):
         (folder / name).mkdir(parents=True)
     for document in DOCS.glob("*.md"):
-        (folder / document.name).write_text(_relinked(document), encoding="utf-8")
-    shutil.copy(DOCS / "conf.py", folder)
-    shutil.copytree(DOCS / "figures", folder / "figures")
+        text = _relinked(document).replace(EVERY_MECHANISM, "\n".join(f"mechanism/{n}" for n in jforge.names()))
+        (folder / document.name).write_text(text, encoding="utf-8")
+    for name in ("conf.py", "site.css"):
+        shutil.copy(DOCS / name, folder)
+    for pictures in ("figures", "pictures"):
+        shutil.copytree(DOCS / pictures, folder / pictures, ignore=shutil.ignore_patterns("*.json"))
     for notebook in sorted(NOTEBOOKS.glob("*.ipynb")):
         shutil.copy(notebook, folder / "notebooks")
     names = "\n".join(path.stem for path in sorted(NOTEBOOKS.glob("*.ipynb")))
@@ -258,7 +269,7 @@ def _relinked(document: Path, up: str = "") -> str:
             return f"[{label}]({'' if up else 'notebooks/'}{real.name})"
         if real == NOTEBOOKS / "README.md":
             return f"[{label}]({'' if up else 'notebooks/'}index.md)"
-        if path.startswith(("mechanism/", "api/", "notebooks/", "figures/")):
+        if path.startswith(("mechanism/", "api/", "notebooks/", "figures/", "pictures/")):
             return match[0]
         if not real.exists():
             raise FileNotFoundError(f"{document.name} links to {target}, which is not there")
@@ -272,7 +283,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("folder", nargs="?", type=Path, default=DOCS / "_build")
     folder = parser.parse_args(argv).folder
     sources(folder / "src")
-    return sphinx(["-W", "--keep-going", "-n", "-q", "-E", "-j", "2", str(folder / "src"), str(folder / "html")])
+    failed = sphinx(["-W", "--keep-going", "-n", "-q", "-E", "-j", "2", str(folder / "src"), str(folder / "html")])
+    if not failed:
+        print(f"built {folder / 'html' / 'index.html'}")
+    return failed
 
 
 if __name__ == "__main__":

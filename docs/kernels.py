@@ -1,7 +1,7 @@
 """The tables of docs/kernels.md and README.md that come from a GPU. `python docs/kernels.py` writes them anew from
 docs/gpu_runs.jsonl, prose untouched.
 
-A table stands between `<!-- gpu NAME -->` and `<!-- end -->`; NAME is proofs, timing, dense, latent or parts.
+A table stands between `<!-- gpu NAME -->` and `<!-- end -->`; NAME is proofs, timing, dense, latent, parts or states.
 """
 
 import json
@@ -23,7 +23,7 @@ def records() -> list[dict]:
 
 def render(text: str, rows: list[dict]) -> str:
     """The document with its tables as the records have them."""
-    tables = {"proofs": proofs, "dense": dense, "latent": latent, "parts": parts, "timing": timing}
+    tables = {"proofs": proofs, "dense": dense, "latent": latent, "parts": parts, "states": states, "timing": timing}
 
     def table(match: re.Match) -> str:
         return match[1] + "\n".join(["", *tables[match["name"]](rows), ""]) + "\n" + match[3]
@@ -52,7 +52,7 @@ def _source(chosen: list[dict], rows: list[dict]) -> list[str]:
 
 def _by_size(rows: list[dict], table: str) -> dict[tuple, dict[str, dict]]:
     """{sizes: {implementation: row}} of the timed rows of a table; calls of a dense op without peers are parts."""
-    names = ("what", "B", "N", "K", "S", "I", "H", "L", "window", "block_size")
+    names = ("what", "B", "N", "K", "S", "I", "H", "L", "window", "block_size", "V", "decay", "beta")
     found: dict = {}
     for row in rows:
         if row["what"] in TIMED and TIMED[row["what"]].table == table:
@@ -105,6 +105,29 @@ def parts(rows: list[dict]) -> list[str]:
             read = TIMED[op].reads(ours[0])
             table.append((f"`{op}`", sizes, read, *map(_us, ours), *(f"{row['GB_per_s']:.0f}" for row in ours)))
             chosen += ours
+    return _markdown(columns, table, 3) + _source(chosen, rows)
+
+
+def states(rows: list[dict]) -> list[str]:
+    """A step of a recurrent state beside torch's copy of the state, which reads and writes as much."""
+    columns = (
+        "B, N, H, V",
+        "a decay for",
+        "delta rule",
+        "pallas, us",
+        "triton, us",
+        "copy, us",
+        "pallas / copy",
+        "triton / copy",
+    )
+    table, chosen = [], []
+    for found in _by_size(rows, "states").values():
+        row, copy = found["pallas"], found["copy"]["median"]
+        sizes = ", ".join(str(row[axis]) for axis in "BNHV")
+        kind = ("each head", "each head and row", "each key channel")[row["decay"] - 1], "yes" if row["beta"] else ""
+        ratios = [f"{found[name]['median'] / copy:.3f}" for name in ("pallas", "triton")]
+        table.append((sizes, *kind, *(_us(found[name]) for name in ("pallas", "triton", "copy")), *ratios))
+        chosen += found.values()
     return _markdown(columns, table, 3) + _source(chosen, rows)
 
 

@@ -1,4 +1,4 @@
-"""The tables of docs/mechanisms.md and the picture of README.md. `python docs/mechanisms.py` makes them from the code.
+"""The tables of docs/mechanisms.md. `python docs/mechanisms.py` makes them from the code.
 
 A table stands between `<!-- table NAME, ... -->` (or `<!-- overview -->`, `<!-- traded -->`) and `<!-- end -->`.
 """
@@ -90,34 +90,5 @@ def _closing(label: str, cost, closing) -> list[str]:
     return ["", f"{label}: a step that completes a block reads {size(read)} and writes {size(written)} more."]
 
 
-def picture(path: Path) -> None:
-    """What a row of CONTEXT tokens keeps, and of that what a step reads, of each mechanism's first model, as bars."""
-    import matplotlib
-
-    matplotlib.use("agg")
-    from matplotlib import pyplot
-
-    shown = [model for name in jforge.names() for model in _models(name)[:1]]
-    costs = [att.cost(cfg, context=CONTEXT) for att, _, cfg in shown]
-    kept, read = ([sum(getattr(cost, part).values()) for cost in costs] for part in ("stored", "read"))
-    figure, axes = pyplot.subplots(figsize=(10, 6.2), layout="constrained")
-    at = range(len(shown))
-    axes.barh([y - 0.2 for y in at], kept, 0.4, color="#9db8d2", label="kept in the cache")
-    axes.barh([y + 0.2 for y in at], read, 0.4, color="#b3541e", label="read by a decode step")
-    for y, (k, r) in enumerate(zip(kept, read, strict=True)):
-        axes.text(max(k, r) * 1.15, y, f"{size(k)}" if k == r else f"{size(k)}, reads {size(r)}", va="center")
-    labels = [f"{name}  {model}" for name, (_, model, _) in zip(jforge.names(), shown, strict=True)]
-    axes.set_yticks(list(at), labels)
-    axes.set(xscale="log", xlim=(2**16, 2**36), xlabel="bytes of one layer and one row of 131,072 tokens, bfloat16")
-    axes.set_xticks([2.0**n for n in (17, 20, 23, 26, 30)], ["128 KiB", "1 MiB", "8 MiB", "64 MiB", "1 GiB"])
-    axes.minorticks_off()
-    axes.invert_yaxis()
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(loc="lower right", frameon=False)
-    figure.savefig(path, dpi=110, metadata={"Software": None})
-    pyplot.close(figure)
-
-
 if __name__ == "__main__":
     DOCUMENT.write_text(render(DOCUMENT.read_text(encoding="utf-8")), encoding="utf-8")
-    picture(DOCUMENT.parent / "figures" / "mechanisms.png")

@@ -13,9 +13,12 @@ from jforge.core.attention import Attention
 from jforge.cost import Cost
 from jforge.laws import check
 
-__all__ = ["Attention", "Cost", "__version__", "caches", "check", "get", "harness", "hf", "names", "ops", "stack"]
+__all__ = [
+    "Attention", "Cost", "__version__", "caches", "check", "get", "harness", "hf", "lens", "models", "names", "ops",
+    "roofline", "stack", "tasks", "viz",
+]  # fmt: skip
 __version__ = "0.1.0"
-_LAZY = ("harness", "hf", "stack")
+_LAZY = ("harness", "hf", "lens", "models", "roofline", "stack", "tasks", "viz")
 
 
 def names() -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""The `jforge` command: table, cost, check, equiv, bench and demo. Every command takes --json.
+"""The `jforge` command. Every one of its commands takes --json.
 
 A mistake in the arguments or in a file ends with one line on stderr and exit code 2; a law or a comparison that fails
 ends with exit code 1.
@@ -6,13 +6,12 @@ ends with exit code 1.
 
 import argparse
 import importlib
-import json
 import os
 import re
 import sys
 import time
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from importlib.util import find_spec
 from pathlib import Path
 from typing import NoReturn
 
@@ -20,14 +19,17 @@ import jax
 import jax.numpy as jnp
 
 import jforge
-from jforge import demo, hf, report, report_bench
+from jforge import demo, lens, report, report_bench, report_experiments, report_lens, roofline, viz
+from jforge.console import emit, needs
+from jforge.explorer import data as facts
+from jforge.explorer import page
 from jforge.harness import bench, equiv, own_kernel, records
 from jforge.harness.backends import before_jax_starts, for_programs_that_run_once, triton_can_run
 from jforge.harness.ops import BY_NAME
 from jforge.laws import TITLES
+from jforge.viz import command as pictures
 
 CONFIGS = {path.stem: path for path in sorted((Path(__file__).parent / "configs").glob("*.json"))}
-EXTRAS = {"torch": "torch", "triton": "torch", "transformers": "hf", "matplotlib": "viz"}
 DTYPES = ("bfloat16", "float16", "float32")
 
 
@@ -53,6 +55,34 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def memory(text: str) -> int:
+    """80GiB, 24 GB or 512MiB: binary units with an i, decimal ones without."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([kmgt]?)(i?)b", text.strip().lower().replace(" ", ""))
+    count = int(float(match[1]) * (1024 if match[3] else 1000) ** " kmgt".index(match[2] or " ")) if match else 0
+    if count < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no size of a memory: write 80GiB or 24GB")
+    return count
+
+
+def _several(one: Callable[[str], int]) -> Callable[[str], list[int]]:
+    return lambda text: [one(part) for part in text.split(",")]
+
+
+def _mesh(text: str) -> dict[str, int]:
+    """data=1,heads=8,slots=1, each axis once."""
+    pairs = [part.partition("=") for part in text.split(",")]
+    if any(axis.strip() not in lens.AXES for axis, *_ in pairs) or len({axis for axis, *_ in pairs}) < len(pairs):
+        raise argparse.ArgumentTypeError(f"{text!r} is no mesh: write {','.join(f'{axis}=2' for axis in lens.AXES)}")
+    return {axis.strip(): positive(size.strip()) for axis, _, size in pairs}
+
+
+def _device(text: str) -> roofline.Device:
+    try:
+        return roofline.device(text)
+    except ValueError as problem:
+        raise argparse.ArgumentTypeError(str(problem)) from None
+
+
 def parser() -> Parser:
     top = Parser(prog="jforge", description="Executable reference and kernel lab for LLM attention.")
     top.add_argument("--version", action="version", version=f"jforge {jforge.__version__}")
@@ -74,11 +104,26 @@ def parser() -> Parser:
     sub.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="dtype of the cache")
 
     sub = command("cost", _cost, "Bytes and flops of a decode step of a model, by buffer.")
-    sub.add_argument("mechanism", metavar="NAME", help="a mechanism, as `jforge table` lists them")
+    sub.add_argument("mechanism", nargs="?", metavar="NAME", help="a mechanism of `jforge table` (default: all layers)")
     sub.add_argument("--config", metavar="MODEL", help="a config.json, or a shipped model (default: one of NAME)")
     sub.add_argument("--context", type=context, default=131072, help="tokens in each row (131072, 128k, 1m)")
     sub.add_argument("--batch", type=positive, default=1, help="rows")
     sub.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="dtype of the cache")
+
+    sub = command("lens", _lens, "What the caches of a model cost, from its config.json.")
+    sub.add_argument("configs", nargs="+", metavar="CONFIG", help="config.json files, - for stdin, or shipped models")
+    several = "may be several, with commas"
+    sub.add_argument("--context", type=_several(context), default=[8192, 131072], help=f"tokens a row; {several}")
+    sub.add_argument("--batch", type=_several(positive), default=[1], help=f"rows; {several}")
+    sub.add_argument("--dtype", choices=lens.DTYPES, metavar="DTYPE", help=f"of the cache: {', '.join(lens.DTYPES)}")
+    sub.add_argument("--device", type=_device, default="h100", help=", ".join(roofline.DEVICES))
+    sub.add_argument("--memory", type=memory, help="bytes that caches may take (80GiB, 24GB; default: the device's)")
+    sub.add_argument("--page", type=positive, help="tokens that an engine hands out memory for at once")
+    sub.add_argument("--mesh", type=_mesh, default={}, help="devices: data=1,heads=8,slots=1")
+    encoder = "tokens that an encoder has read, for the caches of attention to them"
+    sub.add_argument("--encoder-tokens", type=positive, metavar="N", help=encoder)
+    sub.add_argument("--csv", action="store_true", help="print a line for each model, context and batch")
+    sub.add_argument("--plot", metavar="FILE", help="draw memory against context as a PNG, SVG or PDF")
 
     sub = command("check", _check, "The laws, for mechanisms of jforge or your own Attention.")
     sub.add_argument(
@@ -98,6 +143,19 @@ def parser() -> Parser:
     own(sub).add_argument("--samples", type=positive, default=50, help="timed calls a row")
     sub.add_argument("--out", metavar="FILE", help="append the rows to FILE as JSON lines")
     sub.add_argument("--plot", metavar="FILE", help="draw the rates as a PNG")
+    sub = command("explorer", _explorer, "A page that shows what each mechanism's cache keeps, reads and drops.")
+    sub.add_argument(
+        "--out", metavar="FILE", required=True, help="the page, one HTML file (takes half a minute or more)"
+    )
+
+    sub = command("viz", _viz, "Pictures of mechanisms (slots, fields, bytes) and of models (memory, reads, floors).")
+    sub.add_argument("targets", nargs="+", metavar="NAME|CONFIG", help="a mechanism, a shipped model or a config.json")
+    sub.add_argument("--out", required=True, metavar="DIR", help="folder of the pictures; it is made")
+    sub.add_argument("--context", type=context, default=131072, help="tokens, where a picture is of one length")
+    sub.add_argument("--format", choices=pictures.FORMATS, default="svg", help="of the files")
+
+    report_experiments.add(command, positive)
+
     sub = command("demo", _demo, "Bytes, laws, agreement and decode times for Llama-3.1-8B.")
     return top
 
@@ -116,56 +174,85 @@ def main(argv: list[str] | None = None) -> int:
         return 2
 
 
-def emit(args, data, render) -> None:
-    """Print `data` as JSON, or let `render` print its tables."""
-    if args.json:
-        print(json.dumps(data, indent=2))
-    else:
-        render(data)
-
-
 def _table(args) -> int:
     emit(args, report.table(args.context, args.dtype), report.show_table)
     return 0
 
 
+def _lens(args) -> int:
+    if args.csv and args.json:
+        raise ValueError("--csv and --json are two formats; give one of them")
+    if args.plot:
+        _drawable(args.plot)
+    models, found = [], {}
+    for name in args.configs:
+        model, shown = _model(name, "CONFIG", encoder_tokens=args.encoder_tokens)
+        sizes = {"dtype": args.dtype, "card": args.device, "memory": args.memory, "page": args.page, "mesh": args.mesh}
+        models.append(report_lens.lens(shown, model, args.context, args.batch, **sizes))
+        found[shown] = model
+    if args.plot:
+        viz.save(viz.memory(found), args.plot)
+    if args.csv:
+        report_lens.write_csv(models)
+    else:
+        emit(args, models if len(models) > 1 else models[0], lambda _: report_lens.show_lens(models))
+    return 0
+
+
+def _drawable(path: str) -> None:
+    """Raise ValueError for a file that no picture can be written to."""
+    endings = [f".{ending}" for ending in pictures.FORMATS]
+    if Path(path).suffix not in endings:
+        raise ValueError(f"--plot is {path!r}; it must end in {' or '.join(endings)}")
+    needs("matplotlib")
+    records.writable("--plot", path)
+
+
+def _model(
+    name: str, argument: str, also: Iterable[str] = (), encoder_tokens: int | None = None
+) -> tuple[lens.ModelLens, str]:
+    """(the lens of a file, of stdin or of a shipped model, what to call it); also: other names that are known."""
+    path = name if name == "-" or os.path.exists(name) else CONFIGS.get(name.lower())
+    if path is None:
+        known = ", ".join(dict.fromkeys([*also, *CONFIGS]))
+        raise ValueError(f"{argument} is {name!r}; there is no such file, and the shipped models are {known}")
+    try:
+        return lens.from_config(path, encoder_tokens=encoder_tokens), "stdin" if name == "-" else name
+    except (ValueError, TypeError, NotImplementedError) as problem:
+        raise type(problem)(f"{argument} {name}: {problem}") from None
+
+
 def _cost(args) -> int:
     layers, source = _layers(args.mechanism, args.config)
     sizes = {"context": args.context, "batch": args.batch, "dtype": jnp.dtype(args.dtype)}
-    each = {layer: jforge.get(layer[0]).cost(layer[1], **sizes) for layer in dict.fromkeys(layers)}
-    costs, names = [each[layer] for layer in layers], [name for name, _ in layers]
+    costs, names = [layer.cost(**sizes) for layer in layers], [layer.mechanism for layer in layers]
     data = report.cost(args.mechanism, source, costs, args.context, args.batch, args.dtype, names)
     emit(args, data, report.show_cost)
     return 0
 
 
-def _layers(name: str, model: str | None) -> tuple[list, str]:
-    """((mechanism, Config) of every layer, where they come from); at least one layer is of `name`.
+def _layers(name: str | None, model: str | None) -> tuple[list[lens.LensLayer], str]:
+    """(every cache of the model, where they come from); at least one is of `name`, if that is given.
 
     model: a file, or in any case of letters the name of a shipped config.json or of one of the mechanism's models.
     """
+    if name is None:
+        if model is None:
+            raise ValueError("NAME and --config are both missing; one must say what to count")
+        found, source = _model(model, "--config")
+        return list(found.layers), source
     att = jforge.get(name)
-    if model is None:
-        if not att.models:
-            raise ValueError(f"{name} has no shipped model; give one with --config FILE")
-        model = next(iter(att.models))
-        return [(name, att.models[model])], f"{model}, one layer"
-    path = model if os.path.exists(model) else CONFIGS.get(model.lower())
-    if path is None:
-        for known, cfg in att.models.items():
-            if known.lower() == model.lower():
-                return [(name, cfg)], f"{known}, one layer"
-        known = ", ".join(dict.fromkeys([*att.models, *CONFIGS]))
-        raise ValueError(f"--config is {model!r}; there is no such file, and the shipped models are {known}")
-    config = hf.load(path)
-    try:
-        found = hf.layers(config)
-    except (ValueError, TypeError, NotImplementedError) as problem:
-        raise type(problem)(f"--config {model}: {problem}") from None
-    others = sorted({mechanism for mechanism, _ in found})
+    if model is None and not att.models:
+        raise ValueError(f"{name} has no shipped model; give one with --config FILE")
+    model = model or next(iter(att.models))
+    own = next((known for known in att.models if known.lower() == model.lower()), None)
+    if own and not os.path.exists(model) and model.lower() not in CONFIGS:
+        return [lens.LensLayer(0, name, name, att.models[own], None, None, "bfloat16")], f"{own}, one layer"
+    found, source = _model(model, "--config", also=att.models)
+    others = sorted({layer.mechanism for layer in found.layers})
     if name not in others:
         raise ValueError(f"{model} has no {name} layer; its layers are {', '.join(others)}")
-    return found, model
+    return list(found.layers), source
 
 
 def _check(args) -> int:
@@ -244,13 +331,6 @@ def _own(args, ops: list[str]) -> own_kernel.Own | None:
     return own_kernel.Own(args.backend, function, framework)
 
 
-def needs(*packages: str) -> None:
-    """Raise ValueError that says what to install, before anything is computed."""
-    if missing := [package for package in packages if find_spec(package) is None]:
-        extras = ",".join(dict.fromkeys(EXTRAS[package] for package in missing))
-        raise ValueError(f"needs {' and '.join(missing)}: pip install 'jforge[{extras}]'")
-
-
 def _equiv(args) -> int:
     ops, mechanisms = tuple(BY_NAME), jforge.names()
     for name in args.names:
@@ -303,6 +383,35 @@ def _bench(args) -> int:
     mine = [row for row in rows if own is not None and row.get("implementation") == own.name]
     wrong = any(row.get("refused") == bench.WRONG for row in mine)
     return 1 if wrong or (mine and not any("median" in row for row in mine)) else 0
+
+
+def _explorer(args) -> int:
+    records.writable("--out", args.out)
+    for_programs_that_run_once()
+    data = facts.build(lambda items: report.track(items, "watching", label=lambda item: item[0]))
+    text = page.render(data)
+    Path(args.out).write_text(text, encoding="utf-8")
+    counts = {what: sum(len(one[what]) for one in data["mechanisms"]) for what in ("settings", "models")}
+    counts |= {"out": args.out, "bytes": len(text.encode()), "mechanisms": len(data["mechanisms"])}
+    emit(args, counts, report.show_explorer)
+    return 0
+
+
+def _viz(args) -> int:
+    needs("matplotlib")
+    mechanisms = [name for name in dict.fromkeys(args.targets) if name in jforge.names()]
+    found = {}
+    for said in args.targets:
+        if said != "-" and not os.path.exists(said) and said.lower() not in (*CONFIGS, *mechanisms):
+            known = f"a mechanism ({', '.join(jforge.names())}), a file or a shipped model ({', '.join(CONFIGS)})"
+            raise ValueError(f"NAME|CONFIG is {said!r}; it must be {known}")
+        if said not in mechanisms:
+            model, shown = _model(said, "NAME|CONFIG")
+            found[shown] = model
+    for_programs_that_run_once()
+    planned = pictures.plan(mechanisms, pictures.models(found), args.context)
+    emit(args, pictures.write(planned, args.out, args.format, report.track), pictures.show_written)
+    return 0
 
 
 def _demo(args) -> int:

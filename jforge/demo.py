@@ -24,7 +24,7 @@ def run(workers: int = 1) -> dict:
     name, cfg = layers[0]
     att = jforge.get(name)
     context = 131072
-    costs = [jforge.get(n).cost(c, context=context) for n, c in layers]
+    costs = [jforge.get(n).cost(c, context=context) for n, c, *_ in layers]
     parts = {
         "laws": lambda: report.laws(jforge.check(att, att.examples[0])),
         "backends": lambda: equiv.backends(tag="demo", track=report.track, workers=workers),

@@ -12,19 +12,15 @@ import hashlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from fractions import Fraction
-from functools import partial
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
 import jforge
-from jforge import caches
 from jforge.core.attention import Attention
-from jforge.ops.watch import watching
 from jforge.report import exact, layout, size
+from jforge.slots import EMPTY, ENTRY, KEPT, KINDS, OVER, READ, STATE, WRITTEN, Lender, watch  # noqa: F401 - for notebooks
 
 # six questions
 
@@ -32,19 +28,21 @@ from jforge.report import exact, layout, size
 def questions(name: str, cfg=None, context: int = 131_072, dtype: str = "bfloat16"):
     """The six answers of a mechanism, one row of `context` tokens, as a pandas Styler; `.data` is the DataFrame.
 
-    cfg: a Config of the mechanism; None: its first shipped model.
+    cfg: a Config of the mechanism, or {heading: Config} for a column each; None: its first shipped model.
     """
     import pandas as pd
 
     att = jforge.get(name)
-    title = name
     if cfg is None:
         model, cfg = next(iter(att.models.items()))
-        title = f"{name}, {model}, a row of {context:,} tokens"
-    rows = list(answers(att, cfg, context, dtype))
-    index = pd.MultiIndex.from_tuples([row[:2] for row in rows])
+        cfg = {f"{name}, {model}, a row of {context:,} tokens": cfg}
+    columns = {}
+    for heading, one in (cfg if isinstance(cfg, Mapping) else {name: cfg}).items():
+        columns[heading] = {row[:2]: row[2] for row in answers(att, one, context, dtype)}
+    rows = list(dict.fromkeys(row for column in columns.values() for row in column))
+    index = pd.MultiIndex.from_tuples(rows)
     looks = [{"selector": "th, td", "props": "text-align: left; vertical-align: top"}]
-    shown = pd.DataFrame({title: [row[2] for row in rows]}, index=index).style
+    shown = pd.DataFrame({h: [column.get(row, "") for row in rows] for h, column in columns.items()}, index=index).style
     return shown.set_uuid(name).set_table_styles(looks)
 
 
@@ -56,9 +54,11 @@ def answers(att: Attention, cfg, context: int, dtype: str) -> Iterator[tuple[str
     of_x = [n for n, shape in shapes.items() if n.startswith("w") and shape[0] == cfg.hidden_size]
     yield "what is projected", "from x", _weights(shapes, of_x)
     yield "what is projected", "later", _weights(shapes, [n for n in shapes if n not in of_x])
-    for n, buffer in spec.items():
-        yield "what is stored", n, f"{layout(buffer)}, {buffer.dtype_in(dtype)}"
-    for n, buffer in spec.items():
+    met = {**spec.borrowed, **spec}
+    for n, buffer in met.items():
+        whose = "" if n in spec else "nothing; another layer's "
+        yield "what is stored", n, f"{whose}{layout(buffer)}, {buffer.dtype_in(dtype)}"
+    for n, buffer in met.items():
         yield "its shape", f"{n} after prefill", _times(*buffer.full_shape(1, context))
         written, more = (_slots(buffer, work.written.get(n, 0)) for work in (usual, closing))
         block = f" ({more} where a block ends)" if more != written else ""
@@ -89,85 +89,6 @@ def _slots(buffer, count: int | Fraction) -> str:
 
 
 # slots
-
-EMPTY, KEPT, READ, WRITTEN, OVER, ENTRY, STATE = range(7)
-KINDS = {  # code: (what the legend says, letter in the cell, colour, colour of the letter); Okabe and Ito's palette
-    EMPTY: ("empty", "", "#ffffff", "black"),
-    KEPT: ("kept, not read", "-", "#dddddd", "black"),
-    READ: ("read", "r", "#56b4e9", "black"),
-    WRITTEN: ("written: a new token", "w", "#e69f00", "black"),
-    OVER: ("written over: the old token is lost", "x", "#d55e00", "white"),
-    ENTRY: ("written: several tokens in one entry", "e", "#00664b", "white"),
-    STATE: ("state, changed", "s", "#0072b2", "white"),
-}
-FILLS = (math.nan, 0.0, 8.0, -8.0)
-"""What a slot is spoiled with. Any read shows NaN; a score that only decides what is picked shows it by the others."""
-
-
-def watch(att: Attention, params, cfg, x, cache) -> dict[str, np.ndarray]:
-    """{buffer: a code of KINDS for each step and slot} of decode steps over the tokens of x, 1 T D, by experiment.
-
-    A slot was written if it is another one after the step. It was read if the output, or what an op of the step
-    picks or returns, is another one once the slot holds something else before the step. cache: one row. A buffer
-    without slots counts as one.
-    """
-    spec, found = att.cache_spec(cfg), {}
-    step = jax.jit(partial(_step, att, cfg))
-    for t in range(x.shape[1]):
-        spoiled, of = _spoiled(spec, cache)
-        after, shown = step(params, jnp.repeat(x[:, t : t + 1], len(spoiled.length), axis=0), spoiled)
-        other, after = np.any([_other(array) for array in shown], axis=0), caches.take(after, [0])
-        for n, used in spec.used(cfg, cache).items():
-            buffer, read = spec[n], other[of[n]].reshape(len(FILLS), -1).any(axis=0)
-            old, new = (np.asarray(getattr(c, n), np.float64).reshape(len(read), -1) for c in (cache, after))
-            held = np.broadcast_to(np.asarray(used).reshape(-1), len(read))
-            fresh = WRITTEN if buffer.every in (None, 1) else ENTRY
-            write = np.where(held, OVER if buffer.has_slots else STATE, fresh)
-            kept = np.where(read, READ, np.where(held, KEPT, EMPTY))
-            found.setdefault(n, []).append(np.where((old != new).any(axis=-1), write, kept))
-        cache = after
-    return {n: np.stack(rows) for n, rows in found.items()}
-
-
-def _step(att: Attention, cfg, params, x, cache):
-    """(the cache after a decode step, [the output, and all that its ops were told to read and returned])."""
-    shown = []
-
-    def keep(op, *arrays, **options):
-        picks = [a for a in (*arrays, *options.values()) if getattr(a, "dtype", None) == jnp.int32]
-        result = op(*arrays, **options)
-        shown.extend([*picks, result])
-        return result
-
-    with watching(keep):
-        y, after = att.decode(params, cfg, x, cache)
-    return after, jax.tree.leaves([y, shown])
-
-
-def _other(array) -> np.ndarray:
-    """bool[rows]: which rows are not as the first one. NaN is another value, and -inf, of what is not seen, is one."""
-    rows = np.asarray(array, np.float64).reshape(len(array), -1)
-    near = 1e-6 * np.abs(rows[0], where=np.isfinite(rows[0]), out=np.zeros_like(rows[0])).max()
-    with np.errstate(invalid="ignore"):  # -inf less -inf
-        return ~((rows == rows[0]) | (np.abs(rows - rows[0]) <= near)).all(axis=-1)
-
-
-def _spoiled(spec, cache):
-    """(row 0 as it is, then one row for each fill and slot in which that slot is spoiled; {buffer: the rows of its}).
-
-    Rows do not see each other, so one call asks all slots.
-    """
-    counts = {n: getattr(cache, n).shape[1] if buffer.has_slots else 1 for n, buffer in spec.items()}
-    rows, of, leaves = 1 + len(FILLS) * sum(counts.values()), {}, {}
-    start = 1
-    for n, count in counts.items():
-        leaf = np.repeat(np.asarray(getattr(cache, n)), rows, axis=0)
-        of[n] = slice(start, start + len(FILLS) * count)
-        for i, fill in enumerate(FILLS):
-            at = start + i * count + np.arange(count)
-            leaf[(at, np.arange(count)) if spec[n].has_slots else at] = fill
-        leaves[n], start = jnp.asarray(leaf), of[n].stop
-    return replace(cache, **leaves, length=jnp.repeat(cache.length, rows)), of
 
 
 def plots():
@@ -238,18 +159,21 @@ def _grid(ax, codes: np.ndarray, width: int, first: int) -> None:
 
 @contextmanager
 def traffic():
-    """(loads, stores) of the Triton kernels that are interpreted inside, two lists with an item for each.
+    """(loads, stores) of the Triton kernels that are launched inside, two lists with an item for each.
 
     An item is (index of the program in the grid, addresses that the mask lets through, int64). Atomics are left out.
+    The kernels are interpreted, on a GPU too.
     """
     from triton.runtime.interpreter import InterpreterBuilder
+
+    from jforge.harness.interpreters import interpreted
 
     loads, stores = [], []
     load, store = InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store
 
     def note(side, builder, pointers, mask):
         addresses = np.broadcast_to(pointers.data, mask.data.shape)[mask.data.astype(bool)]
-        side.append((builder.grid_idx, addresses.astype(np.int64)))
+        side.append((builder.grid_idx, home(addresses.astype(np.int64))))
 
     def noted_load(self, pointers, mask, *rest):
         note(loads, self, pointers, mask)
@@ -261,7 +185,8 @@ def traffic():
 
     InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store = noted_load, noted_store
     try:
-        yield loads, stores
+        with interpreted() as home:
+            yield loads, stores
     finally:
         InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store = load, store
 

@@ -14,10 +14,6 @@
 # and keys.
 
 # %%
-import os
-
-os.environ["TRITON_INTERPRET"] = "1"  # Triton's kernels run in its interpreter here, where their loads can be seen
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -25,10 +21,12 @@ import torch
 from beartype import beartype
 from jaxtyping import Array, Float, jaxtyped
 
-from jforge.harness.backends import BACKENDS, for_programs_that_run_once, to_torch
+from jforge.harness.backends import BACKENDS, for_programs_that_run_once, to_device
 
 for_programs_that_run_once()  # before JAX starts: threads for Mosaic's interpreter, where there is no GPU
 pallas_kernels, triton_kernels = BACKENDS["pallas"].ops, BACKENDS["triton"].ops
+device = "cuda" if torch.cuda.is_available() else "cpu"  # on a CPU Triton's kernels run in its interpreter
+torch.set_default_device(device)
 
 import jforge
 from jforge.core import compare
@@ -131,31 +129,32 @@ def logits_kernel(q, k, logits, T, S, scale, H: tl.constexpr, ROWS: tl.constexpr
 
 
 launch = triton_kernels.runtime.launch  # kernel[grid](*arguments), without NumPy's warnings in the interpreter
-half = [to_torch(np.asarray(x, np.float16)) for x in (q, k, v)]
+half = [to_device(np.asarray(x, np.float16)) for x in (q, k, v)]
 T = S = 104
 ROWS = KEYS = 16
 found = torch.empty(T, S)
 grid = triton.cdiv(T, ROWS), triton.cdiv(S, KEYS)  # so many programs; cdiv rounds up
 launch(logits_kernel, grid, *half[:2], found, T, S, H**-0.5, H=H, ROWS=ROWS, KEYS=KEYS)
 exact = half[0].double() @ half[1].double().T * H**-0.5
-print(grid, "programs; equal:", compare.relative(found.numpy(), exact.numpy()) <= compare.OUT["float16"])
+print(grid, "programs; equal:", compare.relative(found, exact) <= compare.OUT["float16"])
 
 # %% [markdown]
 # T is no multiple of 16: the last programs have 8 rows too many. Without the masks they would read what lies behind
 # the array.
 #
-# No GPU ran this, but Triton's *interpreter*: it calls the function once for each program, one after the other, with
-# NumPy for the tiles. Results and masks can be tested so. Times mean nothing, programs that disturb each other go
-# unnoticed, and bfloat16, the usual format of a model, is wrong in its `tl.dot`:
+# Where torch sees a GPU, Triton compiled this and the GPU ran it. Elsewhere, as for the outputs stored here, Triton's
+# *interpreter* did: it calls the function once for each program, one after the other, with NumPy for the tiles. Results
+# and masks can be tested so. Times mean nothing, programs that disturb each other go unnoticed, and bfloat16, the usual
+# format of a model, is wrong in its `tl.dot`:
 
 # %%
 rough = [x.bfloat16() for x in half[:2]]
 with np.errstate(all="ignore"):
     launch(logits_kernel, grid, *rough, found, T, S, H**-0.5, H=H, ROWS=ROWS, KEYS=KEYS)
-print("bfloat16, equal:", compare.relative(found.numpy(), exact.numpy()) <= 10 * compare.OUT["bfloat16"])
+print("bfloat16, equal:", compare.relative(found, exact) <= 10 * compare.OUT["bfloat16"])
 
 # %% [markdown]
-# (Version 3.6 multiplies the bit patterns as if they were integers.)
+# (The interpreter of version 3.6 multiplies the bit patterns as if they were integers. A GPU gives True.)
 #
 # ## The core in one kernel
 #
@@ -201,14 +200,14 @@ launch(core_kernel, (triton.cdiv(T, ROWS),), *half, out, T, S, H**-0.5, **sizes)
 
 def reference(q, k, v):
     """In float64, of the same rounded inputs."""
-    q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
+    q, k, v = (x.double().cpu().numpy() for x in (q, k, v))
     logits = np.where(np.tri(len(q), len(k)), q @ k.T * q.shape[1] ** -0.5, -np.inf)
     weights = np.exp(logits - logits.max(axis=1, keepdims=True))
     return weights / weights.sum(axis=1, keepdims=True) @ v
 
 
 truth = reference(*half)
-print("equal:", compare.relative(out.numpy(), truth) <= compare.OUT["float16"])
+print("equal:", compare.relative(out, truth) <= compare.OUT["float16"])
 
 # %% [markdown]
 # The weights are rounded to 16 bits before the second `tl.dot`, since a tensor core multiplies numbers of one type; the
@@ -218,8 +217,9 @@ print("equal:", compare.relative(out.numpy(), truth) <= compare.OUT["float16"])
 # ## What the kernel reads
 #
 # The interpreter asks a method for every load. If that method writes down the addresses, we see what a kernel really
-# reads, not what we believe it reads. `traffic` has it do so. It gives two lists, loads and stores; of each load
-# and store we have the index of the program in the grid and the addresses that the mask lets through.
+# reads, not what we believe it reads. `traffic` has it do so: kernels launched inside are interpreted, where there is a
+# GPU too. It gives two lists, loads and stores; of each load and store we have the index of the program in the grid and
+# the addresses that the mask lets through.
 
 
 # %%
@@ -386,7 +386,7 @@ def core_mosaic(q, k, v):
 
 
 mosaic = core_mosaic(*(x.astype(jnp.float16) for x in (q, k, v)))
-print("equal:", compare.relative(np.asarray(mosaic), truth) <= compare.OUT["float16"])
+print("equal:", compare.relative(mosaic, truth) <= compare.OUT["float16"])
 
 # %% [markdown]
 # The last tile has 40 rows: TMA fills what is missing with zeros, and drops on the way out what lies past the end.
@@ -406,13 +406,13 @@ print("equal:", compare.relative(np.asarray(mosaic), truth) <= compare.OUT["floa
 
 # %%
 lengths = np.full(1, S, np.int32)
-theirs, _ = triton_kernels.decode_attention(*(x[None, :, None] for x in half), to_torch(lengths),
+theirs, _ = triton_kernels.decode_attention(*(x[None, :, None] for x in half), to_device(lengths),
                                             scale=H**-0.5)  # fmt: skip
 other, _ = pallas_kernels.decode_attention(*(x.astype(jnp.float16)[None, :, None] for x in (q, k, v)),
                                            jnp.asarray(lengths), scale=H**-0.5)  # fmt: skip
 mine = {"core_kernel": out, "core_mosaic": mosaic, "triton_kernels": theirs[0, :, 0], "pallas_kernels": other[0, :, 0]}
 for name, result in mine.items():
-    error = compare.relative(np.asarray(result, np.float64), truth)
+    error = compare.relative(result, truth)
     print(f"{name:15}", error <= compare.OUT["float16"])
 
 # %% [markdown]

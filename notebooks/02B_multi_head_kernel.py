@@ -11,10 +11,6 @@
 # Letters: B rows, S slots of the cache (one a token), N heads, H channels of a query or key, V of a value (here V = H).
 
 # %%
-import os
-
-os.environ["TRITON_INTERPRET"] = "1"  # Triton's kernels run in its interpreter here, where their loads can be seen
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -22,10 +18,12 @@ import torch
 from beartype import beartype
 from jaxtyping import Float, Int, jaxtyped
 
-from jforge.harness.backends import BACKENDS, for_programs_that_run_once, to_torch
+from jforge.harness.backends import BACKENDS, for_programs_that_run_once, to_device
 
 for_programs_that_run_once()  # before JAX starts: threads for Mosaic's interpreter, where there is no GPU
 pallas_kernels, triton_kernels = BACKENDS["pallas"].ops, BACKENDS["triton"].ops
+device = "cuda" if torch.cuda.is_available() else "cpu"  # on a CPU Triton's kernels run in its interpreter
+torch.set_default_device(device)
 
 import jforge
 from jforge.core import compare
@@ -105,7 +103,7 @@ def decode_kernel(q, k, v, lengths, out, scale, b_stride, s_stride, n_stride, h_
 
 
 launch = triton_kernels.runtime.launch  # kernel[grid](*arguments), without NumPy's warnings in the interpreter
-tensors = dict(zip(("q", "k", "v", "lengths"), map(to_torch, (q, k, v, lengths)), strict=True))
+tensors = dict(zip(("q", "k", "v", "lengths"), map(to_device, (q, k, v, lengths)), strict=True))
 
 
 def decode(q, k, v, lengths, keys=32):
@@ -116,7 +114,7 @@ def decode(q, k, v, lengths, keys=32):
 
 
 def right(out):
-    return compare.relative(np.asarray(out, np.float64).reshape(truth.shape), truth) <= compare.OUT["float16"]
+    return compare.relative(out.reshape(truth.shape), truth) <= compare.OUT["float16"]
 
 
 for keys in (16, 32, 128):
@@ -344,10 +342,10 @@ for length in (9, 75, 1000, 8191):
 # The package's kernels on the same inputs (they take a T axis: B T N H), and what Triton's one loads:
 
 # %%
+as_op = tensors["q"][:, None], *(tensors[n] for n in ("k", "v", "lengths"))
+theirs, _ = triton_kernels.decode_attention(*as_op, scale=H**-0.5)
 with traffic() as (of_theirs, _):
-    theirs, _ = triton_kernels.decode_attention(
-        tensors["q"][:, None], *(tensors[n] for n in ("k", "v", "lengths")), scale=H**-0.5
-    )
+    triton_kernels.decode_attention(*as_op, scale=H**-0.5)
 other, _ = pallas_kernels.decode_attention(arrays[0][:, None], *arrays[1:], scale=H**-0.5)
 print("triton_kernels:", right(theirs), " pallas_kernels:", right(other))
 for name in ("k", "v"):

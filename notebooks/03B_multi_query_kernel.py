@@ -10,20 +10,18 @@
 # computes. Letters: B rows, S slots (one a token), N query heads, one key head, H channels of a query, key or value.
 
 # %%
-import os
-
-os.environ["TRITON_INTERPRET"] = "1"  # Triton's kernels run in its interpreter here, where their loads can be seen
-
 import jax.numpy as jnp
 import numpy as np
 import torch
 from beartype import beartype
 from jaxtyping import Float, Int, jaxtyped
 
-from jforge.harness.backends import BACKENDS, for_programs_that_run_once, to_torch
+from jforge.harness.backends import BACKENDS, for_programs_that_run_once, to_device
 
 for_programs_that_run_once()  # before JAX starts: threads for Mosaic's interpreter, where there is no GPU
 pallas_kernels, triton_kernels = BACKENDS["pallas"].ops, BACKENDS["triton"].ops
+device = "cuda" if torch.cuda.is_available() else "cpu"  # on a CPU Triton's kernels run in its interpreter
+torch.set_default_device(device)
 
 import jforge
 from jforge.core import compare
@@ -124,7 +122,7 @@ def merge_kernel(parts, lses, out, H: tl.constexpr, SPLITS: tl.constexpr):
 
 
 launch = triton_kernels.runtime.launch  # kernel[grid](*arguments), without NumPy's warnings in the interpreter
-tensors = [to_torch(a) for a in (q, k, v, lengths)]
+tensors = [to_device(a) for a in (q, k, v, lengths)]
 
 
 def decode(rows, splits):
@@ -137,7 +135,7 @@ def decode(rows, splits):
 
 
 def right(out):
-    return compare.relative(np.asarray(out, np.float64).reshape(truth.shape), truth) <= compare.OUT["float16"]
+    return compare.relative(out.reshape(truth.shape), truth) <= compare.OUT["float16"]
 
 
 for rows, splits in ((16, 1), (128, 1), (64, 4), (64, 8)):
@@ -275,11 +273,12 @@ print(f"one split is as many bytes as {parts_bytes(1) / (2 * H * 2):.0f} slots o
 
 # %%
 as_op = [tensors[0][:, None], tensors[1][:, :, None], tensors[2][:, :, None], tensors[3]]
+theirs, _ = triton_kernels.decode_attention(*as_op, scale=H**-0.5)
 with traffic() as (loads, _):
-    theirs, _ = triton_kernels.decode_attention(*as_op, scale=H**-0.5)
-last = [jnp.asarray(np.asarray(x[1:])) for x in as_op]  # row 1 alone: its interpreter is slow
+    triton_kernels.decode_attention(*as_op, scale=H**-0.5)
+last = [jnp.asarray(x[1:].cpu().numpy()) for x in as_op]  # row 1 alone: its interpreter is slow
 other, _ = pallas_kernels.decode_attention(*last, scale=H**-0.5)
-both_rows = torch.cat([theirs[:1, 0], to_torch(np.asarray(other[:, 0]))])
+both_rows = torch.cat([theirs[:1, 0], to_device(np.asarray(other[:, 0]))])
 print("triton_kernels:", right(theirs), " pallas_kernels:", right(both_rows))
 programs = {program for program, places in loads if len(inside(places, tensors[1]))}
 print(f"triton_kernels loads {moved(loads, *tensors[1:3]) / needed:.0f} times cost,", len(programs), "programs")

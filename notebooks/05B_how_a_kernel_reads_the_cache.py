@@ -14,10 +14,7 @@
 
 # %%
 import json
-import os
 from pathlib import Path
-
-os.environ["TRITON_INTERPRET"] = "1"  # Triton's kernels run in its interpreter here, where their loads can be seen
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +27,8 @@ from jforge.harness.backends import BACKENDS, for_programs_that_run_once
 
 for_programs_that_run_once()  # before JAX starts: threads for Mosaic's interpreter, where there is no GPU
 pallas_kernels, triton_kernels = BACKENDS["pallas"].ops, BACKENDS["triton"].ops
+device = "cuda" if torch.cuda.is_available() else "cpu"  # on a CPU Triton's kernels run in its interpreter
+torch.set_default_device(device)
 
 import triton
 import triton.language as tl
@@ -94,7 +93,13 @@ launch = triton_kernels.runtime.launch  # kernel[grid](*arguments), without NumP
 N, K, H, S, length = 8, 2, 64, 256, 200
 G, scale = N // K, H**-0.5
 torch.manual_seed(0)
-q, k, v = torch.randn(N, H).half(), torch.randn(S, K, H).half(), torch.randn(S, K, H).half()
+
+
+def drawn(*shape):
+    return torch.randn(*shape, device="cpu").to(device)  # the same numbers on every device
+
+
+q, k, v = drawn(N, H).half(), drawn(S, K, H).half(), drawn(S, K, H).half()
 
 
 def decode(splits, k=k, v=v, strides=(K * H, H, 1), length=length):
@@ -112,11 +117,11 @@ def reference(length):
         logits = keys @ q[n].double() * scale
         outs.append(torch.softmax(logits, 0) @ values)
         lses.append(torch.logsumexp(logits, 0))
-    return torch.stack(outs).numpy(), torch.stack(lses).numpy()
+    return torch.stack(outs).cpu().numpy(), torch.stack(lses).cpu().numpy()
 
 
 def close(a, b):
-    return compare.relative(np.asarray(a, np.float64), np.asarray(b, np.float64)) <= compare.OUT["float16"]
+    return compare.relative(a, b) <= compare.OUT["float16"]
 
 
 want, want_lse = reference(length)
@@ -124,14 +129,14 @@ out, lse = decode(splits=1)
 print("equal:", close(out[:, 0], want), close(lse[:, 0], want_lse))
 
 # %% [markdown]
-# No GPU ran this but Triton's *interpreter*: NumPy in the place of tiles, one program after the other. Results and
-# masks can be tested with it. Times mean nothing there, programs that disturb each other go unnoticed, and products of
-# bfloat16 come out wrong, which is why this notebook has float16.
+# Where torch sees no GPU, Triton's *interpreter* ran this: NumPy in the place of tiles, one program after the other.
+# Results and masks can be tested with it. Times mean nothing there, programs that disturb each other go unnoticed, and
+# products of bfloat16 come out wrong, which is why this notebook has float16.
 #
 # ## The bytes it asks for
 #
 # The interpreter calls one method for every load and one for every store. We let them write down the addresses
-# (`traffic`).
+# (`traffic`, which interprets the kernels inside it on a machine with a GPU too).
 
 
 # %%
@@ -412,8 +417,8 @@ mosaic = plgpu.kernel(
     ],
     kernel_name="decode", interpret=None if on_gpu else plgpu.InterpretGPUParams(detect_races=True),
 )  # fmt: skip
-boxes = jnp.pad(jnp.asarray(q.numpy()).reshape(K, G, H), ((0, 0), (0, BOX - G), (0, 0)))
-got = mosaic(boxes, jnp.asarray(k.numpy()), jnp.asarray(v.numpy()))[:, :G].reshape(N, H)
+boxes = jnp.pad(jnp.asarray(q.cpu().numpy()).reshape(K, G, H), ((0, 0), (0, BOX - G), (0, 0)))
+got = mosaic(boxes, jnp.asarray(k.cpu().numpy()), jnp.asarray(v.cpu().numpy()))[:, :G].reshape(N, H)
 print("equal:", close(got, want))
 
 # %% [markdown]
@@ -436,7 +441,7 @@ print("a race was seen:", compat.races_found())
 # %%
 given = [q[None, None], k[None], v[None], torch.tensor([length], dtype=torch.int32)]
 theirs = triton_kernels.decode_attention(*given, scale=scale)
-other = pallas_kernels.decode_attention(*(jnp.asarray(x.numpy()) for x in given), scale=scale)
+other = pallas_kernels.decode_attention(*(jnp.asarray(x.cpu().numpy()) for x in given), scale=scale)
 for name, (out, lse) in (("triton_kernels", theirs), ("pallas_kernels", other)):
     print(name, close(out[0, 0], want), close(lse[0, 0], want_lse))
 

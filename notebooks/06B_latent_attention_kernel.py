@@ -16,10 +16,7 @@
 
 # %%
 import json
-import os
 from pathlib import Path
-
-os.environ["TRITON_INTERPRET"] = "1"  # Triton's kernels run in its interpreter here, where their loads can be seen
 
 import jax
 import jax.numpy as jnp
@@ -32,6 +29,8 @@ from jforge.harness.backends import BACKENDS, for_programs_that_run_once
 
 for_programs_that_run_once()  # before JAX starts: threads for Mosaic's interpreter, where there is no GPU
 pallas_kernels, triton_kernels = BACKENDS["pallas"].ops, BACKENDS["triton"].ops
+device = "cuda" if torch.cuda.is_available() else "cpu"  # on a CPU Triton's kernels run in its interpreter
+torch.set_default_device(device)
 
 import triton
 import triton.language as tl
@@ -55,8 +54,14 @@ launch = triton_kernels.runtime.launch  # kernel[grid](*arguments), without NumP
 N, C, R, S, length = 32, 128, 64, 256, 200
 scale = 0.1
 torch.manual_seed(0)
-q_latent, q_rope = torch.randn(N, C).half(), torch.randn(N, R).half()
-latent, k_rope = torch.randn(S, C).half(), torch.randn(S, R).half()
+
+
+def drawn(*shape):
+    return torch.randn(*shape, device="cpu").to(device)  # the same numbers on every device
+
+
+q_latent, q_rope = drawn(N, C).half(), drawn(N, R).half()
+latent, k_rope = drawn(S, C).half(), drawn(S, R).half()
 
 
 @jaxtyped(typechecker=beartype)
@@ -68,14 +73,14 @@ def reference(
     for n in range(len(q_latent)):
         logits = scale * (latent.double() @ q_latent[n].double() + k_rope.double() @ q_rope[n].double())
         outs.append(torch.softmax(logits, 0) @ latent.double())
-    return torch.stack(outs).numpy()
+    return torch.stack(outs).cpu().numpy()
 
 
 want = reference(q_latent, q_rope, latent[:length], k_rope[:length])
 
 
 def close(a):
-    return compare.relative(np.asarray(a, np.float64), want) <= compare.OUT["float16"]
+    return compare.relative(a, want) <= compare.OUT["float16"]
 
 
 # %% [markdown]
@@ -128,8 +133,9 @@ def run(rows, twice):
 print("equal:", close(run(32, twice=True)), close(run(32, twice=False)))
 
 # %% [markdown]
-# Triton's interpreter ran this, program after program, in NumPy. Its results can be trusted for float16, its times mean
-# nothing. What it can show is each address that the kernel loads from (`traffic` has it write them down):
+# Where torch sees no GPU, Triton's interpreter ran this, program after program, in NumPy. Its results can be trusted
+# for float16, its times mean nothing. What it can show, with a GPU too, is each address that the kernel loads from
+# (`traffic` has it write them down):
 
 
 # %%
@@ -327,7 +333,7 @@ def mosaic(latent, clean=True):
             plgpu.Barrier(num_arrivals=2, num_barriers=STAGES),
         ],
         interpret=None if on_gpu else plgpu.InterpretGPUParams(detect_races=True),
-    )(*(jnp.asarray(x.numpy()) for x in (q_latent, q_rope, latent, k_rope)))  # fmt: skip
+    )(*(jnp.asarray(x.cpu().numpy()) for x in (q_latent, q_rope, latent, k_rope)))  # fmt: skip
 
 
 print("equal:", close(mosaic(latent)), "a race was seen:", compat.races_found())
@@ -361,7 +367,7 @@ for clean in (False, True):
 # %%
 given = [x[None] for x in (q_latent[None], q_rope[None], poisoned, k_rope)] + [torch.tensor([length]).int()]
 theirs, _ = triton_kernels.decode_mla(*given, scale=scale)
-other, _ = pallas_kernels.decode_mla(*(jnp.asarray(x.numpy()) for x in given), scale=scale)
+other, _ = pallas_kernels.decode_mla(*(jnp.asarray(x.cpu().numpy()) for x in given), scale=scale)
 print("triton_kernels:", close(theirs[0, 0]), "pallas_kernels:", close(other[0, 0]))
 
 # %% [markdown]

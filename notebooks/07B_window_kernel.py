@@ -14,10 +14,7 @@
 
 # %%
 import json
-import os
 from pathlib import Path
-
-os.environ["TRITON_INTERPRET"] = "1"  # Triton's kernels run in its interpreter here, where their loads can be seen
 
 import jax.numpy as jnp
 import numpy as np
@@ -29,6 +26,8 @@ from jforge.harness.backends import BACKENDS, for_programs_that_run_once
 
 for_programs_that_run_once()  # before JAX starts: threads for Mosaic's interpreter, where there is no GPU
 pallas_kernels, triton_kernels = BACKENDS["pallas"].ops, BACKENDS["triton"].ops
+device = "cuda" if torch.cuda.is_available() else "cpu"  # on a CPU Triton's kernels run in its interpreter
+torch.set_default_device(device)
 
 import triton
 import triton.language as tl
@@ -49,8 +48,14 @@ launch = triton_kernels.runtime.launch  # kernel[grid](*arguments), without NumP
 N, H, S = 4, 64, 256
 scale = H**-0.5
 torch.manual_seed(0)
-k, v = torch.randn(S, H).half(), torch.randn(S, H).half()
-queries = torch.randn(4, N, H).half()  # T N H, up to four tokens
+
+
+def drawn(*shape):
+    return torch.randn(*shape, device="cpu").to(device)  # the same numbers on every device
+
+
+k, v = drawn(S, H).half(), drawn(S, H).half()
+queries = drawn(4, N, H).half()  # T N H, up to four tokens
 
 
 @jaxtyped(typechecker=beartype)
@@ -66,14 +71,14 @@ def reference(
             logits = scale * k[seen].double() @ q[t, n].double()
             weights = torch.softmax(torch.cat([logits, sinks[n : n + 1].double()]), 0)
             outs[t, n] = weights[:-1] @ v[seen].double()
-    return outs.numpy()
+    return outs.cpu().numpy()
 
 
 none = torch.full((N,), float("-inf"))  # exp(-inf) = 0: no sink
 
 
 def close(a, b):
-    return compare.relative(np.asarray(a, np.float64), b) <= compare.OUT["float16"]
+    return compare.relative(a, b) <= compare.OUT["float16"]
 
 
 # %% [markdown]
@@ -155,12 +160,13 @@ for guard in (False, True):
 # -inf, and exp(-inf - (-inf)) is exp(NaN). With full attention this cannot happen, since every query sees key 0; with a
 # window a whole tile can be masked. The guard subtracts 0 where nothing has been seen.
 #
-# (Triton's interpreter ran this, in NumPy, one program after the other. Times mean nothing there.)
+# (Where torch sees no GPU, Triton's interpreter ran this, in NumPy, one program after the other. Times mean nothing
+# there.)
 #
 # ## What is skipped
 #
 # That version reads keys that it masks. Three starts: "all"; "tile", the first tile that holds a visible key; "exact",
-# the first visible key itself. The interpreter shows which addresses a kernel loads from (`traffic`):
+# the first visible key itself. The interpreter shows, with a GPU too, which addresses a kernel loads from (`traffic`):
 
 
 # %%
@@ -287,7 +293,8 @@ with_sinks = reference(queries[:1], k, v, length, W, sinks)
 found, lse = run(length, W, sinks=sinks, sink=True)
 print("equal:", close(found[:, :, 0], with_sinks))
 print(
-    "each head's output with its sink, over that without:", (found / run(length, W)[0]).mean((0, 2, 3)).numpy().round(2)
+    "each head's output with its sink, over that without:",
+    (found / run(length, W)[0]).mean((0, 2, 3)).cpu().numpy().round(2),
 )
 
 # %% [markdown]
@@ -328,7 +335,7 @@ q = queries[:1][None]
 def packages(k, v, length, **options):
     given = q, k, v, torch.tensor([length]).int()
     theirs, _ = triton_kernels.decode_attention(*given, scale=scale, sinks=sinks, **options)
-    arrays = [jnp.asarray(x.numpy()) for x in (*given, sinks)]
+    arrays = [jnp.asarray(x.cpu().numpy()) for x in (*given, sinks)]
     other, _ = pallas_kernels.decode_attention(*arrays[:4], scale=scale, sinks=arrays[4], **options)
     return {"triton_kernels": close(theirs[0], with_sinks), "pallas_kernels": close(other[0], with_sinks)}
 

@@ -16,10 +16,7 @@
 
 # %%
 import json
-import os
 from pathlib import Path
-
-os.environ["TRITON_INTERPRET"] = "1"  # Triton's kernels run in its interpreter here, where their loads can be seen
 
 import jax
 import jax.numpy as jnp
@@ -32,6 +29,8 @@ from jforge.harness.backends import BACKENDS, for_programs_that_run_once
 
 for_programs_that_run_once()  # before JAX starts: threads for Mosaic's interpreter, where there is no GPU
 pallas_kernels, triton_kernels = BACKENDS["pallas"].ops, BACKENDS["triton"].ops
+device = "cuda" if torch.cuda.is_available() else "cpu"  # on a CPU Triton's kernels run in its interpreter
+torch.set_default_device(device)
 
 import triton
 import triton.language as tl
@@ -56,7 +55,13 @@ B, S, N, K, H, V, M, L = 2, 640, 16, 2, 64, 64, 64, 4
 G, scale = N // K, H**-0.5
 lengths = torch.tensor([600, 330], dtype=torch.int32)
 torch.manual_seed(0)
-q, k, v = torch.randn(B, N, H).half(), torch.randn(B, S, K, H).half(), torch.randn(B, S, K, V).half()
+
+
+def drawn(*shape):
+    return torch.randn(*shape, device="cpu").to(device)  # the same numbers on every device
+
+
+q, k, v = drawn(B, N, H).half(), drawn(B, S, K, H).half(), drawn(B, S, K, V).half()
 lists = torch.tensor([[[0, 4, 7, 9], [9, 2, 3, 8]], [[5, -1, 0, 1], [3, 5, -1, -1]]], dtype=torch.int32)  # B K L
 
 
@@ -65,21 +70,21 @@ def reference(
     q: Float[torch.Tensor, "B N H"], k: Float[torch.Tensor, "B S K H"], v: Float[torch.Tensor, "B S K V"],
     lists: Int[torch.Tensor, "B X L"], lengths: Int[torch.Tensor, "B"], M: int,
 ) -> Float[np.ndarray, "B N V"]:  # fmt: skip
-    out = np.zeros((*q.shape[:2], v.shape[-1]))
+    out = torch.zeros((*q.shape[:2], v.shape[-1]), dtype=torch.float64)
     for b in range(len(q)):
         for n in range(q.shape[1]):
             blocks = lists[b, n * lists.shape[1] // q.shape[1]].tolist()
             slots = [s for j in blocks if j >= 0 for s in range(j * M, min((j + 1) * M, int(lengths[b])))]
             keys, values = (x[b, slots, n * x.shape[2] // q.shape[1]].double() for x in (k, v))
             out[b, n] = torch.softmax(keys @ q[b, n].double() * q.shape[-1] ** -0.5, 0) @ values
-    return out
+    return out.cpu().numpy()
 
 
 want = reference(q, k, v, lists, lengths, M)
 
 
 def close(a, b=want):
-    return compare.relative(np.asarray(a, np.float64), b) <= compare.OUT["float16"]
+    return compare.relative(a, b) <= compare.OUT["float16"]
 
 
 # %% [markdown]
@@ -150,16 +155,17 @@ def attend(lists, splits=1, M=M, keys=32):
 
 
 print("equal:", close(attend(lists)[0][0]))
-small = torch.stack([torch.randperm(75)[:21] for _ in range(B * K)]).reshape(B, K, 21).int()  # of 8 slots each
+small = torch.stack([torch.randperm(75, device="cpu")[:21] for _ in range(B * K)])  # of 8 slots each
+small = small.reshape(B, K, 21).int().to(device)
 print("blocks of 8:", close(attend(small, M=8)[0][0], reference(q, k, v, small, lengths, 8)))
 
 # %% [markdown]
-# Triton's interpreter ran this: program after program, in NumPy. Its results can be trusted for float16 (its bfloat16
-# products are wrong), its times mean nothing.
+# Where torch sees no GPU, Triton's interpreter ran this: program after program, in NumPy. Its results can be trusted
+# for float16 (its bfloat16 products are wrong), its times mean nothing.
 #
 # ## What is read
 #
-# In the interpreter every load can be written down (`traffic`).
+# In the interpreter every load can be written down (`traffic`, which interprets with a GPU too).
 
 
 # %%
@@ -187,7 +193,7 @@ def cost_of(name, n, **fields):
 
 full = torch.full((B,), S, dtype=torch.int32)
 used, lengths = lengths, full  # for the count: rows that are full, lists without -1
-shared = torch.stack([torch.randperm(S // M)[:L] for _ in range(B * K)]).reshape(B, K, L).int()
+shared = torch.stack([torch.randperm(S // M, device="cpu")[:L] for _ in range(B * K)]).reshape(B, K, L).int().to(device)
 by_group, slots_by_group = asked(shared)
 budget = {"index_head_dim": 8, "index_block_size": M, "index_topk_blocks": L}
 print(f"one list a key head: {by_group:,} bytes; cost of msa: {B * cost_of('msa', S, **budget):,}")
@@ -206,7 +212,7 @@ print(f"one list a key head: {by_group:,} bytes; cost of msa: {B * cost_of('msa'
 guess = None
 
 # %%
-alone = torch.stack([torch.randperm(S // M)[:L] for _ in range(B * N)]).reshape(B, N, L).int()
+alone = torch.stack([torch.randperm(S // M, device="cpu")[:L] for _ in range(B * N)]).reshape(B, N, L).int().to(device)
 by_head, slots_by_head = asked(alone)
 reveal(by_head / (2 * (k.numel() + v.numel())), guess)
 print(f"all of k and v: {2 * (k.numel() + v.numel()):,} bytes; asked for with a list a head: {by_head:,}")
@@ -383,7 +389,7 @@ def operand(*shape):
 
 
 on_gpu = jax.default_backend() == "gpu"
-given = [jnp.asarray(x.numpy()) for x in (q.reshape(B, K, G, H), k, v, lists, lengths)]
+given = [jnp.asarray(x.cpu().numpy()) for x in (q.reshape(B, K, G, H), k, v, lists, lengths)]
 mosaic = plgpu.kernel(
     list_body, out_type=jax.ShapeDtypeStruct((B, K, G, V), jnp.float32), grid=(B, K), grid_names=("row", "head"),
     kernel_name="lists",
@@ -398,7 +404,7 @@ print("equal:", close(mosaic.reshape(B, N, V)), " a race was seen:", compat.race
 # %% [markdown]
 # Mosaic's interpreter plays threads, copies and barriers, and looks for *races*, accesses that no barrier orders. It
 # does not play time, nor the number of registers. Where JAX has a GPU, the cell compiles this kernel for it instead.
-# (So far it was lowered for an H100; no GPU has run it yet.)
+# (It runs on an NVIDIA H200 as well.)
 #
 # What is masked here is read all the same, and its values meet weights of 0. If an unused slot held NaN, the output
 # would be NaN (notebook 06B). The package blanks such slots in shared memory.
@@ -408,7 +414,7 @@ print("equal:", close(mosaic.reshape(B, N, V)), " a race was seen:", compat.race
 # %%
 options = {"block_size": M, "scale": scale}
 theirs, _ = triton_kernels.decode_block_sparse(q[:, None], k, v, lists[:, None], lengths, **options)
-others = [jnp.asarray(x.numpy()) for x in (q[:, None], k, v, lists[:, None], lengths)]
+others = [jnp.asarray(x.cpu().numpy()) for x in (q[:, None], k, v, lists[:, None], lengths)]
 other, _ = pallas_kernels.decode_block_sparse(*others, **options)
 print("triton_kernels:", close(theirs[:, 0]), "pallas_kernels:", close(other[:, 0]))
 theirs, _ = triton_kernels.decode_block_sparse(q[:, None], k, v, alone[:, None], lengths, **options)

@@ -17,10 +17,7 @@
 
 # %%
 import json
-import os
 from pathlib import Path
-
-os.environ["TRITON_INTERPRET"] = "1"  # Triton's kernels run in its interpreter here, where their loads can be seen
 
 import jax
 import jax.numpy as jnp
@@ -33,6 +30,8 @@ from jforge.harness.backends import BACKENDS, for_programs_that_run_once
 
 for_programs_that_run_once()  # before JAX starts: threads for Mosaic's interpreter, where there is no GPU
 pallas_kernels, triton_kernels = BACKENDS["pallas"].ops, BACKENDS["triton"].ops
+device = "cuda" if torch.cuda.is_available() else "cpu"  # on a CPU Triton's kernels run in its interpreter
+torch.set_default_device(device)
 
 import triton
 import triton.language as tl
@@ -55,8 +54,14 @@ launch = triton_kernels.runtime.launch  # kernel[grid](*arguments), without NumP
 B, S, I, J = 2, 320, 16, 64
 lengths = torch.tensor([300, 77], dtype=torch.int32)
 torch.manual_seed(0)
-q_index, k_index = torch.randn(B, I, J).half(), torch.randn(B, S, J).half()
-w = torch.randn(B, I)
+
+
+def drawn(*shape):
+    return torch.randn(*shape, device="cpu").to(device)  # the same numbers on every device
+
+
+q_index, k_index = drawn(B, I, J).half(), drawn(B, S, J).half()
+w = drawn(B, I)
 
 
 @jaxtyped(typechecker=beartype)
@@ -64,11 +69,11 @@ def score_reference(
     q: Float[torch.Tensor, "B I J"], k: Float[torch.Tensor, "B S J"], w: Float[torch.Tensor, "B I"],
     lengths: Int[torch.Tensor, "B"],
 ) -> Float[np.ndarray, "B S"]:  # fmt: skip
-    scores = np.full((len(q), k.shape[1]), -np.inf)
+    scores = torch.full((len(q), k.shape[1]), -torch.inf, dtype=torch.float64)
     for b in range(len(q)):
         for s in range(int(lengths[b])):
             scores[b, s] = w[b].double() @ torch.relu(q[b].double() @ k[b, s].double())
-    return scores
+    return scores.cpu().numpy()
 
 
 want = score_reference(q_index, k_index, w, lengths)
@@ -124,8 +129,9 @@ print("the same bits, however many splits:", same)
 # That the bits do not depend on the splits is worth something: the pick that follows compares scores, and a score that
 # changed in its last bit might change a pick.
 #
-# This ran in Triton's *interpreter*: one program after the other, in NumPy. Results can be trusted (for float16; its
-# bfloat16 products are wrong), times mean nothing. But every load can be written down (`traffic`):
+# Where torch sees no GPU, this ran in Triton's *interpreter*: one program after the other, in NumPy. Results can be
+# trusted (for float16; its bfloat16 products are wrong), times mean nothing. But every load can be written down
+# (`traffic`, which interprets with a GPU too):
 
 
 # %%
@@ -225,13 +231,13 @@ mosaic = plgpu.kernel(
         plgpu.Barrier(num_barriers=STAGES),
     ],
     interpret=None if on_gpu else plgpu.InterpretGPUParams(detect_races=True),
-)(*(jnp.asarray(x.numpy()) for x in (q_index, k_index, w, lengths)))  # fmt: skip
+)(*(jnp.asarray(x.cpu().numpy()) for x in (q_index, k_index, w, lengths)))  # fmt: skip
 print("equal:", compare.worst_row(mosaic, want) <= compare.OUT["float16"], " a race was seen:", compat.races_found())
 
 # %% [markdown]
 # Mosaic's interpreter plays threads, copies and barriers, and looks for *races*, accesses that no barrier orders. It
 # does not play time, nor the number of registers. Where JAX has a GPU, the cell compiles this kernel for it instead.
-# (So far it was lowered for an H100; no GPU has run it yet.)
+# (It runs on an NVIDIA H200 as well.)
 #
 # This one reads the unused slots too, and throws the scores away. The package's kernel stops at a row's length, and
 # gives a row several programs.
@@ -271,7 +277,7 @@ def pick(scores, count):
 some = torch.tensor([[-0.0, 2.0, -1.5, 0.0, 2.0, -torch.inf, -3.0, -0.0]])
 print("scores:", some[0].tolist())
 print("ours   ", pick(some, 8)[0].tolist())
-print("jforge ", np.asarray(jforge.ops.topk_indices(jnp.asarray(some.numpy()), 8)[0]).tolist())
+print("jforge ", np.asarray(jforge.ops.topk_indices(jnp.asarray(some.cpu().numpy()), 8)[0]).tolist())
 picks = pick(score(splits=3), 48)
 print("of the scan, equal:", torch.equal(picks, triton_kernels.topk_indices(score(splits=3), 48)))
 
@@ -320,7 +326,7 @@ def gather_kernel(q, rows, picks, out, lse, S, L, scale, share,
 
 N, C, R, L = 16, 64, 16, 48
 scale = (C + R) ** -0.5
-q, rows = torch.randn(B, N, C + R).half(), torch.randn(B, S, C + R).half()
+q, rows = drawn(B, N, C + R).half(), drawn(B, S, C + R).half()
 
 
 def gather(picks, splits, keys=16):
@@ -332,11 +338,11 @@ def gather(picks, splits, keys=16):
 
 
 def gather_reference(picks):
-    out = np.zeros((B, N, C))
+    out = torch.zeros((B, N, C), dtype=torch.float64)
     for b in range(B):
         taken = rows[b, picks[b][picks[b] >= 0].long()].double()
         out[b] = torch.softmax(scale * q[b].double() @ taken.T, -1) @ taken[:, :C]
-    return out
+    return out.cpu().numpy()
 
 
 right = gather_reference(picks)
@@ -364,10 +370,10 @@ for ax, counts, name in zip(
     axes, (of_keys, of_rows), ("index keys, scanned", "[latent | rotary key], gathered"), strict=True
 ):
     image = ax.pcolormesh(counts[0], cmap="Blues", vmin=0, vmax=2)
-    ax.axhline(lengths[0], color="#d55e00", linewidth=1.5)
+    ax.axhline(int(lengths[0]), color="#d55e00", linewidth=1.5)
     ax.set(title=name, xlabel="channel", ylim=(S, 0))
 axes[0].set_ylabel("slot")
-axes[1].text(2, lengths[0] + 14, "slots below the line are not used", color="#d55e00", fontsize=12)
+axes[1].text(2, int(lengths[0]) + 14, "slots below the line are not used", color="#d55e00", fontsize=12)
 figure.colorbar(image, ax=axes, label="times asked for", ticks=range(3))
 plt.show()
 
@@ -389,7 +395,7 @@ for name, count in (("latent", v32.kv_lora_rank), ("rotary key", v32.qk_rope_hea
 # %%
 theirs = triton_kernels.index_scores(q_index[:, None], k_index, w[:, None], lengths)[:, 0]
 other = pallas_kernels.index_scores(
-    *(jnp.asarray(x.numpy()) for x in (q_index[:, None], k_index, w[:, None], lengths))
+    *(jnp.asarray(x.cpu().numpy()) for x in (q_index[:, None], k_index, w[:, None], lengths))
 )[:, 0]
 print("scores:", *(compare.worst_row(x, want) <= compare.OUT["float16"] for x in (theirs, other)))
 given = (
@@ -399,7 +405,9 @@ given = (
     rows[..., C:].contiguous(),
 )
 out, _ = triton_kernels.decode_sparse_mla(*given, picks[:, None], scale=scale)
-more, _ = pallas_kernels.decode_sparse_mla(*(jnp.asarray(x.numpy()) for x in (*given, picks[:, None])), scale=scale)
+more, _ = pallas_kernels.decode_sparse_mla(
+    *(jnp.asarray(x.cpu().numpy()) for x in (*given, picks[:, None])), scale=scale
+)
 print("attention:", *(compare.relative(x[:, 0], right) <= compare.OUT["float16"] for x in (out, more)))
 
 # %% [markdown]

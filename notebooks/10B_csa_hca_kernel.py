@@ -19,10 +19,7 @@
 
 # %%
 import json
-import os
 from pathlib import Path
-
-os.environ["TRITON_INTERPRET"] = "1"  # Triton's kernels run in its interpreter here, where their loads can be seen
 
 import jax
 import jax.numpy as jnp
@@ -35,6 +32,8 @@ from jforge.harness.backends import BACKENDS, for_programs_that_run_once
 
 for_programs_that_run_once()  # before JAX starts: threads for Mosaic's interpreter, where there is no GPU
 pallas_kernels, triton_kernels = BACKENDS["pallas"].ops, BACKENDS["triton"].ops
+device = "cuda" if torch.cuda.is_available() else "cpu"  # on a CPU Triton's kernels run in its interpreter
+torch.set_default_device(device)
 
 import triton
 import triton.language as tl
@@ -58,10 +57,16 @@ launch = triton_kernels.runtime.launch  # kernel[grid](*arguments), without NumP
 B, N, H, W, E, L = 2, 16, 64, 64, 192, 48
 scale = H**-0.5
 torch.manual_seed(0)
-q, ring, entries = torch.randn(B, N, H).half(), torch.randn(B, W, H).half(), torch.randn(B, E, H).half()
-sinks = torch.randn(N)
+
+
+def drawn(*shape):
+    return torch.randn(*shape, device="cpu").to(device)  # the same numbers on every device
+
+
+q, ring, entries = drawn(B, N, H).half(), drawn(B, W, H).half(), drawn(B, E, H).half()
+sinks = drawn(N)
 filled = torch.tensor([64, 20], dtype=torch.int32)  # slots of the ring that are used
-picks = torch.stack([torch.randperm(150)[:L], torch.randperm(150)[:L]]).int()
+picks = torch.stack([torch.randperm(150, device="cpu")[:L] for _ in range(2)]).int().to(device)
 picks[1, 5:] = -1
 
 
@@ -70,20 +75,20 @@ def reference(
     q: Float[torch.Tensor, "B N H"], ring: Float[torch.Tensor, "B W H"], entries: Float[torch.Tensor, "B E H"],
     sinks: Float[torch.Tensor, "N"], filled: Int[torch.Tensor, "B"], picks: Int[torch.Tensor, "B L"],
 ) -> Float[np.ndarray, "B N H"]:  # fmt: skip
-    out = np.zeros(q.shape)
+    out = torch.zeros(q.shape, dtype=torch.float64)
     for b in range(len(q)):
         x = torch.cat([ring[b, : int(filled[b])], entries[b, picks[b][picks[b] >= 0].long()]]).double()
         for n in range(q.shape[1]):
             logits = torch.cat([scale * x @ q[b, n].double(), sinks[n : n + 1].double()])
             out[b, n] = torch.softmax(logits, 0)[:-1] @ x
-    return out
+    return out.cpu().numpy()
 
 
 want = reference(q, ring, entries, sinks, filled, picks)
 
 
 def close(a, b=want):
-    return compare.relative(np.asarray(a, np.float64), b) <= compare.OUT["float16"]
+    return compare.relative(a, b) <= compare.OUT["float16"]
 
 
 # %% [markdown]
@@ -142,7 +147,9 @@ def parts(picks=picks):
 
 outs, lses = parts()
 print(
-    "one head of each row, lse of window and entries:", lses[:, 0, 0].numpy().round(2), lses[:, 1, 0].numpy().round(2)
+    "one head of each row, lse of window and entries:",
+    lses[:, 0, 0].cpu().numpy().round(2),
+    lses[:, 1, 0].cpu().numpy().round(2),
 )
 
 # %% [markdown]
@@ -261,8 +268,9 @@ print("equal:", close(both()))
 #
 # ## Loads and stores
 #
-# All this ran in Triton's *interpreter*: one program after the other, in NumPy. Results can be trusted for float16,
-# times mean nothing. But each load and store can be written down (`traffic`):
+# Where torch sees no GPU, all this ran in Triton's *interpreter*: one program after the other, in NumPy. Results can be
+# trusted for float16, times mean nothing. But each load and store can be written down (`traffic`, which interprets with
+# a GPU too):
 
 
 # %%
@@ -413,7 +421,7 @@ mosaic = plgpu.kernel(
         plgpu.Barrier(num_barriers=STAGES),
     ],
     interpret=None if on_gpu else plgpu.InterpretGPUParams(detect_races=True),
-)(*(jnp.asarray(x.numpy()) for x in (q, ring, entries, sinks, filled, complete)))  # fmt: skip
+)(*(jnp.asarray(x.cpu().numpy()) for x in (q, ring, entries, sinks, filled, complete)))  # fmt: skip
 every = torch.arange(E).expand(B, E)
 every = torch.where(every < complete[:, None], every, -1).int()
 print("equal:", close(mosaic, reference(q, ring, entries, sinks, filled, every)), end=" ")
@@ -425,7 +433,7 @@ print("a race was seen:", compat.races_found())
 #
 # Mosaic's interpreter plays threads, copies and barriers, and looks for *races*, accesses that no barrier orders. It
 # does not play time, nor the number of registers. Where JAX has a GPU, the cell compiles this kernel for it instead.
-# (So far it was lowered for an H100; no GPU has run it yet.)
+# (It runs on an NVIDIA H200 as well.)
 #
 # ## Against the package
 #
@@ -449,7 +457,7 @@ def three_calls(ops, q, ring, entries, sinks, filled, picks, **types):
 
 given = q, ring, entries, sinks.half(), filled, picks
 theirs = three_calls(triton_kernels, *given, out_dtype=torch.float32)
-other = three_calls(pallas_kernels, *(jnp.asarray(x.numpy()) for x in given), out_dtype=jnp.float32)
+other = three_calls(pallas_kernels, *(jnp.asarray(x.cpu().numpy()) for x in given), out_dtype=jnp.float32)
 print("triton_kernels:", close(theirs), "pallas_kernels:", close(other), "one kernel:", close(both()))
 
 # %% [markdown]

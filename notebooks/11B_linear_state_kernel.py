@@ -18,10 +18,7 @@
 
 # %%
 import json
-import os
 from pathlib import Path
-
-os.environ["TRITON_INTERPRET"] = "1"  # Triton's kernels run in its interpreter here, where their loads can be seen
 
 import jax
 import jax.numpy as jnp
@@ -34,6 +31,8 @@ from jforge.harness.backends import BACKENDS, for_programs_that_run_once
 
 for_programs_that_run_once()  # before JAX starts: threads for Mosaic's interpreter, where there is no GPU
 pallas_kernels, triton_kernels = BACKENDS["pallas"].ops, BACKENDS["triton"].ops
+device = "cuda" if torch.cuda.is_available() else "cpu"  # on a CPU Triton's kernels run in its interpreter
+torch.set_default_device(device)
 
 import triton
 import triton.language as tl
@@ -56,8 +55,14 @@ launch = triton_kernels.runtime.launch  # kernel[grid](*arguments), without NumP
 # %%
 B, N, H, V = 2, 3, 64, 64
 torch.manual_seed(0)
-q, k, v = torch.randn(B, N, H), torch.randn(B, N, H), torch.randn(B, N, V)
-state, decay = torch.randn(B, N, H, V), torch.tensor([0.5, 0.9, 0.99])
+
+
+def drawn(*shape):
+    return torch.randn(*shape, device="cpu").to(device)  # the same numbers on every device
+
+
+q, k, v = drawn(B, N, H), drawn(B, N, H), drawn(B, N, V)
+state, decay = drawn(B, N, H, V), torch.tensor([0.5, 0.9, 0.99])
 
 
 @jaxtyped(typechecker=beartype)
@@ -65,21 +70,21 @@ def reference(
     q: Float[torch.Tensor, "B N H"], k: Float[torch.Tensor, "B N H"], v: Float[torch.Tensor, "B N V"],
     state: Float[torch.Tensor, "B N H V"], decay: Float[torch.Tensor, "N"],
 ) -> tuple[Float[np.ndarray, "B N V"], Float[np.ndarray, "B N H V"]]:  # fmt: skip
-    out, after = np.zeros(v.shape), np.zeros(state.shape)
+    out, after = torch.zeros(v.shape, dtype=torch.float64), torch.zeros(state.shape, dtype=torch.float64)
     for b in range(len(q)):
         for n in range(q.shape[1]):
             faded = state[b, n].double() * decay[n].double()  # reads the state, writes another
             added = torch.outer(k[b, n].double(), v[b, n].double())  # writes a third
             after[b, n] = faded + added  # reads two, writes one
-            out[b, n] = after[b, n].T @ q[b, n].double().numpy()  # reads one
-    return out, after
+            out[b, n] = after[b, n].T @ q[b, n].double()  # reads one
+    return out.cpu().numpy(), after.cpu().numpy()
 
 
 want, want_state = reference(q, k, v, state, decay)
 
 
 def close(a, b=want):
-    return compare.relative(np.asarray(a, np.float64), b) <= compare.OUT["float32"]
+    return compare.relative(a, b) <= compare.OUT["float32"]
 
 
 whole = state.numel() * 4
@@ -126,15 +131,16 @@ for columns in (64, 16):
     print(f"{columns} columns a program: output {close(out)}, state {close(after, want_state)}")
 
 # %% [markdown]
-# Triton's *interpreter* ran this: one program after the other, in NumPy. Its results can be trusted here, its times
-# mean nothing, and programs that disturb each other would go unnoticed.
+# Where torch sees no GPU, Triton's *interpreter* ran this: one program after the other, in NumPy. Its results can be
+# trusted here, its times mean nothing, and programs that disturb each other would go unnoticed.
 #
 # Rows instead of columns would not do: the product S^T q sums over H, so programs with a share of the rows would each
 # have a part of every output, and somebody would have to add them.
 #
 # ## Loads and stores
 #
-# The interpreter asks a method for each load and store. Writing down the addresses (`traffic`), we can count.
+# The interpreter asks a method for each load and store. Writing down the addresses (`traffic`, with a GPU too), we can
+# count.
 
 
 # %%
@@ -210,7 +216,7 @@ plt.show()
 torch.manual_seed(1)
 exact, short = torch.zeros(32, 32).double(), torch.zeros(32, 32).bfloat16()
 for t in range(1, 4001):
-    a, b = torch.randn(32) + 0.5, torch.randn(32) + 0.5
+    a, b = drawn(32) + 0.5, drawn(32) + 0.5
     exact = 0.9995 * exact + torch.outer(a, b).double()
     short = (0.9995 * short.float() + torch.outer(a, b)).bfloat16()
     if t in (10, 100, 1000, 4000):
@@ -246,11 +252,11 @@ def delta_kernel(q, k, v, state, decay, beta, out, N,
     tl.store(out + head * V + c, tl.sum(s * q_row[:, None], 0))
 
 
-beta, out, after = torch.rand(B, N), torch.empty(B, N, V), state.clone()
+beta, out, after = torch.rand(B, N, device="cpu").to(device), torch.empty(B, N, V), state.clone()
 unit = k / torch.linalg.norm(k, dim=-1, keepdim=True)
 launch(delta_kernel, (V // 16, B * N), q, unit, v, after, decay, beta, out, N, H=H, V=V, COLUMNS=16)
-arrays = [jnp.asarray(x.numpy()) for x in (q, unit, v, state, decay)]
-by_definition = jforge.ops.decode_linear(*arrays, beta=jnp.asarray(beta.numpy()))
+arrays = [jnp.asarray(x.cpu().numpy()) for x in (q, unit, v, state, decay)]
+by_definition = jforge.ops.decode_linear(*arrays, beta=jnp.asarray(beta.cpu().numpy()))
 print("delta rule:", *(close(a, np.asarray(b)) for a, b in zip((out, after), by_definition, strict=True)))
 
 # %% [markdown]
@@ -319,18 +325,18 @@ mosaic_step = plgpu.kernel(
     interpret=None if on_gpu else plgpu.InterpretGPUParams(detect_races=True),
 )  # fmt: skip
 
-wide_q, wide_k = torch.randn(B, N, WIDE), torch.randn(B, N, WIDE)
-wide_state = torch.randn(B, N, WIDE, V)
+wide_q, wide_k = drawn(B, N, WIDE), drawn(B, N, WIDE)
+wide_state = drawn(B, N, WIDE, V)
 wide_want, wide_after = reference(wide_q, wide_k, v, wide_state, decay)
-in_place = jax.new_ref(jnp.asarray(wide_state.numpy()))
-found = mosaic_step(*(jnp.asarray(x.numpy()) for x in (wide_q, wide_k, v, decay)), in_place)
+in_place = jax.new_ref(jnp.asarray(wide_state.cpu().numpy()))
+found = mosaic_step(*(jnp.asarray(x.cpu().numpy()) for x in (wide_q, wide_k, v, decay)), in_place)
 print("output", close(found, wide_want), "state", close(jax.freeze(in_place), wide_after), end=" ")
 print("a race was seen:", compat.races_found())
 
 # %% [markdown]
 # Mosaic's interpreter plays threads, copies and barriers, and looks for *races*, accesses that no barrier orders. It
 # does not play time, nor the number of registers. Where JAX has a GPU, the cell compiles this kernel for it instead.
-# (So far it was lowered for an H100; no GPU has run it yet.)
+# (It runs on an NVIDIA H200 as well.)
 #
 # ## Scores of blocks
 #
@@ -355,7 +361,7 @@ def block_kernel(q, k, lengths, out, S, BLOCKS, HEADS: tl.constexpr, J: tl.const
 
 
 I, J, M, S = 4, 64, 32, 300
-q_index, k_index = torch.randn(B, I, J).half(), torch.randn(B, S, J).half()
+q_index, k_index = drawn(B, I, J).half(), drawn(B, S, J).half()
 lengths = torch.tensor([300, 130], dtype=torch.int32)
 blocks = triton.cdiv(S, M)
 scores = torch.empty(B, I, blocks)
@@ -364,7 +370,7 @@ with traffic() as (loads, stores):
 
 exact = torch.einsum("bij,bsj->bis", q_index.double(), k_index.double())
 exact = torch.where(torch.arange(S) < lengths[:, None, None], exact, -torch.inf)
-exact = torch.nn.functional.pad(exact, (0, -S % M), value=-torch.inf).unflatten(-1, (blocks, M)).amax(-1).numpy()
+exact = torch.nn.functional.pad(exact, (0, -S % M), value=-torch.inf).unflatten(-1, (blocks, M)).amax(-1).cpu().numpy()
 print("equal:", compare.worst_row(scores, exact) <= compare.OUT["float16"])
 
 msa = jforge.get("msa")
@@ -384,13 +390,13 @@ print(f"index keys: {read:,} bytes, cost {sum(of_cost):,}; scores: {written:,} b
 # %%
 after = state.clone()
 out, _ = triton_kernels.decode_linear(q, k, v, after, decay)
-other, other_state = pallas_kernels.decode_linear(*(jnp.asarray(x.numpy()) for x in (q, k, v, state, decay)))
+other, other_state = pallas_kernels.decode_linear(*(jnp.asarray(x.cpu().numpy()) for x in (q, k, v, state, decay)))
 print("decode_linear, triton_kernels:", close(out), close(after, want_state), end="; ")
 print("pallas_kernels:", close(other), close(other_state, want_state))
 pad = -S % 8  # TMA wants a multiple of 8 slots
 given = q_index[:, None], torch.nn.functional.pad(k_index, (0, 0, 0, pad)), lengths
 theirs = triton_kernels.block_index_scores(*given, block_size=M)[:, 0]
-other = pallas_kernels.block_index_scores(*(jnp.asarray(x.numpy()) for x in given), block_size=M)[:, 0]
+other = pallas_kernels.block_index_scores(*(jnp.asarray(x.cpu().numpy()) for x in given), block_size=M)[:, 0]
 print("block_index_scores:", *(compare.worst_row(x, exact) <= compare.OUT["float16"] for x in (theirs, other)))
 
 # %% [markdown]
@@ -400,14 +406,17 @@ print("block_index_scores:", *(compare.worst_row(x, exact) <= compare.OUT["float
 
 # %%
 runs = [json.loads(line) for line in Path("../docs/gpu_runs.jsonl").read_text().splitlines()]
-timed = [run for run in runs if run["what"] in ("decode_linear", "block_index_scores", "msa step")]
-ceiling = max(run["GB_per_s"] for run in runs if run["what"] == "ceiling" and run["commit"] == timed[0]["commit"])
-print(f"{timed[0]['device']}, commit {timed[0]['commit']}; a kernel that only reads: {ceiling:.0f} GB/s")
-for run in timed:
-    print(f"{run['what']:18} {run['implementation']}: {run['median']:5.1f} us in {run['kernels']} kernels, "
-          f"{run['GB_per_s'] / ceiling:.0%} of the ceiling")  # fmt: skip
 moved = 2 * 64 * 64 * 128 * 128 * 4
-print(f"the states, read and written: {moved / 1e6:.0f} MB, {moved / ceiling / 1e3:.0f} us at the ceiling")
+print(f"the states, read and written: {moved / 1e6:.0f} MB")
+ceilings = {(run["device"], run["commit"]): run["GB_per_s"] for run in runs if run["what"] == "ceiling"}
+for card, ceiling in ceilings.items():
+    print(f"{card[0]}, commit {card[1]}; a kernel that only reads: {ceiling:.0f} GB/s, {moved / ceiling / 1e3:.0f} us")
+    for run in runs:
+        scan = run["what"] in ("block_index_scores", "msa step")
+        state = run["what"] == "decode_linear" and (run["B"], run["N"]) == (64, 64) and not run["beta"]
+        if (scan or state) and (run["device"], run["commit"]) == card and "median" in run:
+            print(f"  {run['what']:18} {run['implementation']:6} {run['median']:5.1f} us in {run['kernels']} kernels, "
+                  f"{run['of_ceiling']:.0%} of the ceiling")  # fmt: skip
 
 # %% [markdown]
 # Both kernels come near the ceiling, and only fewer bytes would make them much faster. The `msa step` is scan, top-k

@@ -33,8 +33,9 @@ METADATA = {
     "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
     "language_info": {"file_extension": ".py", "mimetype": "text/x-python", "name": "python"},
 }
+_XLA = "--xla_cpu_multi_thread_eigen=false --xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters"
 LIGHT = {  # several kernels run side by side, and compile small programs that run once
-    "OMP_NUM_THREADS": "1", "XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"
+    "OMP_NUM_THREADS": "1", "XLA_FLAGS": _XLA, "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"
 }  # fmt: skip
 PLAIN = {"NO_COLOR": "1", "COLUMNS": "120"}
 UNSET = ("NPROC", "TRITON_INTERPRET", "PYTEST_CURRENT_TEST")  # what a notebook needs of these it sets itself

@@ -1,6 +1,7 @@
-"""Run-time shape checks for everything in jforge, and Triton's interpreter, before either is imported."""
+"""Run-time checks of all shapes that jforge annotates, and Triton's interpreter, before either is imported."""
 
 import os
+from pathlib import Path
 
 import jax
 import jaxtyping
@@ -8,9 +9,15 @@ import pytest
 
 os.environ.setdefault("NPROC", "16")  # as jforge.harness.backends.for_programs_that_run_once
 os.environ.setdefault("TRITON_INTERPRET", "1")
+# Programs are small and cores few; and XLA's newer emitters of fusions, in MLIR, take half of all its time to compile.
+_CHEAP = "--xla_cpu_parallel_codegen_split_count=1 --xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters"
+os.environ.setdefault("XLA_FLAGS", _CHEAP)
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # torch's threads cost more than they save on tensors this small
 jax.config.update("jax_disable_most_optimizations", True)  # most of the suite's time is XLA's, on tiny programs
-jaxtyping.install_import_hook(["jforge"], "typecheck.check")
+_PRODUCT = Path(__file__).parents[1] / "jforge"
+_SHAPED = [path for path in _PRODUCT.rglob("*.py") if "from jaxtyping import" in path.read_text(encoding="utf-8")]
+_NAMES = [".".join(path.relative_to(_PRODUCT.parent).with_suffix("").parts) for path in _SHAPED]
+jaxtyping.install_import_hook(_NAMES, "typecheck.check")  # a check of each call costs more than most other functions
 
 
 def pytest_configure():

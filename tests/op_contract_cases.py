@@ -134,7 +134,11 @@ OVER_KEYS = [
     ({"lengths": int32(1, 10, 3, 4)}, V, "lengths[1] is 10; allowed: 0 to 9, the number of slots"),
 ]
 CASES = {
-    "decode_attention": OVER_A_CACHE + WINDOWS,
+    "decode_attention": [
+        *(*OVER_A_CACHE, *WINDOWS),
+        ({"alibi": f32(2)}, V, "alibi has shape [2]; allowed: [N=4]"),
+        ({"alibi": f16(4)}, T, "alibi has dtype torch.float16; allowed: float32, float64"),
+    ],
     "decode_mla": [
         *(*OVER_LATENTS, *ALL_LENGTHS, *ALL_PAGES, *WINDOWS),
         (POOLS | {"latent": f32(0, 9, 5), "k_rope": f32(0, 9, 4)}, V, "latent has shape [0, 9, 5]; allowed: [pages"),

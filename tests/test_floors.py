@@ -9,8 +9,10 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("jforge", "torch_ref", "triton_kernels", "pallas_kernels")
-MIDDLE = ("jforge.harness", "jforge.experiments", "jforge.viz", "triton_kernels.tune", "pallas_kernels.tune")
-TOP = ("jforge.cli", "jforge.demo", "jforge.report", "jforge.report_bench", "jforge.lessons", "jforge.__main__")
+MIDDLE = ("jforge.harness", "jforge.experiments", "triton_kernels.tune", "pallas_kernels.tune")
+TOP = ("jforge.cli", "jforge.demo", "jforge.report", "jforge.report_bench", "jforge.report_lens",
+       "jforge.report_experiments", "jforge.console", "jforge.lessons",
+       "jforge.viz", "jforge.explorer", "jforge.__main__")  # fmt: skip
 FREE = {"torch_ref": ("jforge", "jax", "triton_kernels", "pallas_kernels"),  # what a package must do without
         "triton_kernels": ("jforge", "jax", "pallas_kernels"),
         "pallas_kernels": ("torch", "torch_ref", "triton_kernels")}  # fmt: skip

@@ -111,7 +111,7 @@ REFUSALS = (
     ("pallas", _listed(R=12), "the kernel takes multiples of 8"),
     ("pallas", _state(H=12), "the kernel takes multiples of 8"),
     ("pallas", _state(H=264), "the kernel takes multiples of 8"),
-    ("pallas", _state(V=40), "the kernel takes multiples of 32"),
+    ("pallas", _state(V=40), "the kernel takes multiples of 16"),
     ("pallas", _state(N=0), "none may be 0"),
 )
 """Every refusal that is documented, those among them that a drawn example may meet, written out again."""

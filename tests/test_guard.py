@@ -100,7 +100,7 @@ def test_a_wrapped_function_is_the_one_that_runs():
 
 @pytest.mark.parametrize("name", REGISTRY)
 def test_a_parameter_is_named(name, untyped):
-    """Each that is missing, and each with an axis too long: eagerly, and where a step is traced."""
+    """Each that is missing, where forward is traced, and each with an axis too long: eagerly and in a traced step."""
     att = jforge.get(name)
     cfg = att.examples[-1]
     params, x, cache = weights(att, cfg, "float32"), jnp.zeros((1, 1, cfg.hidden_size)), att.init_cache(cfg, 1, 4)
@@ -108,13 +108,13 @@ def test_a_parameter_is_named(name, untyped):
     for parameter, shape in att.shapes(cfg).items():
         fewer = {other: array for other, array in params.items() if other != parameter}
         with pytest.raises(ValueError, match=f"^params has no {parameter}; it must have one of shape "):
-            att.forward(fewer, cfg, x)
+            jax.eval_shape(lambda fewer, x: att.forward(fewer, cfg, x), fewer, x)
         wide = params | {parameter: np.zeros((1, *shape), np.float32)}
         for call in (lambda wide=wide: att.forward(wide, cfg, x), lambda wide=wide: step(wide, cfg, x, cache)):
             with pytest.raises(ValueError, match=rf"^params\['{parameter}'\] has shape \(1, .*; it must be \("):
                 call()
     more = params | {"unused": np.zeros(3, np.float32)}
-    assert att.forward(more, cfg, x).shape == x.shape
+    assert jax.eval_shape(lambda more: att.forward(more, cfg, x), more).shape == x.shape
 
 
 def test_parameters_are_looked_at_where_a_function_is_traced_alone():
@@ -189,7 +189,7 @@ def test_help_of_attention_says_what_each_field_is():
     text = pydoc.plain(pydoc.render_doc(jforge.Attention))
     typed = {name: kind for name, kind in jforge.Attention.__base__.__annotations__.items()
              if getattr(kind, "__module__", "") == protocols.__name__}  # fmt: skip
-    assert len(typed) == 12
+    assert len(typed) == 14
     for name, protocol in typed.items():
         said = protocol.__doc__.splitlines()[0]
         assert f"{name}\n |      {said}\n" in text

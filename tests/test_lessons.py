@@ -1,6 +1,7 @@
 """What the notebooks share: pictures that agree with the cost, tables from the spec, exercises that judge."""
 
 import math
+from dataclasses import replace
 
 import jax.numpy as jnp
 import numpy as np
@@ -56,7 +57,10 @@ def test_a_watched_step_writes_and_reads_what_the_cost_says(name):
             read = count(codes, *MOVED)
             assert read == whole[context] if asked == whole else read <= whole[context], (n, context)
             assert read > 0 or asked[context] == 0, (n, context)
-            assert count(codes, EMPTY) == (len(codes) - whole[context] if buffer.has_slots else 0), (n, context)
+            held = max(
+                full(buffer, cfg, context - 1), whole[context]
+            )  # a chunk that ends is there until the next token
+            assert count(codes, EMPTY) == (len(codes) - held if buffer.has_slots else 0), (n, context)
     for n, (there, absent) in SHOWN.get(name, {}).items():
         kinds = set(found[n].ravel().tolist())
         assert there <= kinds and not absent & kinds, n
@@ -65,6 +69,27 @@ def test_a_watched_step_writes_and_reads_what_the_cost_says(name):
 def full(buffer, cfg, context: int) -> int:
     """Slots that hold data."""
     return int(buffer.valid(cfg, jnp.full(1, context, jnp.int32))[0]) if buffer.has_slots else 1
+
+
+READS = {"gqa": {}, "sliding_window": {"sliding_window": 4}, "chunked_local": {"attention_chunk_size": 4}, "sinks": {}}
+
+
+@pytest.mark.parametrize("name", READS)
+def test_a_reader_is_seen_to_read_its_lenders_slots_and_to_write_none(name):
+    """All that the lender's own step touches, its new entry too."""
+    att = jforge.get(name)
+    cfg = replace(att.examples[0], kv_shared=False, **READS[name])
+    params, x = weights(att, cfg, "float32"), tokens(cfg, 1, PROMPT + STEPS, "float32")
+    _, prefill, _ = compiled(att, cfg)
+    _, cache = prefill(params, x[:, :PROMPT], att.init_cache(cfg, 1, CAPACITY, jnp.float32))
+    reader = replace(cfg, kv_shared=True)
+    lender = lessons.Lender(att, params, cfg)
+    own = lessons.watch(att, params, cfg, x[:, PROMPT:], cache)
+    lent = lessons.watch(att, weights(att, reader, "float32"), reader, x[:, PROMPT:], cache, lender)
+    assert set(lent) == set(own) == {"k", "v"}
+    for n, codes in lent.items():
+        assert set(codes.ravel().tolist()) <= {READ, KEPT, EMPTY}
+        assert ((codes == READ) == np.isin(own[n], MOVED)).all()
 
 
 def test_a_slot_that_is_read_in_secret_is_seen():
@@ -105,6 +130,19 @@ def test_answers_of_gqa_and_csa():
     assert csa["its shape", "c_kv at decode"].startswith("writes nothing (1 x 1 x 512 where a block ends), reads 1 x ")
     assert csa["its shape", "state_kv at decode"].startswith("writes 1/8 of 1 x 8 x 1,024 (")
     assert jforge.get("csa").traded == csa["what is traded", ""]
+
+
+def test_answers_of_a_layer_that_reads_another_s_keys():
+    """In a column beside its source's: it projects no keys, stores and writes nothing, and reads as much."""
+    cfg = jforge.get("gqa").models["Llama-3.1-8B"]
+    data = lessons.questions("gqa", {"owner": cfg, "reader": replace(cfg, kv_shared=True)}, context=4096).data
+    owner, reader = data["owner"], data["reader"]
+    assert owner.to_dict() == lessons.questions("gqa", context=4096).data.iloc[:, 0].to_dict()
+    assert reader["what is projected", "from x"] == "wq 4,096 x 32 x 128"
+    assert reader["what is stored", "k"] == "nothing; another layer's B S K=8 H=128, bfloat16"
+    assert reader["its shape", "v at decode"] == "writes nothing, reads 1 x 4,096 x 8 x 128"
+    assert (reader["bytes", "one more token"], reader["bytes", "stored now"]) == ("0 B", "0 B")
+    assert reader["entries that a query reads", ""] == "4,096"
 
 
 @pytest.mark.parametrize(
@@ -149,6 +187,17 @@ def double(x, out, n, TILE: tl.constexpr):
         tl.store(out + n, tl.load(x))  # one address, no mask
 
 
+@triton.jit
+def twice(x):
+    return x * 2
+
+
+@triton.jit
+def double_the_sum(x, same, out, TILE: tl.constexpr):
+    n = tl.program_id(0)
+    tl.store(out + n, twice(tl.sum(tl.load(x + n * TILE + tl.arange(0, TILE)), 0)))
+
+
 def test_traffic_is_what_the_masks_let_through():
     """5 numbers of 4 bytes in tiles of 4, of which number 1 is not stored; the same again leaves no trace outside."""
     x, out = torch.arange(8, dtype=torch.int32), torch.full((8,), -1, dtype=torch.int32)
@@ -161,6 +210,20 @@ def test_traffic_is_what_the_masks_let_through():
     assert numbers(loads, x) == [(first, [0, 1, 2, 3]), (second, [4]), (second, [0])]
     assert numbers(stores, out) == [(first, [0, 2, 3]), (second, [4]), (second, [5])]
     assert {addresses.dtype for _, addresses in loads + stores} == {np.dtype(np.int64)}
+
+
+def test_traffic_of_kernels_that_are_compiled(monkeypatch):
+    """As on a GPU: a JITFunction that calls another, on tensors that are copied to another place and back."""
+    monkeypatch.setattr(torch.UntypedStorage, "cpu", torch.UntypedStorage.clone)
+    x, out = torch.arange(8, dtype=torch.int32), torch.zeros(8, dtype=torch.int32)
+    kernel = triton.JITFunction(double_the_sum.fn)
+    monkeypatch.setitem(double_the_sum.fn.__globals__, "twice", triton.JITFunction(twice.fn))
+    with lessons.traffic() as (loads, stores):
+        kernel[(2,)](x[2:], x, out[4:], TILE=2)
+    assert out.tolist() == [0, 0, 0, 0, 2 * (2 + 3), 2 * (4 + 5), 0, 0]
+    assert numbers(loads, x) == [((0, 0, 0), [2, 3]), ((1, 0, 0), [4, 5])]
+    assert numbers(stores, out) == [((0, 0, 0), [4]), ((1, 0, 0), [5])]
+    assert "interpret" not in triton.JITFunction.run.__qualname__
 
 
 def numbers(found, tensor) -> list[tuple]:

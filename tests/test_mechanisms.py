@@ -139,8 +139,10 @@ def test_what_never_overflows():
                 jax.eval_shape(
                     lambda p, x, a=att, c=cfg, k=long: a.decode(p, c, x, k), params, tokens(cfg, 1, 1, "float32")
                 )
-    rings = {f"{name}-{i}" for name in ("sliding_window", "streaming", "v4_window", "lightning") for i in (0, 1)}
-    assert never == rings | {"sinks-1"}
+    rings = ("sliding_window", "chunked_local", "streaming", "v4_window")
+    states = ("lightning", "gated_deltanet", "kda", "mamba1", "mamba2", "short_conv")
+    constant = (*rings, *states)
+    assert never == {f"{name}-{i}" for name in constant for i in range(len(REGISTRY[name].examples))} | {"sinks-1"}
 
 
 # --- bad input

@@ -16,9 +16,10 @@ import test_index_ops
 import test_lightning
 import test_mla
 import test_msa
+import test_states
 from fuzz_bugs import BUGS
 
-FILES = mutants_dense, mutants_sparse, mutants_v4, test_mla, test_lightning, test_msa, test_dsa
+FILES = mutants_dense, mutants_sparse, mutants_v4, test_mla, test_lightning, test_msa, test_dsa, test_states
 MUTANTS = {name: planted for file in FILES for name, planted in file.MUTANTS.items()}
 JUDGES = {name: judge for file in FILES for name, judge in file.JUDGES.items()}
 

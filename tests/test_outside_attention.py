@@ -43,10 +43,22 @@ def mask_of(name: str, cfg) -> np.ndarray:
     return seen[None, None]
 
 
+def biases_of(cfg) -> np.ndarray | None:
+    """float32 1 N T T of ALiBi, from its definition where heads are no power of two; None without it."""
+    if not getattr(cfg, "alibi", False):
+        return None
+    heads = cfg.num_attention_heads
+    power = max(n for n in (1, 2, 4, 8) if n <= heads)
+    slopes = [2 ** (-8 * (i + 1) / power) for i in range(power)]
+    slopes += [2 ** (-8 * (2 * i + 1) / (2 * power)) for i in range(heads - power)]
+    return (np.array(slopes)[None, :, None, None] * (np.arange(T) - np.arange(T)[:, None])).astype(np.float32)
+
+
 def outside_jax(name: str, cfg):
     """forward with jax.nn.dot_product_attention in its middle; a window by its own argument."""
     mask, at = mask_of(name, cfg), jnp.broadcast_to(jnp.arange(T), (2, T))
     window = {"local_window_size": (cfg.sliding_window - 1, 0)} if name == "sliding_window" else {"mask": mask}
+    window |= {"bias": biases_of(cfg)}
 
     def forward(params, x):
         if name != "mla":
@@ -69,7 +81,9 @@ def _padded(q, k, v, **options):
 
 def outside_torch(name: str, cfg, attention):
     """torch_ref's forward with `attention` (q, k, v, mask, scale) of torch, heads first, in its middle."""
-    mask, at = torch.tensor(mask_of(name, cfg)), torch.arange(T)[None]
+    mask, bias, at = torch.tensor(mask_of(name, cfg)), biases_of(cfg), torch.arange(T)[None]
+    if bias is not None:
+        mask = torch.where(mask, torch.tensor(bias), -torch.inf)
 
     def forward(params, x):
         at_rows = at.expand(len(x), T)

@@ -71,6 +71,7 @@ def test_check_and_own_kernels_without_extras(tmp_path):
         ("equiv merge_states", "needs torch and triton: pip install 'jforge[torch]'"),
         ("equiv mha", "needs torch and transformers: pip install 'jforge[torch,hf]'"),
         ("bench decode_attention", "needs torch and triton: pip install 'jforge[torch]'"),
+        ("viz gqa --out pictures", "needs matplotlib: pip install 'jforge[viz]'"),
         ("demo", "needs torch and triton: pip install 'jforge[torch]'"),
     ],
 )
@@ -84,8 +85,9 @@ def test_what_needs_torch_says_so_before_it_computes(argv, install):
 
 
 def test_import_gives_its_parts_when_they_are_asked_for():
-    code = "import jforge; assert not {'jforge.hf', 'jforge.stack', 'jforge.harness'} & set(sys.modules)\n"
-    code += "jforge.hf.convert, jforge.stack, jforge.check, jforge.harness.judge, jforge.get('gqa')\n"
+    code = "import jforge\n"
+    code += "assert not {'jforge.hf', 'jforge.stack', 'jforge.tasks', 'jforge.harness'} & set(sys.modules)\n"
+    code += "jforge.hf.convert, jforge.stack, jforge.tasks.get, jforge.check, jforge.harness.judge, jforge.get('gqa')\n"
     code += "import jforge.lessons\n"
     code += "print(jforge.__version__); assert not hasattr(jforge, 'x') and not hasattr(jforge.harness, 'x')"
     result = plain(code)

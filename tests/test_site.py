@@ -73,6 +73,20 @@ def test_no_link_leads_nowhere(built):
     assert checked > 1000
 
 
+def test_no_markup_is_left_on_a_page(built):
+    """Terms of a definition list, escapes inside code, links and roles that nothing understood."""
+    left = r"<p>[^<]*\n: |<span class=\"pre\">[^<]*\\[_*<|\[\]]|\]\([\w./#]+\)</|\{\w+\}<code"
+    for page in built.rglob("*.html"):
+        found = re.search(left, re.sub(r"<pre>.*?</pre>", "", page.read_text(encoding="utf-8"), flags=re.DOTALL))
+        assert not found, (page.name, found[0])
+
+
+def test_mechanisms_stand_in_the_order_of_the_registry(built):
+    index = (built / "index.html").read_text(encoding="utf-8")
+    listed = re.findall(r'toctree-l1"><a[^>]*href="mechanism/(\w+)\.html"', index)
+    assert listed == list(jforge.names())
+
+
 def test_search_needs_no_server(built):
     """The index comes as a script, which a page opened as a file may load; a fetch it may not."""
     index = (built / "searchindex.js").read_text(encoding="utf-8")

@@ -1,0 +1,1 @@
+"""What each mechanism can and cannot remember, measured on tiny models: training, measurements, and their records."""
