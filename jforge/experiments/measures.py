@@ -18,12 +18,18 @@ BINS = 20
 """Distances of 2^i to 2^(i + 1) - 1 tokens, for i from 0 on; 0, where a task has no distances, is in the first."""
 
 
+DEPTHS = 8
+"""Equal parts of a row, by the place of the answer: the first part holds its first tokens."""
+
+
 class Score(NamedTuple):
     """What held-out rows of one length say of each run."""
 
     right: Int[np.ndarray, "runs bins"]
     asked: Int[np.ndarray, "bins"]
     loss: np.ndarray  # nats a question, one a run
+    right_by_depth: Int[np.ndarray, "runs depths"]
+    asked_by_depth: Int[np.ndarray, "depths"]
 
     @property
     def accuracy(self) -> np.ndarray:
@@ -31,11 +37,10 @@ class Score(NamedTuple):
         return self.right.sum(axis=1) / self.asked.sum()
 
 
-def score(cfg: ModelConfig, params: PyTree, task: Task, length: int, rows: int = 512, at_once: int = 32) -> Score:
+def score(cfg: ModelConfig, params: PyTree, task: Task, length: int, rows: int = 512, at_once: int = 64) -> Score:
     """Of `rows` held-out rows of `length` tokens, the same ones for every model; params: of all runs."""
     task.check_length(length)
-    right, asked, loss = _score(cfg, task, length, -(-rows // at_once), at_once, params)
-    return Score(np.asarray(right), np.asarray(asked), np.asarray(loss))
+    return Score(*map(np.asarray, _score(cfg, task, length, -(-rows // at_once), at_once, params)))
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
@@ -49,14 +54,20 @@ def _score(cfg: ModelConfig, task: Task, length: int, batches: int, rows: int, p
             nats = -jnp.take_along_axis(logits, batch.targets[..., None], axis=-1)[..., 0]
             right = batch.scored & (logits.argmax(axis=-1) == batch.targets)
             bins = jnp.floor(jnp.log2(jnp.maximum(batch.distance, 1))).astype(jnp.int32)
-            count = lambda mask: jnp.zeros(BINS, jnp.int32).at[bins].add(mask.astype(jnp.int32))  # noqa: E731
-            return count(right), count(batch.scored), jnp.where(batch.scored, nats, 0).sum()
+            depths = (jnp.arange(length) - batch.distance) * DEPTHS // length
+            masks = (right, batch.scored)
+            counts = [_count(where, n, mask) for where, n in ((bins, BINS), (depths, DEPTHS)) for mask in masks]
+            return counts, jnp.where(batch.scored, nats, 0).sum()
 
-        right, asked, nats = jax.tree.map(lambda a: a.sum(axis=0), jax.lax.map(of_batch, keys))
-        return right, asked, nats / asked.sum()
+        counts, nats = jax.tree.map(lambda a: a.sum(axis=0), jax.lax.map(of_batch, keys))
+        return counts, nats / counts[1].sum()
 
-    right, asked, loss = jax.lax.map(of_run, params)
-    return right, asked[0], loss
+    (right, asked, right_by_depth, asked_by_depth), loss = jax.lax.map(of_run, params)
+    return right, asked[0], loss, right_by_depth, asked_by_depth[0]
+
+
+def _count(where: Int[Array, "B T"], many: int, mask: Bool[Array, "B T"]) -> Int[Array, "{many}"]:
+    return jnp.zeros(many, jnp.int32).at[where].add(mask.astype(jnp.int32))
 
 
 def reads_the_answer(cfg: ModelConfig, params: PyTree, task: Task, length: int, rows: int = 128) -> list[float | None]:

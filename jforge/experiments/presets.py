@@ -19,9 +19,10 @@ class Preset:
     """tasks: {name: fields}; stages: as in Plan; lengths: of the rows that are measured, trained ones and longer.
 
     mechanisms: of the tasks after the first, all registered ones for the first; None: all for every task
-    short_conv: taps of the convolution before each layer, for each of the variants that are trained
+    short_conv: taps of the convolution before each layer, for each of the variants that the first task trains; the
+        others train the first of them
     rope: whether the layers that can have rotary positions have them; else the causal mask and convolutions are all
-    scales: {label: factors of sizes by field}: mechanisms that have such a field are trained at each
+    scales: {label: factor of how much a layer keeps}: mechanisms with such a size are trained at each in the first task
     """
 
     hidden_size: int
@@ -77,9 +78,9 @@ PRESETS = {
         rates=(2e-3, 4e-3, 8e-3, 1.6e-2),
     ),
     "gpu": Preset(
-        hidden_size=64, heads=4, layers=2, tasks=_TASKS, stages=((1000, 32), (1000, 64), (4000, 128)),
-        lengths=(32, 64, 128, 256, 512), rows=256, every=500, rates=(5e-4, 1e-3, 2e-3, 4e-3, 8e-3), seeds=3,
-        measured=2048, mechanisms=FEW, short_conv=(3, None), scales={"half": 0.5, "double": 2.0},
+        hidden_size=64, heads=4, layers=2, tasks=_TASKS, stages=((1500, 32), (1500, 128)), lengths=(32, 128, 256, 512),
+        rows=32, every=250, rates=(1e-3, 2.5e-3, 6e-3, 1.5e-2), seeds=3, measured=1024, mechanisms=FEW,
+        short_conv=(3, None), scales={"half": 0.5, "double": 2.0},
     ),
 }  # fmt: skip
 
@@ -104,14 +105,14 @@ class Unit:
 def units(preset: Preset, mechanisms=None, tasks=None) -> list[Unit]:
     """All that a preset trains, NEUTRAL first in every task. mechanisms, tasks: only these."""
     made = []
-    for place, task in enumerate(tasks or preset.tasks):
-        some = (
-            preset.mechanisms if preset.mechanisms is not None and (place or len(preset.tasks) == 1) else jforge.names()
-        )
+    for task in tasks or preset.tasks:
+        first, alone = task == next(iter(preset.tasks)), len(preset.tasks) == 1
+        some = jforge.names() if preset.mechanisms is None or (first and not alone) else preset.mechanisms
         wanted = tuple(mechanisms or some)
-        for taps in preset.short_conv:
+        for taps in preset.short_conv if first else preset.short_conv[:1]:
             for name in dict.fromkeys((*(m for m in wanted if m == NEUTRAL), *wanted)):
-                made += [_unit(preset, name, task, taps, *one) for one in _scaled(preset, name, place == 0)]
+                sized = first and taps == preset.short_conv[0]
+                made += [_unit(preset, name, task, taps, *one) for one in _scaled(preset, name, sized)]
     return made
 
 

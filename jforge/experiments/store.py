@@ -29,7 +29,7 @@ def kept(plan: Plan, runs: Sequence[Run], folder: str | Path, each=lambda step, 
     Raises ValueError where `folder` cannot be written or holds a checkpoint of another plan or other runs.
     """
     folder, begun = Path(folder), time.perf_counter()
-    _writing(folder, lambda: folder.mkdir(parents=True, exist_ok=True))
+    made(folder)
     state = load(plan, runs, folder)
     _writing(folder, lambda: _cut(folder / LOG, 0 if state is None else int(state.step)))
     tokens = {first + plan.every: length for first, length in plan.chunks}
@@ -43,6 +43,11 @@ def kept(plan: Plan, runs: Sequence[Run], folder: str | Path, each=lambda step, 
         each(step, losses)
 
     return train(plan, runs, state, after)
+
+
+def made(folder: Path) -> None:
+    """Make the folder where there is none. Raises ValueError where that cannot be."""
+    _writing(folder, lambda: folder.mkdir(parents=True, exist_ok=True))
 
 
 def save(plan: Plan, runs: Sequence[Run], state: State, folder: Path) -> None:
