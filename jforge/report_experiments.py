@@ -133,13 +133,9 @@ def _draw(folder: Path, rows: list[dict]) -> list[str]:
     from jforge.viz import recall
 
     made = []
-    for task in dict.fromkeys(row["task"] for row in rows if "accuracy" in row):
-        trained = next(row["trained"] for row in rows if row["task"] == task)
-        figures = {"pareto": recall.pareto(rows, task), "lengths": recall.lengths(rows, task)}
-        figures["distances"] = recall.distances(rows, task, trained)
-        for name, figure in figures.items():
-            viz.save(figure, folder / f"{task}_{name}.svg")
-            made.append(f"{task}_{name}.svg")
+    for name, draw in recall.figures(rows).items():
+        viz.save(draw(), folder / f"{name}.svg")
+        made.append(f"{name}.svg")
     return made
 
 

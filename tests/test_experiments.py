@@ -1,11 +1,13 @@
 """Training that goes on to the same bits, measures that count what they say, and results in words from the data."""
 
 import errno
+import importlib.util
 import json
 import os
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -14,9 +16,9 @@ import pytest
 from flax import nnx
 
 import jforge
-from jforge import cli, models, tasks
+from jforge import cli, models, tasks, viz
 from jforge.core import compare
-from jforge.experiments import measures, presets, reach, retrieval, store, summary, training
+from jforge.experiments import measures, presets, reach, retrieval, store, summary, swap, training
 from jforge.experiments.training import Diverged, Plan, Run
 from jforge.viz import recall
 from jforge.viz.data import drawn
@@ -175,20 +177,24 @@ def test_a_checkpoint_is_of_one_plan(whole, tmp_path):
 def test_scores_are_those_that_numpy_counts(task, length):
     cfg = model("gqa", task=task)
     two = jax.tree.map(lambda *leaves: jnp.stack(leaves), params(cfg), params(cfg, 1))
-    score = measures.score(cfg, two, task, length, rows=64)
+    score = measures.score(cfg, two, task, length, rows=64, at_once=32)
     keys = jax.random.split(jax.random.fold_in(jax.random.key(length), training.HELD_OUT), 2)
     batches = [task.draw(key, 32, length) for key in keys]
     for run in range(2):
         right, asked, nats = np.zeros(measures.BINS, int), np.zeros(measures.BINS, int), []
+        deep = np.zeros((2, measures.DEPTHS), int)
         for batch in batches:
             logits = np.asarray(training.merged(cfg, measures.one_run(two, run))(batch.tokens))
             for b, t in zip(*np.nonzero(batch.scored), strict=True):
                 of = int(batch.distance[b, t]).bit_length() - 1
                 asked[of] += 1
                 right[of] += logits[b, t].argmax() == batch.targets[b, t]
+                part = int((t - batch.distance[b, t]) / length * measures.DEPTHS)
+                deep[:, part] += logits[b, t].argmax() == batch.targets[b, t], 1
                 nats.append(np.log(np.exp(logits[b, t]).sum()) - logits[b, t, batch.targets[b, t]])
         np.testing.assert_array_equal(score.right[run], right)
         np.testing.assert_array_equal(score.asked, asked)
+        np.testing.assert_array_equal([score.right_by_depth[run], score.asked_by_depth], deep)
         assert score.accuracy[run] == right.sum() / asked.sum() and abs(score.loss[run] - np.mean(nats)) < 1e-4
     assert (score.right[0] != score.right[1]).any()
 
@@ -224,13 +230,15 @@ def test_models_of_an_experiment_match_in_parameters_and_start_with_dense():
         for task in preset.tasks:
             of_task = [unit for unit in chosen if unit.task == task]
             assert of_task[0].mechanism == presets.NEUTRAL, name
-            for taps in preset.short_conv:
+            for taps in {unit.short_conv for unit in of_task}:
                 counts = [unit.plan.model.parameters for unit in of_task if unit.short_conv == taps]
                 assert max(counts) <= 1.04 * min(counts)
     every = {unit.mechanism for unit in presets.units(presets.PRESETS["gpu"], tasks=["recall"])}
     assert every == set(jforge.names())
-    scales = {unit.scale for unit in presets.units(presets.PRESETS["gpu"], ["csa"], ["recall"])}
-    assert scales == {"usual", "half", "double"}
+    of = {(unit.short_conv, unit.scale) for unit in presets.units(presets.PRESETS["gpu"], ["csa"], ["recall"])}
+    assert of == {(3, "usual"), (3, "half"), (3, "double"), (None, "usual")}
+    (alone,) = presets.units(presets.PRESETS["gpu"], ["csa"], ["needle"])  # whichever tasks are left out
+    assert (alone.short_conv, alone.scale) == (3, "usual")
     assert len(presets.PRESETS["gpu"].rates) >= 4 <= len(presets.PRESETS["smoke"].rates)
 
 
@@ -260,6 +268,48 @@ def test_an_experiment_writes_a_line_a_run_and_does_nothing_twice(small, monkeyp
         assert of[0]["cost"]["8"]["read"] == 2 * sum(cost.read.values())
     monkeypatch.setattr(store, "kept", None)
     assert retrieval.run(preset, presets.units(preset), folder, {}) == lines
+
+
+def test_processes_share_the_units_of_a_folder(small, tmp_path):
+    """What one process has taken, another leaves out; a process that ends leaves its unit to the next."""
+    preset, _, lines = small
+    first, second = presets.units(preset)
+    holder = (
+        f"from jforge.experiments import retrieval as r; from pathlib import Path; import sys, time\n"
+        f"with r._taken(Path({str(tmp_path / first.name)!r})) as mine: print(mine, flush=True); sys.stdin.read()"
+    )
+    with subprocess.Popen([sys.executable, "-c", holder], stdin=-1, stdout=-1, text=True) as other:
+        assert other.stdout.readline() == "True\n"
+        got = retrieval.run(preset, [first, second], tmp_path, {"commit": "abc"})
+        assert {line["unit"] for line in got} == {second.name}
+        other.communicate()
+    assert retrieval.run(preset, [first, second], tmp_path, {"commit": "abc"}) == lines
+
+
+def test_the_dense_model_is_read_otherwise_with_its_own_weights(small):
+    """Where every token is read nothing changes; rounding changes little; fewer tokens read change more."""
+    cfg = model("gqa", "gqa", short_conv=3)
+    own = jax.tree.map(lambda *leaves: jnp.stack(leaves), params(cfg), params(cfg, 1))
+    ids = np.random.default_rng(0).integers(0, cfg.vocab_size, (2, 16))
+    logits = {}
+    for name, (other, moved) in swap.swaps(cfg, 16).items():
+        fitted = swap.fitted_params(cfg, other, own, 2)
+        logits[name] = np.asarray(training.merged(other, measures.one_run(fitted, 1))(ids))
+        assert 0 < moved["read"] and 0 < moved["stored"], name
+    off = {name: compare.relative(jnp.asarray(one), jnp.asarray(logits["gqa"])) for name, one in logits.items()}
+    assert off.pop("gqa") == 0 and set(off) >= {*swap.OTHERS, "own top-k", "int8", "fp8 e4m3"}
+    assert 0 < off["int8"] < 0.02 and off["int8"] < off["fp8 e4m3"] < 0.1
+    assert all(off[name] > 0.01 for name in ("sliding_window", "sinks", "streaming", "own top-k"))
+    np.testing.assert_array_equal(logits["own top-k"][:, :2], logits["gqa"][:, :2])  # index_topk is 2
+    for name in ("sliding_window", "moba", "block_sparse"):
+        every = model(name, name, short_conv=3, sliding_window=16, moba_chunk_size=2, moba_topk=8,
+                      block_size=2, num_local_blocks=8)  # fmt: skip
+        same_as = training.merged(every, measures.one_run(swap.fitted_params(cfg, every, own, 2), 1))(ids)
+        np.testing.assert_allclose(same_as, logits["gqa"], atol=1e-5)
+    line = next(one for one in small[2] if one["chosen"] and one["mechanism"] == "gqa")
+    assert line["swaps"]["gqa"]["accuracy"] == line["accuracy"]["8"]
+    assert line["swaps"]["sliding_window"]["read"] < line["swaps"]["gqa"]["read"]
+    assert line["swaps"]["int8"]["read"] < line["swaps"]["gqa"]["read"] / 2
 
 
 def test_an_experiment_that_is_out_of_time_goes_on(small, tmp_path):
@@ -311,8 +361,8 @@ def test_the_command_shows_and_draws_what_is_in_the_lines(small, capsys, monkeyp
     for one in rows:
         middle, spread = one["accuracy"]["16"]
         assert f"{100 * middle:.1f} ±{100 * spread:.1f}" in shown and summary.in_words(one).split(";")[0] in shown
-    drawn_files = {f"recall_{name}.svg" for name in ("pareto", "lengths", "distances")}
-    assert drawn_files <= set(os.listdir(folder))
+    drawn_files = {f"recall_{name}.svg" for name in ("pareto", "lengths", "distances", "swaps")}
+    assert drawn_files == {name for name in os.listdir(folder) if name.endswith(".svg")}
     (cells,) = recall.lengths(rows, "recall").axes[0].images
     np.testing.assert_allclose(cells.get_array(), [[one["accuracy"][n][0] for n in ("8", "16")] for one in rows])
     for panel, part in zip(drawn(recall.pareto(rows, "recall"))["axes"], ("read", "stored"), strict=True):
@@ -350,3 +400,61 @@ def test_smoke_finds_what_a_window_cannot_see(tmp_path):
     window = rows["sliding_window"]
     assert window["reach"] == 10 and summary.in_words(window).endswith(" are right, at chance")
     assert rows["gated_deltanet"]["accuracy"]["16"][0] > 3 * rows["gated_deltanet"]["chance"]
+
+
+PAGE = Path(__file__).parents[1] / "docs" / "experiments.py"
+
+
+@pytest.fixture(scope="module")
+def published():
+    """(the script of the page, the published lines)."""
+    spec = importlib.util.spec_from_file_location("experiments_page", PAGE)
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    return script, retrieval.read(script.FOLDER / retrieval.RESULTS)
+
+
+def test_the_page_is_what_its_lines_say(published):
+    script, lines = published
+    assert script.PAGE.read_text(encoding="utf-8") == script.page(lines), "run python docs/experiments.py"
+    changed = [{**line, "accuracy": dict.fromkeys(line["accuracy"], 0.5)} for line in lines]
+    assert script.page(changed) != script.page(lines)
+
+
+def test_the_figures_are_of_the_published_lines(published):
+    """The svg of each holds the hash of what it draws; no other svg lies beside them."""
+    script, lines = published
+    drawn_now = {name: viz.digest(draw()) for name, draw in script.figures(lines).items()}
+    files = {path.stem: path.read_text(encoding="utf-8") for path in script.FOLDER.glob("*.svg")}
+    assert set(files) == set(drawn_now)
+    stale = [name for name, data in drawn_now.items() if f"data {data}" not in files[name]]
+    assert not stale, f"{stale} are of other lines; run python docs/experiments.py"
+    text = script.PAGE.read_text(encoding="utf-8")
+    assert all(f"(experiments/gpu/{name}.svg)" in text for name in files)
+
+
+def test_the_published_lines_are_of_the_preset(published):
+    """Their models are today's, every run is there, and where they came from is said."""
+    script, lines = published
+    units = {unit.name: unit for unit in presets.units(script.PRESET)}
+    for line in lines:
+        unit = units[line["unit"]]
+        about = retrieval._about(unit, Run(line["learning_rate"], line["seed"]))
+        same_as = {name: line[name] for name in ("layer", "parameters", "stages", "rows", "cost", "reach", "of_task")}
+        assert same_as == {name: about[name] for name in same_as}, line["unit"]
+        assert line["commit"] and line["device"] and line["command"]
+    counts = {name: sum(line["unit"] == name for line in lines) for name in {line["unit"] for line in lines}}
+    assert set(counts.values()) == {len(script.PRESET.runs())}
+    done = {units[name].mechanism for name in counts if units[name].task == "recall"}
+    assert done == set(jforge.names())
+
+
+def test_what_was_promised_of_the_published_lines_holds(published):
+    """Dense attention remembers at every trained length and seed; beyond the bound of a window there is chance."""
+    _, lines = published
+    dense = [line for line in lines if line["unit"] == "recall-gqa-conv3-usual" and line["chosen"]]
+    assert len(dense) == 3 and all(line["accuracy"][n] >= 0.99 for line in dense for n in ("32", "128"))
+    bounded = [row for row in summary.rows(lines) if row["reach"] is not None]
+    assert {"sliding_window", "chunked_local", "sinks", "v4_window"} <= {row["mechanism"] for row in bounded}
+    for row in bounded:
+        assert "at chance" in summary.in_words(row), row["unit"]

@@ -189,7 +189,7 @@ def test_help_of_attention_says_what_each_field_is():
     text = pydoc.plain(pydoc.render_doc(jforge.Attention))
     typed = {name: kind for name, kind in jforge.Attention.__base__.__annotations__.items()
              if getattr(kind, "__module__", "") == protocols.__name__}  # fmt: skip
-    assert len(typed) == 14
+    assert len(typed) == 15
     for name, protocol in typed.items():
         said = protocol.__doc__.splitlines()[0]
         assert f"{name}\n |      {said}\n" in text

@@ -40,6 +40,7 @@ class Score(NamedTuple):
 def score(cfg: ModelConfig, params: PyTree, task: Task, length: int, rows: int = 512, at_once: int = 64) -> Score:
     """Of `rows` held-out rows of `length` tokens, the same ones for every model; params: of all runs."""
     task.check_length(length)
+    at_once = min(at_once, rows)
     return Score(*map(np.asarray, _score(cfg, task, length, -(-rows // at_once), at_once, params)))
 
 
