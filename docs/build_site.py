@@ -241,8 +241,8 @@ def sources(folder: Path) -> None:
         (folder / document.name).write_text(text, encoding="utf-8")
     for name in ("conf.py", "site.css"):
         shutil.copy(DOCS / name, folder)
-    for pictures in ("figures", "pictures"):
-        shutil.copytree(DOCS / pictures, folder / pictures, ignore=shutil.ignore_patterns("*.json"))
+    for pictures in ("figures", "pictures", "experiments"):
+        shutil.copytree(DOCS / pictures, folder / pictures, ignore=shutil.ignore_patterns("*.json", "*.jsonl"))
     for notebook in sorted(NOTEBOOKS.glob("*.ipynb")):
         shutil.copy(notebook, folder / "notebooks")
     names = "\n".join(path.stem for path in sorted(NOTEBOOKS.glob("*.ipynb")))
@@ -269,7 +269,7 @@ def _relinked(document: Path, up: str = "") -> str:
             return f"[{label}]({'' if up else 'notebooks/'}{real.name})"
         if real == NOTEBOOKS / "README.md":
             return f"[{label}]({'' if up else 'notebooks/'}index.md)"
-        if path.startswith(("mechanism/", "api/", "notebooks/", "figures/", "pictures/")):
+        if path.startswith(("mechanism/", "api/", "notebooks/", "figures/", "pictures/", "experiments/")):
             return match[0]
         if not real.exists():
             raise FileNotFoundError(f"{document.name} links to {target}, which is not there")
